@@ -1,0 +1,141 @@
+"""Three kinds of configuration: what the checkpoint fixes, what the user asks, what was decided."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RopeScaling:
+    """How rotary frequencies are stretched past the trained context.
+
+    `kind` is Hugging Face's rope_type: "linear" divides every frequency by `factor`
+    (Chen et al., arXiv:2306.15595); "llama3" divides only the slow ones and blends between
+    (Llama 3.1's released configuration). The last three fields belong to "llama3".
+    """
+
+    kind: str
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position: int = 8192  # tokens
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("linear", "llama3"):
+            raise NotImplementedError(
+                f"rope scaling must be 'linear' or 'llama3'; got kind={self.kind!r}. "
+                "Use a checkpoint with one of these."
+            )
+        if self.factor < 1.0:
+            raise ValueError(f"rope scaling needs factor >= 1; got factor={self.factor}.")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """What the checkpoint fixes. Hashable, so jit may take it as a static argument."""
+
+    family: str  # key of jinfer.models.registry, e.g. "llama"
+    vocab_size: int  # V
+    width: int  # D
+    mlp_width: int  # F
+    num_layers: int  # L
+    num_q_heads: int  # N
+    num_kv_heads: int  # K
+    head_width: int  # H
+    max_position: int  # tokens of context that the checkpoint was trained for
+    rms_eps: float
+    rope_theta: float
+    rope_scaling: RopeScaling | None = None
+    attention_bias: bool = False  # on the q, k, v and o projections
+    mlp_bias: bool = False
+    tied_embeddings: bool = False  # the unembedding is the embedding
+    hidden_act: str = "silu"
+
+    def __post_init__(self) -> None:
+        if self.num_q_heads % self.num_kv_heads:
+            raise ValueError(
+                "num_q_heads must be a multiple of num_kv_heads; "
+                f"got {self.num_q_heads=}, {self.num_kv_heads=}."
+            )
+        if self.head_width % 2:
+            raise ValueError(f"rotary positions need an even head width; got {self.head_width=}.")
+
+    @property
+    def num_parameters(self) -> int:
+        """Trainable numbers, the unembedding counted once if tied."""
+        heads = self.num_q_heads + 2 * self.num_kv_heads
+        attention = self.width * self.head_width * (heads + self.num_q_heads)
+        block = attention + 3 * self.width * self.mlp_width + 2 * self.width
+        if self.attention_bias:
+            block += heads * self.head_width + self.width
+        if self.mlp_bias:
+            block += 2 * self.mlp_width + self.width
+        embeddings = (1 if self.tied_embeddings else 2) * self.vocab_size * self.width
+        return self.num_layers * block + embeddings + self.width
+
+    def kv_bytes_per_token(self, itemsize: int) -> int:
+        """Bytes of KV cache one token occupies over all layers, keys and values together."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_width * itemsize
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GenerationDefaults:
+    """What `generation_config.json` says: end tokens, and sampling a user need not repeat.
+
+    `sampling` holds only the keys the file names, in SamplingParams' spelling.
+    """
+
+    eos_token_ids: tuple[int, ...] = ()
+    sampling: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineConfig:
+    """What the user asks. `None` means: decide from the checkpoint and the hardware.
+
+    Names are vLLM's where vLLM has one, so that a script moves over unchanged.
+    """
+
+    model: str | Path  # a Hugging Face folder, or a hub name such as "org/name"
+    tokenizer: str | Path | None = None  # a folder; None = the model's own
+    skip_tokenizer_init: bool = False  # prompts must then be token ids
+    load_format: str = "auto"  # "auto" reads safetensors; "dummy" draws random weights
+    dtype: str = "auto"  # "auto": float32 on CPU, else bfloat16; "float32" | "bfloat16" | "float16"
+    max_model_len: int | None = None  # tokens of prompt and output together
+    max_num_seqs: int | None = None  # slots: sequences that run at the same time
+    max_num_batched_tokens: int | None = None  # token budget of one step
+    page_size: int | None = None  # tokens per KV page
+    num_pages: int | None = None  # KV pages in the pool, the bin page included
+    gpu_memory_utilization: float = 0.9  # share of the device's free memory the engine may use
+    seed: int = 0  # of requests that bring none
+    generation_config: str = "auto"  # "auto": sampling defaults of the checkpoint; "vllm": none
+    max_logprobs: int = 20  # largest `logprobs` and `prompt_logprobs` a request may ask
+    layer_loop: str | None = None  # "scan" | "unrolled"
+    attention: str | None = None  # name of a paged-attention implementation
+    compilation_cache: str | Path | None = None  # folder; None = the user's cache directory
+    late_compile: str = "warn"  # compiling after warm-up: "warn" | "error"
+    progress: bool = True  # progress bars and start-up lines
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EnginePlan:
+    """What was decided, once, at start-up. No `None`, no sentinel, no later edits."""
+
+    platform: str  # "cpu" | "gpu" | "tpu"
+    dtype: str  # of weights, activations and KV pages
+    max_model_len: int
+    max_slots: int
+    max_step_tokens: int
+    page_size: int
+    num_pages: int  # page 0, the bin, included
+    page_bytes: int
+    pages_per_slot: int  # M
+    token_buckets: tuple[int, ...]  # T, ascending; one program each
+    max_logprobs: int  # J of the top-logprob lists
+    layer_loop: str
+    attention: str
+
+    @property
+    def kv_capacity(self) -> int:
+        """Tokens the pool can hold."""
+        return (self.num_pages - 1) * self.page_size

@@ -1,0 +1,23 @@
+"""What can go wrong by the user's doing, as types a caller can tell apart.
+
+Every message says: the rule; got name=value. What to do.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class RequestError(ValueError):
+    """One request cannot be served as asked; the others are unaffected."""
+
+
+class CheckpointError(ValueError):
+    """A model folder is missing something, holds something extra, or is damaged."""
+
+
+def unknown_keyword(owner: str, name: str, known: Iterable[str]) -> TypeError:
+    """The error for a keyword that `owner` does not take, with the nearest name it does."""
+    known = sorted(known)
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"Did you mean {near[0]}?" if near else f"It takes: {', '.join(known)}."
+    return TypeError(f"{owner} has no parameter of this name; got {name!r}. {hint}")

@@ -1,0 +1,20 @@
+"""The small story model that ships inside the package, and the code that made it.
+
+`corpus.py` cleans the texts and trains the tokenizer, `model.py` is the training forward pass,
+`train.py` fits the weights, `export.py` writes and reads Hugging Face folders, and
+`evaluate.py` measures a folder on held-out text and prints samples from it.
+"""
+
+from pathlib import Path
+
+_HERE = Path(__file__).resolve().parent
+
+
+def target_folder() -> Path:
+    """Returns the folder of the shipped target model, in Hugging Face layout."""
+    return _HERE / "target"
+
+
+def draft_folder() -> Path:
+    """Returns the folder of the shipped draft model: same tokenizer, a tenth of the weights."""
+    return _HERE / "draft"
