@@ -1,0 +1,74 @@
+"""Where each parameter lies in a Hugging Face checkpoint, written with axis letters.
+
+A parameter's own name ends in its axes (`w_q_DNH`). Beside it stands the stored tensor's name and
+its axes as stored, one group of letters for each stored axis: "NH D" is a matrix of N*H rows and
+D columns. The two spellings say everything: split the groups, then permute letters.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from jinfer.config import ModelConfig
+
+
+class HFTensor(NamedTuple):
+    """One stored tensor; in a block's map, `{layer}` in the name stands for the layer."""
+
+    name: str
+    axes: str  # as stored, e.g. "NH D"
+
+    @property
+    def groups(self) -> list[str]:
+        """The letters of each stored axis."""
+        return self.axes.split()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WeightMap:
+    """Every parameter of a family: leaf name to stored tensor."""
+
+    outer: Mapping[str, HFTensor]  # outside the blocks
+    block: Mapping[str, HFTensor]  # one layer's
+    axis_sizes: Mapping[str, int]  # of every letter used
+    ignored: frozenset[str] = frozenset()  # stored names without a meaning here
+
+    def shape(self, leaf: str) -> tuple[int, ...]:
+        """Shape of one parameter, without a layer axis."""
+        return tuple(self.axis_sizes[letter] for letter in leaf_axes(leaf))
+
+    def stored_shape(self, tensor: HFTensor) -> tuple[int, ...]:
+        """Shape the tensor must have in the file."""
+        return tuple(
+            math.prod(self.axis_sizes[letter] for letter in group) for group in tensor.groups
+        )
+
+    def stored_tensors(self, num_layers: int) -> Iterator[HFTensor]:
+        """Every tensor the checkpoint must hold, with its layer filled in."""
+        yield from self.outer.values()
+        for layer in range(num_layers):
+            for tensor in self.block.values():
+                yield at_layer(tensor, layer)
+
+
+def axis_sizes(config: ModelConfig) -> dict[str, int]:
+    """What each axis letter counts in this model."""
+    return {
+        "V": config.vocab_size,
+        "D": config.width,
+        "F": config.mlp_width,
+        "N": config.num_q_heads,
+        "K": config.num_kv_heads,
+        "H": config.head_width,
+    }
+
+
+def leaf_axes(leaf: str) -> str:
+    """The axis letters that end a parameter's name."""
+    return leaf.rsplit("_", 1)[-1]
+
+
+def at_layer(tensor: HFTensor, layer: int) -> HFTensor:
+    """A block's tensor in one layer."""
+    return tensor._replace(name=tensor.name.format(layer=layer))

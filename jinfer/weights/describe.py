@@ -1,0 +1,56 @@
+"""What a model folder holds, told without reading its weights."""
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from jinfer.models.registry import FAMILIES, architecture
+from jinfer.weights.folder import read_hf_config
+from jinfer.weights.generation_config import read_generation_config
+from jinfer.weights.load import check_tensors, read_model_config
+from jinfer.weights.safetensors import open_checkpoint
+
+# First file that is there decides, in the order the tokenizer looks for them.
+TOKENIZER_FILES = {"tokenizer.json": "tokenizers", "tokenizer.model": "sentencepiece"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelDescription:
+    """What `jinfer info` prints."""
+
+    architecture: str
+    family: str
+    num_parameters: int
+    file_bytes: int  # of the weight files
+    stored_dtypes: dict[str, int]  # dtype to number of tensors
+    max_position: int  # tokens of context
+    kv_bytes_per_token: dict[str, int]  # dtype of the cache to bytes
+    tokenizer: str  # "tokenizers" | "sentencepiece" | "none"
+    eos_token_ids: tuple[int, ...]
+
+
+def describe(folder: Path) -> ModelDescription:
+    """Reads configurations and tables of tensors, and checks that they fit each other.
+
+    Raises:
+      CheckpointError, NotImplementedError: as `read_model_config` and `load_params` would.
+    """
+    hf, config = read_hf_config(folder), read_model_config(folder)
+    stored = open_checkpoint(folder)
+    check_tensors(stored, FAMILIES[config.family].weight_map(config), config.num_layers)
+    files = {tensor.path for tensor in stored.values()}
+    kinds = [kind for name, kind in TOKENIZER_FILES.items() if (folder / name).is_file()]
+    return ModelDescription(
+        architecture=architecture(hf),
+        family=config.family,
+        num_parameters=config.num_parameters,
+        file_bytes=sum(path.stat().st_size for path in files),
+        stored_dtypes=dict(Counter(tensor.dtype.name for tensor in stored.values())),
+        max_position=config.max_position,
+        kv_bytes_per_token={
+            "float32": config.kv_bytes_per_token(4),
+            "bfloat16": config.kv_bytes_per_token(2),
+        },
+        tokenizer=kinds[0] if kinds else "none",
+        eos_token_ids=read_generation_config(folder, hf).eos_token_ids,
+    )

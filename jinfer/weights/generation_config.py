@@ -1,0 +1,65 @@
+"""What a checkpoint says about ending and sampling."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jinfer.config import GenerationDefaults
+from jinfer.errors import CheckpointError
+from jinfer.weights.folder import read_json_object
+
+# Key of generation_config.json to field of SamplingParams.
+SAMPLING_KEYS = {
+    "temperature": "temperature",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "repetition_penalty": "repetition_penalty",
+    "max_new_tokens": "max_tokens",
+}
+
+
+def read_generation_config(folder: Path, hf_config: Mapping[str, Any]) -> GenerationDefaults:
+    """End tokens and sampling defaults of a model folder.
+
+    generation_config.json may be absent; end tokens it does not name are config.json's. Only the
+    keys of SAMPLING_KEYS count, and only where the file gives a value. `do_sample` is ignored, as
+    vLLM does: a checkpoint that says false still samples unless it says temperature 0.
+
+    Args:
+      folder: the model's.
+      hf_config: its config.json, as written.
+
+    Raises:
+      CheckpointError: if a value is of the wrong type or the file is not JSON.
+    """
+    path = folder / "generation_config.json"
+    content = read_json_object(path) if path.is_file() else {}
+    eos = content.get("eos_token_id")
+    return GenerationDefaults(
+        eos_token_ids=_token_ids(hf_config.get("eos_token_id") if eos is None else eos),
+        sampling={
+            field: _number(key, content[key])
+            for key, field in SAMPLING_KEYS.items()
+            if content.get(key) is not None
+        },
+    )
+
+
+def _token_ids(value: Any) -> tuple[int, ...]:
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    if not all(type(token_id) is int and token_id >= 0 for token_id in ids):
+        raise CheckpointError(
+            f"end tokens must be one id or a list of ids; got eos_token_id={value!r}. "
+            "Correct generation_config.json or config.json."
+        )
+    return tuple(ids)
+
+
+def _number(key: str, value: Any) -> int | float:
+    if type(value) not in (int, float):
+        raise CheckpointError(
+            f"generation_config.json must give {key} as a number; got {key}={value!r}. "
+            'Correct the file, or ask for generation_config="vllm".'
+        )
+    return value

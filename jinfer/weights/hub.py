@@ -1,0 +1,61 @@
+"""From the name of a model to a folder on disk."""
+
+import re
+from pathlib import Path
+
+from jinfer.errors import CheckpointError
+
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+# Never pickles: reading one may run code.
+WANTED_FILES = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt")
+# Subfolders and Mistral's second copy of the weights repeat what the top already holds.
+UNWANTED_FILES = ("*/*", "consolidated*")
+
+
+def resolve_model(name_or_path: str | Path | None) -> Path:
+    """A folder as it is; a hub name "org/name" as the folder of its downloaded snapshot.
+
+    Raises:
+      CheckpointError: if there is no such folder, or the hub does not give the model.
+    """
+    if not name_or_path or not str(name_or_path).strip():
+        raise CheckpointError(
+            f"a model must be a folder or a hub name 'org/name'; got model={name_or_path!r}. "
+            "Name one."
+        )
+    path = Path(name_or_path).expanduser()
+    if path.is_dir():
+        return path
+    is_hub_name = isinstance(name_or_path, str) and HUB_NAME.fullmatch(name_or_path)
+    if path.exists() or not is_hub_name:
+        problem = "is a file" if path.exists() else "is not a folder here"
+        raise CheckpointError(
+            f"a model must be a folder or a hub name 'org/name'; got model={str(name_or_path)!r}, "
+            f"which {problem}. Give the folder that holds config.json."
+        )
+    return _download(str(name_or_path))
+
+
+def _download(name: str) -> Path:
+    import huggingface_hub  # here, because importing it takes longer than many a start-up
+    from huggingface_hub import errors
+
+    try:
+        snapshot = huggingface_hub.snapshot_download(
+            name, allow_patterns=list(WANTED_FILES), ignore_patterns=list(UNWANTED_FILES)
+        )
+    except errors.GatedRepoError:
+        problem, remedy = "is gated", "Accept its terms on the hub and log in with `hf auth login`."
+    except errors.RepositoryNotFoundError:
+        problem, remedy = "is not on the hub", "Check the name; a private model needs a login."
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
+        problem = "is not in the local cache, and the hub cannot be reached"
+        remedy = "Connect once to download it, or give a folder."
+    except (errors.HFValidationError, OSError) as error:  # network and disk errors are OSErrors
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        problem, remedy = f"could not be downloaded: {reason}", "Try again, or give a folder."
+    else:
+        return Path(snapshot)
+    raise CheckpointError(
+        f"a model must be a folder or a hub name; got model={name!r}, which {problem}. {remedy}"
+    )

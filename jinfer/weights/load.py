@@ -1,0 +1,151 @@
+"""From a model folder to a tree of arrays, parameter by parameter.
+
+Files are mapped, and each parameter is copied straight from its file, permuted and converted,
+into the buffer that the device is given: the host never holds more than one parameter besides
+those that live in its memory.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+
+from jinfer.config import ModelConfig
+from jinfer.errors import CheckpointError
+from jinfer.models.registry import FAMILIES, family_of
+from jinfer.models.weight_map import WeightMap
+from jinfer.weights.folder import read_hf_config, require_model_folder
+from jinfer.weights.host_tensor import HostTensor
+from jinfer.weights.safetensors import StoredTensor, open_checkpoint
+from jinfer.weights.tree import FLOAT_DTYPES, Params, Place, build_tree, require_dtype
+
+Put = Callable[[str, HostTensor], jax.Array]
+
+MAX_NAMED = 5  # tensors an error lists before it only counts
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoadReport:
+    """What loading moved and how long it took; its text is the start-up line."""
+
+    num_tensors: int
+    file_bytes: int  # of the tensors, as stored
+    param_bytes: int  # of the arrays, in the dtype asked for
+    elapsed_s: float
+
+    def __str__(self) -> str:
+        return (
+            f"loaded {self.num_tensors} tensors, {self.file_bytes / 1e9:.2f} GB, "
+            f"in {self.elapsed_s:.1f} s ({self.file_bytes / 1e9 / self.elapsed_s:.2f} GB/s)"
+        )
+
+
+def read_model_config(folder: Path) -> ModelConfig:
+    """The ModelConfig of a Hugging Face model folder.
+
+    Raises:
+      CheckpointError: if the folder is not a model's, or its config.json is broken.
+      NotImplementedError: if the architecture or one of its settings is not supported.
+    """
+    hf = read_hf_config(folder)
+    try:
+        return family_of(hf).config_from_hf(hf)
+    except CheckpointError:
+        raise
+    except ValueError as error:  # numbers that contradict each other
+        raise CheckpointError(f"{folder / 'config.json'} contradicts itself: {error}") from None
+
+
+def load_params(
+    folder: Path,
+    config: ModelConfig,
+    *,
+    dtype: str,
+    layer_loop: str,
+    put: Put | None = None,
+) -> tuple[Params, LoadReport]:
+    """Reads every parameter of a checkpoint.
+
+    Args:
+      folder: a model folder with safetensors.
+      config: what `read_model_config` gave for it.
+      dtype: of the parameters: "float32", "bfloat16" or "float16", whatever is stored.
+      layer_loop: "unrolled" gives a dict per layer, "scan" one dict with a leading L axis.
+      put: moves one parameter to its device or devices, given its path in the tree, such as
+        "blocks.3.w_q_DNH" or, stacked, "blocks.w_q_DNH"; None = whole, to the first device.
+        For a sharding, `jax.make_array_from_callback(tensor.shape, sharding, tensor.read)`
+        reads every shard straight from the file.
+
+    Returns:
+      The tree, once every array has arrived, and a report.
+
+    Raises:
+      CheckpointError: if tensors are missing, extra, mis-shaped, damaged or not floating point.
+    """
+    started_s = time.perf_counter()
+    wanted_dtype = require_dtype(dtype)
+    require_model_folder(folder)
+    weights = FAMILIES[config.family].weight_map(config)
+    stored = open_checkpoint(folder)
+    check_tensors(stored, weights, config.num_layers)
+    put = put or put_on_first_device
+
+    def make(place: Place) -> jax.Array:
+        tensor = HostTensor(
+            axes=place.axes,
+            shape=place.shape,
+            dtype=wanted_dtype,
+            layers=tuple(stored[tensor.name] for tensor in place.tensors),
+            stored_axes="".join(place.tensors[0].groups),
+        )
+        return put(place.path, tensor)
+
+    params = build_tree(weights, config.num_layers, layer_loop, make)
+    jax.block_until_ready(params)
+    used = [stored[tensor.name] for tensor in weights.stored_tensors(config.num_layers)]
+    return params, LoadReport(
+        num_tensors=len(used),
+        file_bytes=sum(tensor.num_bytes for tensor in used),
+        param_bytes=sum(array.nbytes for array in jax.tree.leaves(params)),
+        elapsed_s=time.perf_counter() - started_s,
+    )
+
+
+def put_on_first_device(path: str, tensor: HostTensor) -> jax.Array:
+    """Moves a parameter, whole, to the first device. On CPU the buffer read becomes the array."""
+    del path
+    return jax.device_put(tensor.read(), jax.devices()[0])
+
+
+def check_tensors(stored: Mapping[str, StoredTensor], weights: WeightMap, num_layers: int) -> None:
+    """Raises CheckpointError unless exactly the wanted tensors are stored, as wanted."""
+    wanted = {tensor.name: tensor for tensor in weights.stored_tensors(num_layers)}
+    missing = [name for name in wanted if name not in stored]
+    extra = [name for name in stored if name not in wanted and name not in weights.ignored]
+    if missing or extra:
+        raise CheckpointError(
+            "the files must hold exactly the tensors that config.json implies; "
+            f"got {_listed(missing)} missing, {_listed(extra)} extra. "
+            "Use the config.json that was saved with the weights."
+        )
+    for name, tensor in wanted.items():
+        got, shape = stored[name], weights.stored_shape(tensor)
+        if got.shape != shape:
+            raise CheckpointError(
+                f"{name} must have the shape that config.json implies, {shape}; "
+                f"got shape={got.shape}. Use the config.json that was saved with the weights."
+            )
+        if got.dtype not in FLOAT_DTYPES.values():
+            raise CheckpointError(
+                f"{name} must be stored as one of {', '.join(FLOAT_DTYPES)}; "
+                f"got dtype={got.dtype}. Use the unquantized checkpoint."
+            )
+
+
+def _listed(names: list[str]) -> str:
+    if not names:
+        return "none"
+    rest = ", ..." if len(names) > MAX_NAMED else ""
+    return f"{len(names)} ({', '.join(names[:MAX_NAMED])}{rest})"
