@@ -1,0 +1,295 @@
+"""The engine: owns the pool and the slots, and turns the loop once per `step`."""
+
+import hashlib
+import time
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+
+from jinfer.config import EngineConfig
+from jinfer.errors import RequestError
+from jinfer.request.params import SamplingParams
+from jinfer.request.prompt import Prompt, check_prompt_ids
+from jinfer.running import Continuation, RunningRequest
+from jinfer.schedule.capacity import bucket_for
+from jinfer.schedule.plan import Chunk, StepPlan
+from jinfer.schedule.scheduler import Scheduler
+from jinfer.schedule.sequence import Sequence, Status
+from jinfer.startup import load
+from jinfer.step.admission import check_row, sampling_row
+from jinfer.step.batch import StepOutput
+from jinfer.step.pack import BucketShape, pack
+from jinfer.step.programs import CompileGuard
+from jinfer.step.slots import ADMISSION_ROWS, RESTORED_TOKENS, admission_rows
+
+
+@dataclass(frozen=True, slots=True)
+class Dispatched:
+    """A step that the device is computing, or has computed, and the host has not read."""
+
+    plan: StepPlan
+    output: StepOutput
+
+
+class Engine:
+    """Continuous batching over one model. Not thread-safe: one thread at a time calls it.
+
+    The loop keeps one step ahead: `step` dispatches step n+1, then reads step n, so that the
+    host's work hides behind the device's. The unread step is a value, `_pending`.
+    """
+
+    def __init__(self, config: EngineConfig) -> None:
+        """Loads and compiles everything; see `jinfer.startup.load` for what it raises."""
+        loaded = load(config)
+        self.config = config
+        self.model, self.plan = loaded.model, loaded.plan
+        self.tokenizer, self.defaults = loaded.tokenizer, loaded.defaults
+        self._params, self._pages, self._slots = loaded.params, loaded.pages, loaded.slots
+        self._programs = loaded.programs
+        self._shapes = {size: BucketShape.of(size, self.plan) for size in self.plan.token_buckets}
+        self._guard = CompileGuard(config.late_compile)
+        self.scheduler = Scheduler(
+            max_slots=self.plan.max_slots,
+            max_step_tokens=self.plan.max_step_tokens,
+            page_size=self.plan.page_size,
+            num_pages=self.plan.num_pages,
+            max_model_len=self.plan.max_model_len,
+        )
+        self._pending: Dispatched | None = None
+        self._requests: dict[str, RunningRequest] = {}
+        self._continuations: dict[Sequence, Continuation] = {}
+        self._num_seeds_drawn = 0
+        self._why_stopped: str | None = None
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work or self._pending is not None
+
+    @property
+    def num_late_compiles(self) -> int:
+        """Compilations since warm-up; anything but 0 is a bug."""
+        return self._guard.num_late
+
+    def prepare(self, request_id: str, prompt: Prompt, params: SamplingParams) -> RunningRequest:
+        """Checks one request whole and turns it into what the engine can run; nothing is queued.
+
+        Raises:
+          RequestError: the prompt or a parameter cannot be honoured.
+        """
+        params.check_against(
+            vocab_size=self.model.vocab_size,
+            max_logprobs=self.plan.max_logprobs,
+            max_model_len=self.plan.max_model_len,
+            has_tokenizer=self.tokenizer is not None,
+        )
+        prompt_ids = prompt.token_ids
+        if prompt_ids is None:
+            prompt_ids = self._encode(prompt)
+        check_prompt_ids(
+            prompt_ids,
+            vocab_size=self.model.vocab_size,
+            max_model_len=self.plan.max_model_len,
+        )
+        request = RunningRequest(
+            request_id=request_id,
+            prompt=prompt.text,
+            prompt_ids=prompt_ids,
+            params=params,
+            eos_token_ids=self.defaults.eos_token_ids,
+            max_model_len=self.plan.max_model_len,
+            tokenizer=self.tokenizer,
+        )
+        check_row(request.params, request.stop_ids, request.bad_words, self.model.vocab_size)
+        return request
+
+    def add(self, request: RunningRequest) -> None:
+        """Queues a prepared request behind all others.
+
+        Raises:
+          RequestError: its id is in use.
+          RuntimeError: the engine is closed or broken.
+        """
+        self._require_alive()
+        if request.request_id in self._requests:
+            raise RequestError(
+                f"a request id must be unique; got request_id={request.request_id!r} twice."
+            )
+        if request.params.seed is None:
+            request.seed = self._draw_seed()
+        self._requests[request.request_id] = request
+        request.metrics.arrival_time = time.monotonic()
+        for continuation in request.continuations:
+            self._continuations[continuation.sequence] = continuation
+            self.scheduler.add(continuation.sequence)
+
+    def abort(self, request_id: str) -> RunningRequest | None:
+        """Ends a request where it stands; its output so far remains. None if it is not here."""
+        request = self._requests.get(request_id)
+        if request is None:
+            return None
+        for continuation in request.unfinished:
+            continuation.abort()
+            self._release(continuation)
+        self._retire(request)
+        return request
+
+    def step(self) -> list[RunningRequest]:
+        """One turn: dispatch the next step, then read the one before.
+
+        Returns:
+          The requests that got a token, finished or failed, each once.
+
+        Raises:
+          RuntimeError: the engine is closed, or the device failed; what ran is lost then.
+        """
+        self._require_alive()
+        try:
+            with self._guard.watch():
+                dispatched = self._dispatch()
+                pending, self._pending = self._pending, dispatched
+                return self._read(pending) if pending is not None else []
+        except jax.errors.JaxRuntimeError as error:
+            self._why_stopped = f"the device failed: {error}"
+            raise
+
+    def close(self) -> None:
+        """Frees everything on the device. Idempotent; the engine cannot be used afterwards."""
+        if self._why_stopped == _CLOSED:
+            return
+        for request_id in list(self._requests):
+            self.abort(request_id)
+        if self._pending is not None:
+            jax.block_until_ready(self._pending.output)
+        for array in jax.tree.leaves((self._params, self._pages, self._slots, self._pending)):
+            if isinstance(array, jax.Array) and not array.is_deleted():
+                array.delete()
+        self._params = self._pages = self._slots = self._pending = None
+        self._programs = {}
+        self._guard.close()
+        self._why_stopped = _CLOSED
+
+    def _dispatch(self) -> Dispatched | None:
+        plan = self.scheduler.plan()  # host: who runs, and on which pages
+        if plan is None:
+            return None
+        self._admit(plan.admitted)
+        size = bucket_for(self.plan.token_buckets, plan.num_tokens)
+        batch = pack(plan, self._shapes[size], wants_logprobs=self._wants_logprobs)
+        run_step = self._programs[f"step of {size} tokens"]
+        self._pages, self._slots, output = run_step(self._params, self._pages, self._slots, batch)
+        return Dispatched(plan, output)
+
+    def _admit(self, admitted: Seq[Sequence]) -> None:
+        now = time.monotonic()
+        for start in range(0, len(admitted), ADMISSION_ROWS):
+            group = admitted[start : start + ADMISSION_ROWS]
+            rows = [self._slot_row(sequence) for sequence in group]
+            slot_A = np.full(ADMISSION_ROWS, self.plan.max_slots, np.int32)
+            slot_A[: len(group)] = [sequence.slot for sequence in group]
+            self._slots = self._programs["write_slots"](
+                self._slots, slot_A, admission_rows(rows, self.model.vocab_size)
+            )
+        for sequence in admitted:
+            metrics = self._continuations[sequence].request.metrics
+            if metrics.first_scheduled_time is None:  # not again after a preemption
+                metrics.first_scheduled_time = now
+            self._restore_counts(sequence)
+
+    def _slot_row(self, sequence: Sequence):
+        request = self._continuations[sequence].request
+        return sampling_row(
+            request.params,
+            sequence,
+            seed=request.seed,
+            stop_ids=request.stop_ids,
+            bad_words=request.bad_words,
+            vocab_size=self.model.vocab_size,
+        )
+
+    def _restore_counts(self, sequence: Sequence) -> None:
+        """Counts the outputs of a sequence that was preempted and now resumes."""
+        for start in range(0, len(sequence.output_ids), RESTORED_TOKENS):
+            tokens = sequence.output_ids[start : start + RESTORED_TOKENS]
+            token_J = np.full(RESTORED_TOKENS, self.model.vocab_size, np.int32)
+            token_J[: len(tokens)] = tokens
+            self._slots = self._programs["restore_counts"](
+                self._slots, np.int32(sequence.slot), token_J
+            )
+
+    def _wants_logprobs(self, chunk: Chunk) -> bool:
+        request = self._continuations[chunk.sequence].request
+        return request.params.logprobs is not None or chunk.sequence.scores_prompt
+
+    def _read(self, dispatched: Dispatched) -> list[RunningRequest]:
+        output = jax.device_get(dispatched.output)  # the wait
+        now = time.monotonic()
+        advanced: dict[str, RunningRequest] = {}
+        readout = 0
+        for chunk in dispatched.plan.chunks:
+            readouts = range(readout, readout + chunk.num_readouts)
+            readout += chunk.num_readouts
+            token_id = int(output.token_R[readouts[-1]]) if chunk.samples else None
+            continuation = self._continuations.get(chunk.sequence)
+            self.scheduler.commit(chunk, token_id)
+            if continuation is None or chunk.sequence.status is Status.FINISHED:
+                continue  # it ended while this step was in flight
+            self._publish(continuation, chunk, readouts, output, now)
+            request = continuation.request
+            if chunk.samples or request.finished:
+                advanced[request.request_id] = request
+        return list(advanced.values())
+
+    def _publish(
+        self,
+        continuation: Continuation,
+        chunk: Chunk,
+        readouts: range,
+        output: StepOutput,
+        now: float,
+    ) -> None:
+        request = continuation.request
+        try:
+            continuation.accept(chunk, readouts, output, now)
+        except Exception as error:  # whatever goes wrong with one request ends that request only
+            request.fail(error)
+            for other in request.continuations:
+                self._release(other)
+            self._retire(request)
+            return
+        if continuation.finish is not None:
+            self._release(continuation)
+        if request.finished:
+            request.metrics.finished_time = now
+            self._retire(request)
+
+    def _release(self, continuation: Continuation) -> None:
+        self.scheduler.abort(continuation.sequence)
+        self._continuations.pop(continuation.sequence, None)
+
+    def _retire(self, request: RunningRequest) -> None:
+        self._requests.pop(request.request_id, None)
+
+    def _encode(self, prompt: Prompt) -> list[int]:
+        if self.tokenizer is None:
+            raise RequestError(
+                "text needs a tokenizer; got prompt text with skip_tokenizer_init=True. "
+                "Pass prompt_token_ids."
+            )
+        return self.tokenizer.encode(prompt.text)
+
+    def _draw_seed(self) -> int:
+        # Requests without a seed differ from each other, and repeat from run to run.
+        self._num_seeds_drawn += 1
+        text = f"{self.config.seed}/{self._num_seeds_drawn}".encode()
+        return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big")
+
+    def _require_alive(self) -> None:
+        if self._why_stopped is not None:
+            raise RuntimeError(
+                f"the engine must be running; got: {self._why_stopped}. Make a new LLM."
+            )
+
+
+_CLOSED = "it was closed"

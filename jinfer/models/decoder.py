@@ -1,0 +1,167 @@
+"""One decoder for every family: nnx modules own the parameters, pure functions run them.
+
+The modules exist only as graph definitions, made once; parameters live in a plain nested
+dict whose keys are the modules' attribute names, and every jitted function takes that dict:
+
+    {"embed_VD": ..., "blocks": ..., "final_norm_D": ..., "unembed_VD": ...}
+
+`blocks` is a list with one dict per layer (the layer loop is unrolled), or one dict whose
+leaves have a leading L axis (the layer loop is a scan). A parameter's name ends in its
+axes. A decoder with tied embeddings has no `unembed_VD`.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int32
+
+from jinfer.config import ModelConfig
+from jinfer.models.layers import rms_norm, rope_tables, rotate
+
+Params = dict[str, Any]
+Cache = Any  # whatever `attend` carries from layer to layer
+# (q_TNH, k_TKH, v_TKH, cache, layer) -> (out_TNH, cache). It writes the new keys and values,
+# then attends. The step provides it, so that a model knows nothing of pages.
+Attend = Callable[[Array, Array, Array, Cache, Any], tuple[Array, Cache]]
+
+
+class Block(nnx.Module):
+    """One layer: grouped-query attention, then a gated feed-forward, each around a norm."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        D, F, H = config.width, config.mlp_width, config.head_width
+        N, K = config.num_q_heads, config.num_kv_heads
+        self.config = config
+        self.attn_norm_D = _parameter(D)
+        self.w_q_DNH = _parameter(D, N, H)
+        self.w_k_DKH = _parameter(D, K, H)
+        self.w_v_DKH = _parameter(D, K, H)
+        self.w_o_NHD = _parameter(N, H, D)
+        self.mlp_norm_D = _parameter(D)
+        self.w_gate_DF = _parameter(D, F)
+        self.w_up_DF = _parameter(D, F)
+        self.w_down_FD = _parameter(F, D)
+        if config.attention_bias:
+            self.b_q_NH = _parameter(N, H)
+            self.b_k_KH = _parameter(K, H)
+            self.b_v_KH = _parameter(K, H)
+            self.b_o_D = _parameter(D)
+        if config.mlp_bias:
+            self.b_gate_F = _parameter(F)
+            self.b_up_F = _parameter(F)
+            self.b_down_D = _parameter(D)
+
+    def __call__(
+        self,
+        hidden_TD: Float[Array, "T D"],
+        rope: tuple[Array, Array],
+        attend: Attend,
+        cache: Cache,
+        layer: Any,
+    ) -> tuple[Float[Array, "T D"], Cache]:
+        eps = self.config.rms_eps
+        normed_TD = rms_norm(hidden_TD, self.attn_norm_D[...], eps=eps)
+        mixed_TD, cache = self._attention(normed_TD, rope, attend, cache, layer)
+        hidden_TD = hidden_TD + mixed_TD
+        normed_TD = rms_norm(hidden_TD, self.mlp_norm_D[...], eps=eps)
+        return hidden_TD + self._mlp(normed_TD), cache
+
+    def _attention(
+        self, normed_TD: Array, rope: tuple[Array, Array], attend: Attend, cache: Cache, layer: Any
+    ) -> tuple[Array, Cache]:
+        q_TNH = jnp.einsum("TD,DNH->TNH", normed_TD, self.w_q_DNH[...])
+        k_TKH = jnp.einsum("TD,DKH->TKH", normed_TD, self.w_k_DKH[...])
+        v_TKH = jnp.einsum("TD,DKH->TKH", normed_TD, self.w_v_DKH[...])
+        if self.config.attention_bias:
+            q_TNH = q_TNH + self.b_q_NH[...]
+            k_TKH = k_TKH + self.b_k_KH[...]
+            v_TKH = v_TKH + self.b_v_KH[...]
+        out_TNH, cache = attend(rotate(q_TNH, *rope), rotate(k_TKH, *rope), v_TKH, cache, layer)
+        mixed_TD = jnp.einsum("TNH,NHD->TD", out_TNH, self.w_o_NHD[...])
+        if self.config.attention_bias:
+            mixed_TD = mixed_TD + self.b_o_D[...]
+        return mixed_TD, cache
+
+    def _mlp(self, normed_TD: Float[Array, "T D"]) -> Float[Array, "T D"]:
+        gate_TF = jnp.einsum("TD,DF->TF", normed_TD, self.w_gate_DF[...])
+        up_TF = jnp.einsum("TD,DF->TF", normed_TD, self.w_up_DF[...])
+        if self.config.mlp_bias:
+            gate_TF, up_TF = gate_TF + self.b_gate_F[...], up_TF + self.b_up_F[...]
+        out_TD = jnp.einsum("TF,FD->TD", jax.nn.silu(gate_TF) * up_TF, self.w_down_FD[...])
+        return out_TD + self.b_down_D[...] if self.config.mlp_bias else out_TD
+
+
+class Ends(nnx.Module):
+    """What stands before the first block and after the last."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        self.config = config
+        self.embed_VD = _parameter(config.vocab_size, config.width)
+        self.final_norm_D = _parameter(config.width)
+        if not config.tied_embeddings:
+            self.unembed_VD = _parameter(config.vocab_size, config.width)
+
+    def embed(self, token_T: Int32[Array, "T"]) -> Float[Array, "T D"]:
+        return jnp.take(self.embed_VD[...], token_T, axis=0, mode="clip")
+
+    def logits(self, hidden_RD: Float[Array, "R D"]) -> Float[Array, "R V"]:
+        """Float32 logits of a few chosen tokens, the final norm included."""
+        tied = self.config.tied_embeddings
+        unembed_VD = (self.embed_VD if tied else self.unembed_VD)[...]
+        normed_RD = rms_norm(hidden_RD, self.final_norm_D[...], eps=self.config.rms_eps)
+        return jnp.einsum(
+            "RD,VD->RV", normed_RD, unembed_VD, preferred_element_type=jnp.float32
+        ).astype(jnp.float32)
+
+
+class Decoder:
+    """The graph definitions of one model, and the functions that run them on parameters."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        self.config = config
+        self._block_graph, block = nnx.split(nnx.eval_shape(lambda: Block(config)))
+        self._ends_graph, ends = nnx.split(nnx.eval_shape(lambda: Ends(config)))
+        self.block_shapes: dict[str, jax.ShapeDtypeStruct] = nnx.to_pure_dict(block)
+        self.ends_shapes: dict[str, jax.ShapeDtypeStruct] = nnx.to_pure_dict(ends)
+
+    def hidden(
+        self,
+        params: Params,
+        token_T: Int32[Array, "T"],
+        position_T: Int32[Array, "T"],
+        attend: Attend,
+        cache: Cache,
+    ) -> tuple[Float[Array, "T D"], Cache]:
+        """Runs every layer and returns the last one's output, before the final norm."""
+        hidden_TD = self._ends(params).embed(token_T)
+        rope = rope_tables(position_T, self.config)
+
+        def run(carry: tuple[Array, Cache], block: Params, layer: Any) -> tuple[Array, Cache]:
+            hidden_TD, cache = carry
+            module = nnx.merge(self._block_graph, nnx.State(block))
+            return module(hidden_TD, rope, attend, cache, layer)
+
+        carry = (hidden_TD, cache)
+        if isinstance(params["blocks"], list):
+            for layer, block in enumerate(params["blocks"]):
+                carry = run(carry, block, layer)
+            return carry
+        layer_L = jnp.arange(self.config.num_layers, dtype=jnp.int32)
+        carry, _ = jax.lax.scan(
+            lambda carry, x: (run(carry, *x), None), carry, (params["blocks"], layer_L)
+        )
+        return carry
+
+    def logits(self, params: Params, hidden_RD: Float[Array, "R D"]) -> Float[Array, "R V"]:
+        return self._ends(params).logits(hidden_RD)
+
+    def _ends(self, params: Params) -> Ends:
+        own = {name: params[name] for name in self.ends_shapes}
+        return nnx.merge(self._ends_graph, nnx.State(own))
+
+
+def _parameter(*shape: int) -> nnx.Param:
+    return nnx.Param(jnp.zeros(shape))

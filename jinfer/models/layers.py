@@ -1,0 +1,67 @@
+"""The parts of a transformer layer, as pure functions on packed tokens."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int32
+
+from jinfer.config import ModelConfig, RopeScaling
+
+
+def rms_norm(
+    hidden_TD: Float[Array, "T D"], scale_D: Float[Array, "D"], *, eps: float
+) -> Float[Array, "T D"]:
+    """Divides each token's vector by its root mean square and scales it.
+
+    Computed in float32, rounded to the input's dtype before the scale, as Hugging Face does.
+
+    Source: Zhang and Sennrich, arXiv:1910.07467, equation 4.
+    """
+    wide_TD = hidden_TD.astype(jnp.float32)
+    inv_rms_T1 = jax.lax.rsqrt(jnp.mean(jnp.square(wide_TD), axis=-1, keepdims=True) + eps)
+    return (wide_TD * inv_rms_T1).astype(hidden_TD.dtype) * scale_D
+
+
+def rope_frequencies(config: ModelConfig) -> np.ndarray:
+    """Angle per position of each rotary pair, float32 [H / 2], after any rope scaling.
+
+    Source: Su et al., RoFormer, arXiv:2104.09864, section 3.2.2; scaling: see RopeScaling.
+    """
+    pair = np.arange(0, config.head_width, 2, dtype=np.float32)
+    frequency = 1.0 / config.rope_theta ** (pair / np.float32(config.head_width))
+    if config.rope_scaling is None:
+        return frequency.astype(np.float32)
+    if config.rope_scaling.kind == "linear":
+        return (frequency / config.rope_scaling.factor).astype(np.float32)
+    return _llama3_frequencies(frequency, config.rope_scaling)
+
+
+def _llama3_frequencies(frequency: np.ndarray, scaling: RopeScaling) -> np.ndarray:
+    # Wavelengths beyond the trained context are stretched by `factor`, short ones kept, and
+    # those between blended linearly in (context / wavelength).
+    turns = scaling.original_max_position * frequency / (2 * np.pi)
+    kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    kept = np.clip(kept, 0.0, 1.0)
+    return (frequency * (kept + (1.0 - kept) / scaling.factor)).astype(np.float32)
+
+
+def rope_tables(
+    position_T: Int32[Array, "T"], config: ModelConfig
+) -> tuple[Float[Array, "T 1 H2"], Float[Array, "T 1 H2"]]:
+    """Cosine and sine of every token's angles, float32, computed once per step.
+
+    float32 on purpose: bfloat16 keeps 8 significant bits, so positions past 256 collide.
+    """
+    angle = position_T[:, None, None].astype(jnp.float32) * rope_frequencies(config)
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def rotate(
+    x_TNH: Float[Array, "T N H"],
+    cos_T1H2: Float[Array, "T 1 H2"],
+    sin_T1H2: Float[Array, "T 1 H2"],
+) -> Float[Array, "T N H"]:
+    """Rotates each head's pairs (i, i + H/2), the layout of Hugging Face checkpoints."""
+    lo, hi = jnp.split(x_TNH.astype(jnp.float32), 2, axis=-1)
+    rotated = (lo * cos_T1H2 - hi * sin_T1H2, hi * cos_T1H2 + lo * sin_T1H2)
+    return jnp.concatenate(rotated, axis=-1).astype(x_TNH.dtype)

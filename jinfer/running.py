@@ -1,0 +1,233 @@
+"""A request while it runs: what the host knows of it, from drawn tokens to its output."""
+
+from collections.abc import Sequence as Seq
+
+from jinfer.request.detokenizer import Detokenizer
+from jinfer.request.output import CompletionOutput, Logprob, RequestMetrics, RequestOutput
+from jinfer.request.params import SamplingParams
+from jinfer.request.stop import Finish, StopChecker
+from jinfer.request.tokenizer import Tokenizer
+from jinfer.schedule.plan import Chunk
+from jinfer.schedule.sequence import Sequence
+from jinfer.step.batch import StepOutput
+
+PositionLogprobs = dict[int, Logprob]
+
+
+class RunningRequest:
+    """One request and its n continuations. Made by `Engine.prepare`, after every check."""
+
+    def __init__(
+        self,
+        *,
+        request_id: str,
+        prompt: str | None,
+        prompt_ids: Seq[int],
+        params: SamplingParams,
+        eos_token_ids: Seq[int],
+        max_model_len: int,
+        tokenizer: Tokenizer | None,
+    ) -> None:
+        self.request_id = request_id
+        self.prompt = prompt
+        self.prompt_ids = prompt_ids
+        self.params = params
+        self.tokenizer = tokenizer
+        self.seed = params.seed or 0  # the engine draws one where the user gave none
+        own_eos_ids = () if params.ignore_eos else eos_token_ids
+        self.stop_ids = tuple(dict.fromkeys((*own_eos_ids, *params.stop_token_ids)))
+        self.eos_ids = frozenset(own_eos_ids)
+        self.bad_words = bad_word_ids(params.bad_words, tokenizer)
+        self.metrics = RequestMetrics(num_prompt_tokens=len(prompt_ids))
+        self.error: Exception | None = None
+        # The first prompt token follows nothing, so nothing scores it.
+        self.prompt_logprobs: list[PositionLogprobs | None] | None = None
+        if params.prompt_logprobs is not None:
+            self.prompt_logprobs = [None]
+        max_length = max_model_len
+        if params.max_tokens is not None:
+            max_length = min(max_model_len, len(prompt_ids) + params.max_tokens)
+        self.continuations = [
+            Continuation(
+                self,
+                Sequence(
+                    request_id=request_id,
+                    index=index,
+                    prompt_ids=prompt_ids,
+                    max_length=max_length,
+                    # The continuations share their prompt, so one of them scores it for all.
+                    scores_prompt=params.prompt_logprobs is not None and index == 0,
+                ),
+            )
+            for index in range(params.n)
+        ]
+
+    @property
+    def finished(self) -> bool:
+        return self.error is not None or not self.unfinished
+
+    @property
+    def unfinished(self) -> list["Continuation"]:
+        return [c for c in self.continuations if c.finish is None]
+
+    def fail(self, error: Exception) -> None:
+        """Ends the request with an error; what was generated so far remains readable."""
+        self.error = error
+        for continuation in self.unfinished:
+            continuation.finish = Finish.ERROR
+
+    def output(self) -> RequestOutput:
+        """A snapshot of everything so far."""
+        return RequestOutput(
+            request_id=self.request_id,
+            prompt=self.prompt,
+            prompt_token_ids=list(self.prompt_ids),
+            prompt_logprobs=None if self.prompt_logprobs is None else list(self.prompt_logprobs),
+            outputs=[continuation.output() for continuation in self.continuations],
+            finished=self.finished,
+            metrics=self.metrics,
+            num_cached_tokens=0,
+            error=self.error,
+        )
+
+
+class Continuation:
+    """One of a request's n outputs: its sequence, its text so far, and why it ended."""
+
+    def __init__(self, request: RunningRequest, sequence: Sequence) -> None:
+        params = request.params
+        self.request = request
+        self.sequence = sequence
+        self.finish: Finish | None = None
+        self.stop_reason: int | str | None = None
+        self.text = ""
+        self._stopped_by_text = False
+        self.cumulative_logprob: float | None = None
+        self.logprobs: list[PositionLogprobs] | None = None
+        if params.logprobs is not None:
+            self.cumulative_logprob, self.logprobs = 0.0, []
+        self._detokenizer: Detokenizer | None = None
+        if request.tokenizer is not None and params.detokenize:
+            self._detokenizer = Detokenizer(
+                request.tokenizer,
+                skip_special_tokens=params.skip_special_tokens,
+                prompt_ids=request.prompt_ids,
+            )
+        self._stops = StopChecker(
+            params.stop, include_stop_str_in_output=params.include_stop_str_in_output
+        )
+
+    def accept(self, chunk: Chunk, readouts: range, output: StepOutput, now: float) -> None:
+        """Takes in what a step read for this sequence; its token is committed already.
+
+        Args:
+          chunk: what the step computed.
+          readouts: the chunk's rows of `output`: scored prompt positions, then the draw.
+          output: the step's output, on the host.
+          now: `time.monotonic()` when it was read.
+        """
+        num_scores = len(readouts) - chunk.samples
+        if num_scores:
+            self._accept_scores(readouts[:num_scores], output)
+        if not chunk.samples:
+            return
+        metrics = self.request.metrics
+        metrics.num_output_tokens += 1
+        if metrics.first_token_time is None:
+            metrics.first_token_time = now
+        token_id = self.sequence.output_ids[-1]
+        if self.logprobs is not None:
+            entry = self._logprobs(readouts[-1], token_id, self.request.params.logprobs, output)
+            self.logprobs.append(entry)
+            self.cumulative_logprob += entry[token_id].logprob
+        self._accept_token(token_id)
+
+    def abort(self) -> None:
+        """Ends here; the output so far remains."""
+        self._end(Finish.ABORT, None)
+
+    def output(self) -> CompletionOutput:
+        return CompletionOutput(
+            index=self.sequence.index,
+            text=self.text,
+            token_ids=list(self.sequence.output_ids),
+            cumulative_logprob=self.cumulative_logprob,
+            logprobs=None if self.logprobs is None else list(self.logprobs),
+            finish_reason=self.finish,
+            stop_reason=self.stop_reason,
+        )
+
+    def _accept_token(self, token_id: int) -> None:
+        """Text, then the first reason to stop that applies: stop token, stop string, length."""
+        request, sequence = self.request, self.sequence
+        stop_string = None
+        if self._detokenizer is not None:
+            stop_string = self._show(
+                self._detokenizer.feed([token_id]),
+                may_stop=len(sequence.output_ids) >= request.params.min_tokens,
+            )
+        if token_id in request.stop_ids:
+            # vLLM's convention: a stop token that the user named is the reason, an end token not.
+            self._end(Finish.STOP, None if token_id in request.eos_ids else token_id)
+        elif stop_string is not None:
+            self._end(Finish.STOP, stop_string)
+        elif sequence.num_tokens >= sequence.max_length:
+            self._end(Finish.LENGTH, None)
+
+    def _show(self, piece: str, *, may_stop: bool) -> str | None:
+        """Adds to the text what may be shown of a piece; the stop string that it completes."""
+        if self._stopped_by_text:
+            return None
+        checked = self._stops.feed(piece, may_stop=may_stop)
+        self.text += checked.text
+        self._stopped_by_text = checked.stop is not None
+        return checked.stop
+
+    def _end(self, finish: Finish, stop_reason: int | str | None) -> None:
+        self.finish, self.stop_reason = finish, stop_reason
+        if self._detokenizer is not None and not self._stopped_by_text:
+            self._show(self._detokenizer.flush(), may_stop=False)
+            self.text += self._stops.flush()
+
+    def _accept_scores(self, readouts: range, output: StepOutput) -> None:
+        scores = self.request.prompt_logprobs
+        assert scores is not None, f"scored unasked: {self.request.request_id=}"
+        num_top = self.request.params.prompt_logprobs
+        for readout in readouts:
+            token_id = int(output.token_R[readout])
+            scores.append(self._logprobs(readout, token_id, num_top, output))
+
+    def _logprobs(
+        self, readout: int, token_id: int, num_top: int | None, output: StepOutput
+    ) -> PositionLogprobs:
+        """The chosen token's logprob and those of the `num_top` most likely, best first."""
+        read = output.logprobs
+        chosen_rank = int(read.rank_R[readout])
+        entries = [(token_id, float(read.token_logprob_R[readout]), chosen_rank)]
+        for place in range(num_top or 0):
+            top_id = int(read.top_ids_RJ[readout, place])
+            entries.append((top_id, float(read.top_logprobs_RJ[readout, place]), place + 1))
+        tokenizer = self.request.tokenizer
+        found: PositionLogprobs = {}
+        for entry_id, logprob, rank in entries:
+            text = None if tokenizer is None else tokenizer.token_text(entry_id)
+            found.setdefault(entry_id, Logprob(logprob=logprob, rank=rank, decoded_token=text))
+        return found
+
+
+def bad_word_ids(words: Seq[str], tokenizer: Tokenizer | None) -> tuple[tuple[int, ...], ...]:
+    """Token ids of each bad word, as it stands at the start of a text and after a space.
+
+    As vLLM does: the spelling after a space counts only if it is as long and begins otherwise,
+    else it is the same word or a longer one that ends alike.
+    """
+    if tokenizer is None:
+        return ()
+    found: dict[tuple[int, ...], None] = {}
+    for word in words:
+        bare = tuple(tokenizer.encode(word.lstrip(), add_special_tokens=False))
+        spaced = tuple(tokenizer.encode(" " + word.lstrip(), add_special_tokens=False))
+        found[bare] = None
+        if len(spaced) == len(bare) and spaced[0] != bare[0]:
+            found[spaced] = None
+    return tuple(found)

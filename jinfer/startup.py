@@ -1,0 +1,187 @@
+"""From an EngineConfig to everything an engine needs: weights, pool, slots, programs."""
+
+import sys
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from tqdm import tqdm
+
+from jinfer.config import EngineConfig, EnginePlan, GenerationDefaults, ModelConfig
+from jinfer.models.decoder import Decoder, Params
+from jinfer.request.tokenizer import Tokenizer, load_tokenizer
+from jinfer.resolve import (
+    free_device_bytes,
+    platform_of,
+    resolve_dtype,
+    resolve_layer_loop,
+    resolve_plan,
+)
+from jinfer.step.attention import ATTENTION
+from jinfer.step.compile_cache import use_compilation_cache
+from jinfer.step.kv_cache import KVPages, allocate_pages, pages_shape
+from jinfer.step.pack import BucketShape
+from jinfer.step.programs import Program, compile_all
+from jinfer.step.slots import (
+    ADMISSION_ROWS,
+    RESTORED_TOKENS,
+    SlotState,
+    admission_rows,
+    empty_slots,
+    restore_counts,
+    write_slots,
+)
+from jinfer.step.step import run_step
+from jinfer.weights.dummy import dummy_params
+from jinfer.weights.folder import read_hf_config
+from jinfer.weights.generation_config import read_generation_config
+from jinfer.weights.hub import resolve_model
+from jinfer.weights.load import load_params, read_model_config
+
+Compiled = dict[str, jax.stages.Compiled]
+
+
+@dataclass(kw_only=True)
+class Loaded:
+    """What start-up made. The engine takes `pages` and `slots` and replaces them every step."""
+
+    model: ModelConfig
+    defaults: GenerationDefaults
+    tokenizer: Tokenizer | None
+    plan: EnginePlan
+    params: Params
+    pages: KVPages
+    slots: SlotState
+    programs: Compiled
+
+
+def load(config: EngineConfig) -> Loaded:
+    """Reads the checkpoint, decides the plan, compiles every program and fills the device.
+
+    Raises:
+      CheckpointError: the folder is not a model's, or is damaged.
+      ValueError: an argument is out of range, or the KV cache has no room.
+      NotImplementedError: the architecture or the platform is not supported.
+    """
+    say = partial(print, "jinfer:", file=sys.stderr, flush=True) if config.progress else _silent
+    use_compilation_cache(config.compilation_cache)
+    device = jax.devices()[0]
+    platform = platform_of(device)
+    folder = resolve_model(config.model)
+    model = read_model_config(folder)
+    defaults = read_generation_config(folder, read_hf_config(folder))
+    tokenizer = None
+    if not config.skip_tokenizer_init:
+        tokenizer = load_tokenizer(resolve_model(config.tokenizer) if config.tokenizer else folder)
+    params = _load_weights(config, model, folder, platform, say)
+    plan = resolve_plan(config, model, platform=platform, free_bytes=free_device_bytes(device))
+    say(_capacity_line(plan))
+    shape = pages_shape(model, num_pages=plan.num_pages, page_size=plan.page_size, dtype=plan.dtype)
+    slots = empty_slots(
+        max_slots=plan.max_slots, pages_per_slot=plan.pages_per_slot, vocab_size=model.vocab_size
+    )
+    programs = _compile(plan, model, params, shape, slots, config.progress, say)
+    return Loaded(
+        model=model,
+        defaults=defaults,
+        tokenizer=tokenizer,
+        plan=plan,
+        params=params,
+        pages=allocate_pages(shape),
+        slots=slots,
+        programs=programs,
+    )
+
+
+def _load_weights(
+    config: EngineConfig, model: ModelConfig, folder: Path, platform: str, say: Any
+) -> Params:
+    dtype = resolve_dtype(config, platform)
+    layer_loop = resolve_layer_loop(config, platform)
+    if config.load_format == "dummy":
+        params = dummy_params(model, dtype=dtype, layer_loop=layer_loop, seed=config.seed)
+        say(f"made {model.num_parameters:,} random parameters, {dtype}")
+        return params
+    if config.load_format not in ("auto", "safetensors"):
+        raise ValueError(
+            "load_format must be 'auto', 'safetensors' or 'dummy'; "
+            f"got load_format={config.load_format!r}."
+        )
+    params, report = load_params(folder, model, dtype=dtype, layer_loop=layer_loop)
+    say(report)
+    return params
+
+
+def _capacity_line(plan: EnginePlan) -> str:
+    pool_gib = plan.num_pages * plan.page_bytes / 2**30
+    concurrency = min(plan.max_slots, plan.kv_capacity / plan.max_model_len)
+    return (
+        f"KV cache {pool_gib:.2f} GiB: {plan.kv_capacity:,} tokens in {plan.num_pages - 1:,} pages "
+        f"of {plan.page_size}; {concurrency:.1f} sequences of {plan.max_model_len:,} tokens at once"
+    )
+
+
+def _programs(
+    plan: EnginePlan, model: ModelConfig, params: Params, pages: Any, slots: SlotState
+) -> list[Program]:
+    """One step per token bucket, and the two writers of slots."""
+    step = partial(
+        run_step,
+        decoder=Decoder(model),
+        paged_attention=ATTENTION[plan.attention],
+        max_logprobs=plan.max_logprobs,
+        # On TPU and GPU a float32 matmul is computed in fewer bits unless told otherwise.
+        precision="highest" if plan.dtype == "float32" else "default",
+    )
+    shapes = partial(jax.tree.map, lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype))
+    vocab_size = model.vocab_size
+    int32 = partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
+    steps = [
+        Program(
+            name=f"step of {size} tokens",
+            function=step,
+            shapes=(shapes(params), pages, shapes(slots), BucketShape.of(size, plan).shapes()),
+            donate=(1, 2),
+        )
+        # The largest take longest to compile, so they go first.
+        for size in reversed(plan.token_buckets)
+    ]
+    rows = shapes(admission_rows([], vocab_size))
+    return [
+        *steps,
+        Program(
+            name="write_slots",
+            function=write_slots,
+            shapes=(shapes(slots), int32((ADMISSION_ROWS,)), rows),
+            donate=(0,),
+        ),
+        Program(
+            name="restore_counts",
+            function=restore_counts,
+            shapes=(shapes(slots), int32(()), int32((RESTORED_TOKENS,))),
+            donate=(0,),
+        ),
+    ]
+
+
+def _compile(
+    plan: EnginePlan,
+    model: ModelConfig,
+    params: Params,
+    pages: jax.ShapeDtypeStruct,
+    slots: SlotState,
+    progress: bool,
+    say: Any,
+) -> Compiled:
+    programs = _programs(plan, model, params, pages, slots)
+    with tqdm(total=len(programs), desc="compiling", disable=not progress, leave=False) as bar:
+        compiled, report = compile_all(programs, on_done=lambda name: bar.update())
+    say(f"{report.num_programs} programs ready in {report.elapsed_s:.1f} s")
+    return compiled
+
+
+def _silent(*_: Any) -> None:
+    pass

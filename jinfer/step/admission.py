@@ -1,0 +1,78 @@
+"""One sequence's sampling parameters as the row that its slot will hold."""
+
+import dataclasses
+from collections.abc import Sequence as Seq
+
+import jax
+import numpy as np
+
+from jinfer.request.params import SamplingParams
+from jinfer.schedule.sequence import Sequence
+from jinfer.step import masks
+from jinfer.step.sampler import SamplingState, empty_state
+
+
+def sampling_row(
+    params: SamplingParams,
+    sequence: Sequence,
+    *,
+    seed: int,
+    stop_ids: Seq[int],
+    bad_words: Seq[Seq[int]],
+    vocab_size: int,
+) -> SamplingState:
+    """Builds what `write_slots` writes, leaves without the slot axis.
+
+    Args:
+      params: as the user gave them, already checked.
+      sequence: its prompt, its index among the request's n, and any output it resumes with.
+      seed: the request's own, or the one the engine drew for it.
+      stop_ids: end tokens of the model and the request's own; banned below min_tokens.
+      bad_words: token ids of every banned word.
+      vocab_size: V.
+
+    Raises:
+      RequestError: a list is too long for its slot, or names a token past the vocabulary.
+    """
+    nothing = dataclasses.replace(empty_state(1, vocab_size, xp=np), output_count_AV=None)
+    row = jax.tree.map(lambda leaf_1: leaf_1[0], nothing)
+    banned_ids = [word[0] for word in bad_words if len(word) == 1]
+    bias_ids_J, bias_values_J = masks.pad_bias(params.logit_bias or {}, vocab_size)
+    return dataclasses.replace(
+        row,
+        temperature_A=params.temperature,
+        top_k_A=max(params.top_k, 0),
+        top_p_A=params.top_p,
+        min_p_A=params.min_p,
+        repetition_penalty_A=params.repetition_penalty,
+        presence_penalty_A=params.presence_penalty,
+        frequency_penalty_A=params.frequency_penalty,
+        seed_A2=masks.seed_words(seed, sequence.index),
+        min_length_A=sequence.num_prompt_tokens + params.min_tokens,
+        stop_ids_AJ=masks.pad_stop_ids(stop_ids, vocab_size),
+        bias_ids_AJ=bias_ids_J,
+        bias_values_AJ=bias_values_J,
+        allowed_bits_AW=masks.allowed_bits(
+            vocab_size, allowed_ids=params.allowed_token_ids, banned_ids=banned_ids
+        ),
+        bad_words_AJ8=masks.pad_bad_words([w for w in bad_words if len(w) > 1], vocab_size),
+        prompt_bits_AW=masks.pack_bits(sequence.prompt_ids, vocab_size),
+        recent_A7=masks.recent_window(sequence.output_ids, vocab_size),
+    )
+
+
+def check_row(
+    params: SamplingParams, stop_ids: Seq[int], bad_words: Seq[Seq[int]], vocab_size: int
+) -> None:
+    """Refuses what a slot's row cannot hold, before the request is queued.
+
+    Raises:
+      RequestError: as `sampling_row` would.
+    """
+    masks.pad_stop_ids(stop_ids, vocab_size)
+    if params.logit_bias:
+        masks.pad_bias(params.logit_bias, vocab_size)
+    if params.allowed_token_ids is not None or bad_words:
+        banned_ids = [word[0] for word in bad_words if len(word) == 1]
+        masks.allowed_bits(vocab_size, allowed_ids=params.allowed_token_ids, banned_ids=banned_ids)
+        masks.pad_bad_words([w for w in bad_words if len(w) > 1], vocab_size)

@@ -1,0 +1,51 @@
+"""The two values that cross the border: StepBatch down to the device, StepOutput back up."""
+
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+from jaxtyping import Bool, Int32
+
+from jinfer.step.logprobs import Logprobs
+
+# On the host, on the device, or only the shape of either.
+Array = np.ndarray | jax.Array | jax.ShapeDtypeStruct
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class StepBatch:
+    """Everything the device needs for one step. Built on the host, padded to a bucket.
+
+    Row b owns the packed tokens query_start_B[b] : query_start_B[b] + query_len_B[b]. Padding
+    rows have query_len 0 and stand on the bin slot; so do padding readouts and page writes.
+    """
+
+    token_T: Int32[Array, "T"]
+    drawn_T: Bool[Array, "T"]  # the token is its slot's last drawn one; token_T is ignored
+    slot_T: Int32[Array, "T"]
+    position_T: Int32[Array, "T"]  # place in the token's own sequence
+
+    slot_B: Int32[Array, "B"]
+    query_start_B: Int32[Array, "B"]
+    query_len_B: Int32[Array, "B"]
+    kv_len_B: Int32[Array, "B"]  # tokens visible to the row, this step's included
+
+    write_slot_J: Int32[Array, "J"]  # page-table entries to set before attending
+    write_index_J: Int32[Array, "J"]
+    write_page_J: Int32[Array, "J"]
+
+    read_token_R: Int32[Array, "R"]  # index into T of a token whose logits are wanted
+    read_slot_R: Int32[Array, "R"]
+    draws_R: Bool[Array, "R"]  # draw the next token here; else score target_R
+    target_R: Int32[Array, "R"]  # the token that does follow, where none is drawn
+    wants_logprobs_R: Bool[Array, "R"]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class StepOutput:
+    """What one step brings up to the host, a row per readout."""
+
+    token_R: Int32[Array, "R"]  # drawn, or the target where none was drawn
+    logprobs: Logprobs  # of token_R under the raw logits, for the rows that want them

@@ -1,0 +1,105 @@
+"""SlotState: everything a running sequence needs on the device, one row per slot.
+
+A request is admitted by writing its slot's row, never by making a new shape. The row after
+the last slot is the bin: padding points there, so it never touches a running sequence.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import no_type_check
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Int32
+
+from jinfer.step.batch import StepBatch
+from jinfer.step.sampler import SamplingState, empty_state, record
+
+ADMISSION_ROWS = 8  # slots written by one dispatch of `write_slots`
+RESTORED_TOKENS = 1024  # output tokens counted by one dispatch of `restore_counts`
+
+
+@no_type_check
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class SlotState:
+    """Per-slot state, first axis A = slots + the bin. Donated to every jitted function."""
+
+    last_token_A: Int32[Array, "A"]  # drawn last; the next step's input
+    page_table_AM: Int32[Array, "A M"]  # entries past a sequence's length are stale but valid
+    sampling: SamplingState
+
+
+def empty_slots(*, max_slots: int, pages_per_slot: int, vocab_size: int) -> SlotState:
+    """State of an engine in which nothing runs yet; every page-table entry is page 0."""
+    num_rows = max_slots + 1
+    return SlotState(
+        last_token_A=jnp.zeros(num_rows, jnp.int32),
+        page_table_AM=jnp.zeros((num_rows, pages_per_slot), jnp.int32),
+        sampling=empty_state(num_rows, vocab_size),
+    )
+
+
+def write_pages(slots: SlotState, batch: StepBatch) -> SlotState:
+    """Enters the step's new pages into the page table; padding writes page 0 to the bin."""
+    page_table_AM = slots.page_table_AM.at[batch.write_slot_J, batch.write_index_J].set(
+        batch.write_page_J
+    )
+    return dataclasses.replace(slots, page_table_AM=page_table_AM)
+
+
+def record_drawn(
+    slots: SlotState,
+    slot_R: Int32[Array, "R"],
+    token_R: Int32[Array, "R"],
+    draws_R: Bool[Array, "R"],
+) -> SlotState:
+    """Keeps what was drawn, for the next step's input and for penalties."""
+    bin_slot = slots.last_token_A.shape[0] - 1
+    drawn_slot_R = jnp.where(draws_R, slot_R, bin_slot)
+    return dataclasses.replace(
+        slots,
+        last_token_A=slots.last_token_A.at[drawn_slot_R].set(token_R),
+        sampling=record(slots.sampling, slot_R, token_R, draws_R),
+    )
+
+
+def write_slots(slots: SlotState, slot_A: Int32[Array, "A"], rows: SamplingState) -> SlotState:
+    """Admits up to ADMISSION_ROWS sequences: their parameters in, their output counts to zero.
+
+    Args:
+      slots: the state; donated.
+      slot_A: where each row goes; padding goes to the bin.
+      rows: as many rows; their `output_count_AV` is None, to spare sending zeros.
+    """
+    num_rows, vocab_size = slot_A.shape[0], slots.sampling.output_count_AV.shape[-1]
+    counts_AV = jnp.zeros((num_rows, vocab_size), jnp.int32)
+    rows = dataclasses.replace(rows, output_count_AV=counts_AV)
+    sampling = jax.tree.map(lambda all_, new: all_.at[slot_A].set(new), slots.sampling, rows)
+    return dataclasses.replace(slots, sampling=sampling)
+
+
+def restore_counts(
+    slots: SlotState, slot: Int32[Array, ""], token_J: Int32[Array, "J"]
+) -> SlotState:
+    """Adds output tokens to a slot's counts, for a sequence that resumes; padding is V."""
+    sampling = slots.sampling
+    counts_AV = sampling.output_count_AV.at[slot, token_J].add(1, mode="drop")
+    return dataclasses.replace(
+        slots, sampling=dataclasses.replace(sampling, output_count_AV=counts_AV)
+    )
+
+
+def admission_rows(rows: Sequence[SamplingState], vocab_size: int) -> SamplingState:
+    """Stacks single rows (leaves without the slot axis) and pads them to ADMISSION_ROWS."""
+    stacked = dataclasses.replace(
+        empty_state(ADMISSION_ROWS, vocab_size, xp=np), output_count_AV=None
+    )
+    for place, row in enumerate(rows):
+        for field in dataclasses.fields(row):
+            column = getattr(stacked, field.name)
+            if column is not None:
+                column[place] = getattr(row, field.name)
+    return stacked

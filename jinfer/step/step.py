@@ -1,0 +1,84 @@
+"""One jitted step: any mix of prefill chunks, decoding rows and rows to score."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from jinfer.models.decoder import Decoder, Params
+from jinfer.step.batch import StepBatch, StepOutput
+from jinfer.step.kv_cache import KVPages
+from jinfer.step.logprobs import read_logprobs
+from jinfer.step.sampler import sample
+from jinfer.step.slots import SlotState, record_drawn, write_pages
+
+PagedAttention = Callable[..., tuple[Array, KVPages]]
+
+
+def run_step(
+    params: Params,
+    pages: KVPages,
+    slots: SlotState,
+    batch: StepBatch,
+    *,
+    decoder: Decoder,
+    paged_attention: PagedAttention,
+    max_logprobs: int,
+    precision: str,
+) -> tuple[KVPages, SlotState, StepOutput]:
+    """Computes the batch's tokens, draws or scores one token per readout, updates the slots.
+
+    Donates: `pages` and `slots`; the caller must replace its own references.
+    Recompiles: once per token bucket; nothing else may vary between steps.
+    """
+    slots = write_pages(slots, batch)
+    token_T = jnp.where(batch.drawn_T, slots.last_token_A[batch.slot_T], batch.token_T)
+    attend = _attend(batch, slots, decoder, paged_attention)
+    with jax.default_matmul_precision(precision):
+        hidden_TD, pages = decoder.hidden(params, token_T, batch.position_T, attend, pages)
+        logits_RV = decoder.logits(params, hidden_TD[batch.read_token_R])
+    slots, output = _read(logits_RV, slots, batch, max_logprobs)
+    return pages, slots, output
+
+
+def _attend(
+    batch: StepBatch, slots: SlotState, decoder: Decoder, paged_attention: PagedAttention
+) -> Callable[..., tuple[Array, KVPages]]:
+    scale = decoder.config.head_width**-0.5
+    page_table_BM = slots.page_table_AM[batch.slot_B]
+
+    def attend(
+        q_TNH: Array, k_TKH: Array, v_TKH: Array, pages: KVPages, layer: Any
+    ) -> tuple[Array, KVPages]:
+        with jax.named_scope("paged_attention"):
+            return paged_attention(
+                q_TNH,
+                k_TKH,
+                v_TKH,
+                pages,
+                layer,
+                page_table_BM,
+                batch.kv_len_B,
+                batch.query_start_B,
+                batch.query_len_B,
+                scale=scale,
+            )
+
+    return attend
+
+
+def _read(
+    logits_RV: Array, slots: SlotState, batch: StepBatch, max_logprobs: int
+) -> tuple[SlotState, StepOutput]:
+    # The draw's key depends on the position the new token will take, and on nothing else
+    # of the step: the same request draws the same tokens alone or among others.
+    position_R = batch.position_T[batch.read_token_R] + 1
+    with jax.named_scope("sample"):
+        drawn_R = sample(logits_RV, slots.sampling, batch.read_slot_R, position_R)
+        token_R = jnp.where(batch.draws_R, drawn_R, batch.target_R)
+    slots = record_drawn(slots, batch.read_slot_R, token_R, batch.draws_R)
+    wants_R = batch.wants_logprobs_R
+    logprobs = read_logprobs(logits_RV, token_R, wants_R, max_logprobs, wants_token_R=wants_R)
+    return slots, StepOutput(token_R=token_R, logprobs=logprobs)
