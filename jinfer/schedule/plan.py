@@ -1,0 +1,63 @@
+"""What one step computes: the scheduler's answer, and all that packing a batch needs."""
+
+from dataclasses import dataclass
+
+from jinfer.axes import PageId, Slot
+from jinfer.schedule.sequence import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """One row of the step: consecutive tokens of one sequence."""
+
+    sequence: Sequence
+    slot: Slot
+    start: int  # first position computed; everything before it is in the pool by then
+    num_tokens: int  # >= 1
+    samples: bool  # the chunk ends at the newest token, so the next one is drawn from it
+    num_readouts: int  # places that want logits: the scored prompt positions, and the draw
+
+    @property
+    def stop(self) -> int:
+        """First position after the chunk; also the row's number of visible tokens."""
+        return self.start + self.num_tokens
+
+    @property
+    def scored_positions(self) -> range:
+        """Prompt positions to score: the target of position p is the prompt's token p + 1.
+
+        Empty unless the sequence scores its prompt. The prompt's last position is never among
+        them: it has no next prompt token, and serves the draw.
+        """
+        end = min(self.stop, self.sequence.num_prompt_tokens - 1)
+        num_scored = self.num_readouts - self.samples
+        return range(end - num_scored, end) if num_scored else range(0)
+
+    @property
+    def readout_positions(self) -> list[int]:
+        """Every position that wants logits, ascending; the draw's comes last."""
+        return [*self.scored_positions, *([self.stop - 1] if self.samples else [])]
+
+
+@dataclass(frozen=True, slots=True)
+class PageWrite:
+    """One new entry of the page table, to be written before the step."""
+
+    slot: Slot
+    index: int  # in the slot's row: the page holds positions index * Z .. index * Z + Z - 1
+    page_id: PageId
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """Everything that happens in one step.
+
+    `chunks` holds decoding rows first, then prefills, each oldest first.
+    """
+
+    chunks: tuple[Chunk, ...]
+    admitted: tuple[Sequence, ...]  # their slot's row must be written before the step
+    page_writes: tuple[PageWrite, ...]
+    preempted: tuple[Sequence, ...]  # lost slot and pages since the plan before; none has a chunk
+    num_tokens: int
+    num_readouts: int

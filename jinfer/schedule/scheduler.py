@@ -1,0 +1,280 @@
+"""Who runs in the next step: in which slot, on which pages, how many tokens."""
+
+import heapq
+from collections import deque
+from dataclasses import dataclass, field
+
+from jinfer.axes import Slot
+from jinfer.schedule.page_pool import PagePool, pages_for
+from jinfer.schedule.plan import Chunk, PageWrite, StepPlan
+from jinfer.schedule.sequence import Sequence, Status
+
+
+class Scheduler:
+    """Continuous batching with chunked prefill, first come first served.
+
+    A plan serves, in this order: every decoding row, one token each; prefills that have begun,
+    oldest first; then the waiting, strictly in order, while slots, tokens, readouts and pages
+    last. A sequence whose next page is not to be had takes it from the youngest running one,
+    perhaps itself: that one gives everything back and later computes its tokens again.
+
+    Ownership: a sequence owns pages and a slot while it runs. They are taken in `plan`, and go
+    back in `finish`, `abort`, or when it is preempted.
+
+    Invariant: orders ascend through `_running` and on through `_waiting`. So the youngest
+    running sequence is the last one, and its place when preempted is the head of the queue.
+
+    The loop may plan step n+1 before it commits step n. Device work runs in order, so pages
+    given back while a step in flight still writes to them may be handed out at once.
+    """
+
+    def __init__(
+        self,
+        *,
+        max_slots: int,
+        max_step_tokens: int,
+        page_size: int,
+        num_pages: int,
+        max_model_len: int,
+        max_readouts: int | None = None,
+        max_chunk_tokens: int | None = None,
+    ) -> None:
+        """Starts empty.
+
+        Args:
+          max_slots: sequences that run at the same time.
+          max_step_tokens: tokens of one step, at least `max_slots`.
+          page_size: tokens per page.
+          num_pages: pages in the pool, the bin included; one longest sequence must fit.
+          max_model_len: tokens of the longest sequence, prompt and output.
+          max_readouts: places of one step that may want logits, at least `max_slots`; None is
+            just that. More lets prompts that are scored come in larger chunks.
+          max_chunk_tokens: tokens of one chunk; None means as many as the step holds.
+        """
+        max_readouts = max_slots if max_readouts is None else max_readouts
+        # Every running row can then decode in every step, and the oldest can always grow.
+        assert max_step_tokens >= max_slots >= 1, f"{max_step_tokens=}, {max_slots=}"
+        assert max_readouts >= max_slots, f"{max_readouts=}, {max_slots=}"
+        assert num_pages - 1 >= pages_for(max_model_len, page_size), f"{num_pages=}"
+        assert max_chunk_tokens is None or max_chunk_tokens >= 1, f"{max_chunk_tokens=}"
+        self._max_step_tokens = max_step_tokens
+        self._max_chunk_tokens = max_chunk_tokens or max_step_tokens
+        self._max_readouts = max_readouts
+        self._max_model_len = max_model_len
+        self._page_size = page_size
+        self._pool = PagePool(num_pages)
+        self._free_slots = [Slot(i) for i in range(max_slots)]  # a heap: the lowest goes first
+        self._waiting: deque[Sequence] = deque()
+        self._running: list[Sequence] = []
+        self._preempted: list[Sequence] = []  # and not yet told in a plan
+        self._num_arrivals = 0
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._waiting or self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def num_free_pages(self) -> int:
+        return self._pool.num_free_pages
+
+    def add(self, sequence: Sequence) -> None:
+        """Queues a new sequence behind all others. Its lengths were checked at admission."""
+        assert sequence.order == -1, f"added twice: {sequence.request_id=}"
+        assert 1 <= sequence.num_tokens < sequence.max_length <= self._max_model_len, (
+            f"{sequence.num_tokens=}, {sequence.max_length=}, {self._max_model_len=}"
+        )
+        sequence.order = self._num_arrivals
+        self._num_arrivals += 1
+        self._waiting.append(sequence)
+
+    def finish(self, sequence: Sequence) -> None:
+        """Ends a sequence: it gives back what it owns. Steps in flight for it count no more."""
+        assert sequence.order >= 0, f"never added: {sequence.request_id=}"
+        assert sequence.status is not Status.FINISHED, f"finished twice: {sequence.request_id=}"
+        if sequence.status is Status.RUNNING:
+            self._running.remove(sequence)
+            self._give_back(sequence)
+        else:
+            self._waiting.remove(sequence)
+        sequence.status = Status.FINISHED
+
+    def abort(self, sequence: Sequence) -> None:
+        """Like `finish`, but a sequence that has finished may be aborted: nothing happens."""
+        if sequence.status is not Status.FINISHED:
+            self.finish(sequence)
+
+    def plan(self) -> StepPlan | None:
+        """Decides the next step and takes its pages and slots; None if nothing can run.
+
+        With nothing in flight, None means that there is no work.
+        """
+        draft = _Draft(self._max_step_tokens, self._max_readouts)
+        num_untold = len(self._preempted)
+        self._schedule_running(draft)
+        # What was just taken from one is not for another that came later.
+        if len(self._preempted) == num_untold:
+            self._admit_waiting(draft)
+        if not draft.chunks:
+            in_flight = any(s.num_in_flight for s in (*self._running, *self._waiting))
+            assert in_flight or not self.has_work, (
+                f"stuck: {self.num_running=}, {self.num_waiting=}"
+            )
+            return None
+        for sequence, chunk in draft.chunks.items():
+            sequence.num_scheduled += chunk.num_tokens
+            sequence.num_unread += chunk.samples
+            sequence.num_in_flight += 1
+        # One that lost its place in a plan of None may be back by now, or have ended.
+        preempted = tuple(s for s in self._preempted if s.status is Status.WAITING)
+        self._preempted.clear()
+        return draft.seal(preempted)
+
+    def commit(self, chunk: Chunk, token_id: int | None) -> None:
+        """Records that a chunk was computed and its token read; in the order of the plans.
+
+        Args:
+          chunk: of a plan; each is committed once.
+          token_id: the token drawn, or None if the chunk does not sample.
+        """
+        assert chunk.samples == (token_id is not None), f"{chunk.samples=}, {token_id=}"
+        sequence = chunk.sequence
+        if sequence.status is Status.FINISHED:  # it ended while this was in flight
+            return
+        sequence.num_in_flight -= 1
+        sequence.num_scored += len(chunk.scored_positions)
+        if token_id is not None:
+            sequence.num_unread -= 1
+            sequence.output_ids.append(token_id)
+        if sequence.status is Status.RUNNING:  # else preempted since: the token holds, its K/V not
+            sequence.num_computed += chunk.num_tokens
+
+    def _schedule_running(self, draft: "_Draft") -> None:
+        decodes = [s for s in self._running if s.num_unscheduled == 1]
+        prefills = [s for s in self._running if s.num_unscheduled > 1]
+        num_rows_after = len(decodes) + len(prefills)
+        for sequence in decodes + prefills:
+            num_rows_after -= 1
+            # A row before may have preempted this one, or left no token for it.
+            if sequence.status is Status.RUNNING and draft.num_tokens_left:
+                # One readout stays reserved for every row that follows.
+                self._schedule(sequence, draft.num_readouts_left - num_rows_after, draft)
+
+    def _admit_waiting(self, draft: "_Draft") -> None:
+        num_spare_pages = self.num_free_pages - sum(map(self._num_pages_owed, self._running))
+        while self._waiting and self._free_slots:
+            sequence = self._waiting[0]
+            num_pages = pages_for(sequence.num_tokens, self._page_size)
+            # One page to grow into, but never more than it can ever fill.
+            num_wanted = min(num_pages + 1, pages_for(sequence.max_length, self._page_size))
+            if not (draft.num_tokens_left and draft.num_readouts_left):
+                break
+            # A preempted one waits for its tokens in flight: it must compute them again.
+            if sequence.num_in_flight or num_wanted > num_spare_pages:
+                break
+            num_spare_pages -= self._num_pages_owed(sequence)
+            self._waiting.popleft()
+            self._running.append(sequence)
+            sequence.status = Status.RUNNING
+            sequence.slot = heapq.heappop(self._free_slots)
+            draft.admitted.append(sequence)
+            self._schedule(sequence, draft.num_readouts_left, draft)
+
+    def _num_pages_owed(self, sequence: Sequence) -> int:
+        # Pages for the tokens it has and the one that comes next, as far as not yet taken.
+        num_tokens = min(sequence.length + 1, sequence.max_length)
+        return pages_for(num_tokens, self._page_size) - len(sequence.pages)
+
+    def _schedule(self, sequence: Sequence, num_readouts_left: int, draft: "_Draft") -> None:
+        chunk = self._cut_chunk(sequence, draft.num_tokens_left, num_readouts_left)
+        index = len(sequence.pages)
+        if not self._grow(sequence, chunk.stop, draft):
+            return
+        for page_id in sequence.pages[index:]:
+            draft.page_writes.append(PageWrite(chunk.slot, index, page_id))
+            index += 1
+        draft.add(chunk)
+
+    def _cut_chunk(self, sequence: Sequence, num_tokens_left: int, num_readouts_left: int) -> Chunk:
+        assert sequence.slot is not None, f"runs without a slot: {sequence.request_id=}"
+        start = sequence.num_scheduled
+        num_tokens = min(sequence.num_unscheduled, num_tokens_left, self._max_chunk_tokens)
+        stop = start + num_tokens
+        num_scores = 0
+        if sequence.scores_prompt:
+            first = max(start, sequence.num_scored)
+            num_scores = max(0, min(stop, sequence.num_prompt_tokens - 1) - first)
+            if num_scores + (stop == sequence.length) > num_readouts_left:
+                stop = first + num_readouts_left
+                num_scores = num_readouts_left
+        assert stop > start, f"nothing to compute: {sequence.request_id=}, {start=}, {stop=}"
+        samples = stop == sequence.length
+        return Chunk(
+            sequence, sequence.slot, start, stop - start, samples, num_readouts=num_scores + samples
+        )
+
+    def _grow(self, sequence: Sequence, num_tokens: int, draft: "_Draft") -> bool:
+        """Takes the pages that the first `num_tokens` tokens still lack; False if preempted."""
+        num_missing = pages_for(num_tokens, self._page_size) - len(sequence.pages)
+        while (page_ids := self._pool.allocate(num_missing)) is None:
+            if self._preempt_youngest(draft) is sequence:
+                return False
+        sequence.pages += page_ids
+        return True
+
+    def _preempt_youngest(self, draft: "_Draft") -> Sequence:
+        sequence = self._running.pop()
+        draft.drop(sequence)
+        self._give_back(sequence)
+        sequence.status = Status.WAITING
+        sequence.num_computed = sequence.num_scheduled = 0
+        sequence.num_preemptions += 1
+        self._waiting.appendleft(sequence)
+        self._preempted.append(sequence)
+        return sequence
+
+    def _give_back(self, sequence: Sequence) -> None:
+        assert sequence.slot is not None, f"runs without a slot: {sequence.request_id=}"
+        self._pool.release(sequence.pages)
+        sequence.pages.clear()
+        heapq.heappush(self._free_slots, sequence.slot)
+        sequence.slot = None
+
+
+@dataclass(slots=True)
+class _Draft:
+    """A plan in the making, and what is left of the step's budgets."""
+
+    num_tokens_left: int
+    num_readouts_left: int
+    chunks: dict[Sequence, Chunk] = field(default_factory=dict)
+    admitted: list[Sequence] = field(default_factory=list)
+    page_writes: list[PageWrite] = field(default_factory=list)
+
+    def add(self, chunk: Chunk) -> None:
+        self.chunks[chunk.sequence] = chunk
+        self.num_tokens_left -= chunk.num_tokens
+        self.num_readouts_left -= chunk.num_readouts
+
+    def drop(self, sequence: Sequence) -> None:
+        """Takes out a sequence about to lose its slot. What it was given stays spent."""
+        if self.chunks.pop(sequence, None) is not None:
+            self.page_writes = [w for w in self.page_writes if w.slot != sequence.slot]
+
+    def seal(self, preempted: tuple[Sequence, ...]) -> StepPlan:
+        chunks = tuple(self.chunks.values())
+        return StepPlan(
+            chunks=chunks,
+            admitted=tuple(self.admitted),
+            page_writes=tuple(self.page_writes),
+            preempted=preempted,
+            num_tokens=sum(chunk.num_tokens for chunk in chunks),
+            num_readouts=sum(chunk.num_readouts for chunk in chunks),
+        )

@@ -1,0 +1,74 @@
+"""One continuation of one request, as the host sees it while it runs."""
+
+import enum
+from collections import abc
+from dataclasses import dataclass, field
+
+from jinfer.axes import PageId, Slot
+
+
+class Status(enum.Enum):
+    WAITING = "waiting"  # owns nothing: new, or preempted
+    RUNNING = "running"  # owns a slot, and pages once its first chunk is planned
+    FINISHED = "finished"  # owns nothing, and never runs again
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One continuation of one request: a request with n=3 has three.
+
+    Compared and hashed by identity. The scheduler alone writes the fields below `scores_prompt`.
+
+    A step is planned, then committed when its tokens have been read; in between it is in
+    flight. What a plan promises is counted apart from what a commit has confirmed, so that
+    the next step can be planned before this one's tokens are known:
+
+      num_computed <= num_scheduled <= length       num_tokens <= length
+    """
+
+    request_id: str
+    index: int  # which of the request's n
+    prompt_ids: abc.Sequence[int]
+    max_length: int  # tokens of prompt and output at which it stops for length
+    scores_prompt: bool = False  # prompt logprobs wanted: each prompt position needs a readout
+    order: int = -1  # of first arrival at the scheduler, kept when preempted; -1 before it
+    output_ids: list[int] = field(default_factory=list)
+    num_computed: int = 0  # tokens whose K/V is in the pool
+    num_scheduled: int = 0  # the same, once every step in flight is done
+    num_unread: int = 0  # tokens drawn by steps in flight: their place is known, not their value
+    num_in_flight: int = 0  # chunks planned and not yet committed
+    num_scored: int = 0  # prompt positions whose logprobs were delivered: 0 .. num_scored - 1
+    pages: list[PageId] = field(default_factory=list)  # in order of position
+    slot: Slot | None = None
+    status: Status = Status.WAITING
+    num_preemptions: int = 0
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.prompt_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens whose values the host knows: the prompt and the outputs read so far."""
+        return len(self.prompt_ids) + len(self.output_ids)
+
+    @property
+    def length(self) -> int:
+        """Tokens there are once every step in flight has been read."""
+        return self.num_tokens + self.num_unread
+
+    @property
+    def num_unscheduled(self) -> int:
+        """Tokens the next step could compute: 1 when decoding, 0 when the last was drawn."""
+        return self.length - self.num_scheduled if self.length < self.max_length else 0
+
+    def token_at(self, position: int) -> int:
+        """The token id at `position`, of the prompt or of the outputs read so far."""
+        return self.tokens(position, position + 1)[0]
+
+    def tokens(self, start: int, stop: int) -> list[int]:
+        """Token ids at positions `start` .. `stop` - 1, which the host must know already."""
+        assert 0 <= start <= stop <= self.num_tokens, f"{start=}, {stop=}, {self.num_tokens=}"
+        num_prompt = len(self.prompt_ids)
+        outputs = self.output_ids[max(0, start - num_prompt) : max(0, stop - num_prompt)]
+        return [*self.prompt_ids[start:stop], *outputs]

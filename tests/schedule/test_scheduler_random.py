@@ -1,0 +1,344 @@
+"""The scheduler against a simulated device, under random arrivals, finishes and aborts.
+
+The device keeps tokens in pages, finds them through its own page table (built from the plans'
+page writes alone), and draws each token from all tokens it finds. So a page lent twice, a write
+missed or a token not recomputed changes the outputs, which must be those of the request alone.
+"""
+
+import random
+from collections import deque
+from dataclasses import dataclass
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jinfer.schedule.page_pool import pages_for
+from jinfer.schedule.plan import Chunk, StepPlan
+from jinfer.schedule.scheduler import Scheduler
+from jinfer.schedule.sequence import Sequence, Status
+
+STOP = 0  # the token that ends a sequence, one draw in 40
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    max_slots: int = 8
+    max_step_tokens: int = 32
+    page_size: int = 4
+    num_pages: int = 200
+    max_model_len: int = 48
+    max_readouts: int = 8
+    max_chunk_tokens: int | None = None
+
+
+def draw(tokens: tuple[int, ...]) -> int:
+    return hash(tokens) % 40
+
+
+def outputs_alone(sequence: Sequence) -> list[int]:
+    tokens = list(sequence.prompt_ids)
+    while len(tokens) < sequence.max_length and tokens[-1] != STOP:
+        tokens.append(draw(tuple(tokens)))
+    return tokens[sequence.num_prompt_tokens :]
+
+
+class Simulation:
+    """A scheduler, a device, and the loop between them; checks everything after each move."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
+        self.scheduler = Scheduler(**vars(limits))
+        self.sequences: list[Sequence] = []  # all there ever were, in order of arrival
+        self.alive: list[Sequence] = []
+        self.first_admitted: list[Sequence] = []
+        self.scored: dict[Sequence, list[int]] = {}
+        self.table: dict[int, dict[int, int]] = {i: {} for i in range(limits.max_slots)}
+        self.cells: dict[tuple[int, int], tuple[Sequence, int, int]] = {}
+        self.last_token: dict[int, int] = {}  # of each slot
+        self.in_flight: deque[tuple[StepPlan, list[int | None]]] = deque()
+
+    # The moves.
+
+    def add(self, num_prompt_tokens: int, max_length: int, *, scores_prompt: bool = False) -> None:
+        number = len(self.sequences)
+        prompt = [1 + (number * 7919 + i * 31) % 97 for i in range(num_prompt_tokens)]
+        sequence = Sequence(f"r{number}", 0, prompt, max_length, scores_prompt)
+        self.sequences.append(sequence)
+        self.alive.append(sequence)
+        self.scored[sequence] = []
+        self.scheduler.add(sequence)
+        assert sequence.order == number
+        self.check_ownership()
+
+    def end(self, sequence: Sequence, *, by_abort: bool) -> None:
+        self.alive.remove(sequence)
+        if by_abort:
+            self.scheduler.abort(sequence)
+            self.scheduler.abort(sequence)  # once more does nothing
+        else:
+            self.scheduler.finish(sequence)
+        assert sequence.status is Status.FINISHED
+        self.check_ownership()
+
+    def dispatch(self) -> bool:
+        running = [s for s in self.alive if s.status is Status.RUNNING]
+        decoding = [s for s in running if s.num_unscheduled == 1]
+        growing = [s for s in running if s.num_unscheduled]
+        starts = {s: s.num_scheduled for s in self.alive}
+        plan = self.scheduler.plan()
+        if plan is None:
+            assert self.in_flight or not self.alive
+            return False
+        self.check_budgets(plan)
+        chunks = {chunk.sequence: chunk for chunk in plan.chunks}
+        assert len(chunks) == len(plan.chunks)
+        for chunk in plan.chunks:
+            assert chunk.start == starts[chunk.sequence]
+            assert self.in_flight or chunk.start == chunk.sequence.num_computed
+        assert all(s in chunks or s in plan.preempted for s in decoding)
+        if growing:  # the oldest always gets on
+            assert growing[0] in chunks
+        elif not running and not self.in_flight:
+            assert self.alive[0] in chunks
+        if not plan.preempted:
+            self.check_nobody_waits_for_nothing(plan)
+        self.in_flight.append((plan, self.execute(plan)))
+        self.check_ownership()
+        return True
+
+    def settle(self) -> None:
+        plan, tokens = self.in_flight.popleft()
+        for chunk, token_id in zip(plan.chunks, tokens, strict=True):
+            sequence = chunk.sequence
+            self.scheduler.commit(chunk, token_id)
+            if sequence.status is Status.FINISHED:
+                continue
+            self.scored[sequence] += chunk.scored_positions
+            if token_id == STOP or sequence.num_tokens == sequence.max_length:
+                self.end(sequence, by_abort=False)
+                self.check_answer(sequence)
+            self.check_ownership()
+
+    def drain(self, depth: int = 0) -> None:
+        num_steps = 0
+        while self.alive or self.in_flight:
+            if not self.dispatch() or len(self.in_flight) > depth:
+                self.settle()
+            num_steps += 1
+            assert num_steps < 10_000, "starved"
+
+    # The device.
+
+    def execute(self, plan: StepPlan) -> list[int | None]:
+        for sequence in plan.admitted:
+            assert sequence.slot is not None
+            self.table[sequence.slot].clear()
+            if sequence not in self.first_admitted:
+                self.first_admitted.append(sequence)
+        for write in plan.page_writes:
+            self.table[write.slot][write.index] = write.page_id
+        for chunk in plan.chunks:
+            for position in range(chunk.start, chunk.stop):
+                known = position < chunk.sequence.num_tokens
+                token = chunk.sequence.token_at(position) if known else self.last_token[chunk.slot]
+                self.cells[self.cell(chunk.slot, position)] = (chunk.sequence, position, token)
+        return [self.attend(chunk) for chunk in plan.chunks]
+
+    def attend(self, chunk: Chunk) -> int | None:
+        found = [self.cells[self.cell(chunk.slot, p)] for p in range(chunk.stop)]
+        for position, (owner, written_position, _) in enumerate(found):
+            assert owner is chunk.sequence and written_position == position
+        if not chunk.samples:
+            return None
+        self.last_token[chunk.slot] = draw(tuple(token for _, _, token in found))
+        return self.last_token[chunk.slot]
+
+    def cell(self, slot: int, position: int) -> tuple[int, int]:
+        index, offset = divmod(position, self.limits.page_size)
+        return self.table[slot][index], offset
+
+    # What must hold.
+
+    def check_budgets(self, plan: StepPlan) -> None:
+        limits = self.limits
+        assert plan.num_tokens == sum(chunk.num_tokens for chunk in plan.chunks)
+        assert plan.num_readouts == sum(len(chunk.readout_positions) for chunk in plan.chunks)
+        assert plan.num_tokens <= limits.max_step_tokens
+        assert plan.num_readouts <= limits.max_readouts
+        assert len({chunk.slot for chunk in plan.chunks}) == len(plan.chunks) <= limits.max_slots
+        for chunk in plan.chunks:
+            assert 1 <= chunk.num_tokens <= (limits.max_chunk_tokens or limits.max_step_tokens)
+            assert chunk.slot == chunk.sequence.slot
+            assert chunk.stop == chunk.sequence.num_scheduled
+            # A draw in flight was added to the length by planning it.
+            assert chunk.samples == (chunk.stop == chunk.sequence.length - chunk.samples)
+            assert chunk.num_readouts == len(chunk.scored_positions) + chunk.samples
+        assert not {s for s in plan.preempted if s.slot is not None}
+        assert all(s.num_scheduled for s in plan.admitted)
+
+    def check_nobody_waits_for_nothing(self, plan: StepPlan) -> None:
+        waiting = [s for s in self.alive if s.status is Status.WAITING]
+        if not waiting or waiting[0].num_in_flight:
+            return
+        limits, head = self.limits, waiting[0]
+        running = [s for s in self.alive if s.status is Status.RUNNING]
+        # Room for all that is running, one more page each, and the head with one page more.
+        promised = sum(pages_for(s.length, limits.page_size) + 1 - len(s.pages) for s in running)
+        wanted = pages_for(head.num_tokens, limits.page_size) + 1
+        assert (
+            len(running) == limits.max_slots
+            or plan.num_tokens == limits.max_step_tokens
+            or plan.num_readouts == limits.max_readouts
+            or wanted + promised > self.scheduler.num_free_pages
+        )
+
+    def check_ownership(self) -> None:
+        running = [s for s in self.alive if s.status is Status.RUNNING]
+        waiting = [s for s in self.alive if s.status is Status.WAITING]
+        assert len(running) == self.scheduler.num_running
+        assert len(waiting) == self.scheduler.num_waiting
+        assert self.scheduler.has_work == bool(self.alive)
+        # `alive` is in order of arrival, so this is first come first served:
+        assert running + waiting == self.alive
+        assert self.first_admitted == sorted(self.first_admitted, key=lambda s: s.order)
+        slots = [s.slot for s in running]
+        assert len(set(slots)) == len(slots) and set(slots) <= set(range(self.limits.max_slots))
+        pages = [page_id for s in running for page_id in s.pages]
+        assert len(set(pages)) == len(pages) and 0 not in pages
+        assert len(pages) + self.scheduler.num_free_pages == self.limits.num_pages - 1
+        for s in running:
+            assert s.slot is not None
+            assert len(s.pages) == pages_for(s.num_scheduled, self.limits.page_size)
+            assert s.pages == [self.table[s.slot][i] for i in range(len(s.pages))]
+            assert s.num_computed <= s.num_scheduled <= s.length <= s.max_length
+        for s in self.sequences[-40:]:
+            if s.status is not Status.RUNNING:
+                assert s.slot is None and not s.pages
+
+    def check_answer(self, sequence: Sequence) -> None:
+        assert sequence.output_ids == outputs_alone(sequence)
+        num_scored = sequence.num_prompt_tokens - 1 if sequence.scores_prompt else 0
+        assert self.scored[sequence] == list(range(num_scored))
+        assert sequence.num_scored == num_scored
+
+    def check_empty(self) -> None:
+        assert not self.scheduler.has_work
+        assert self.scheduler.num_free_pages == self.limits.num_pages - 1
+        for _ in range(self.limits.max_slots):
+            self.add(1, 2)
+        self.dispatch()  # every slot is free: the lowest go first
+        assert [s.slot for s in self.alive] == list(range(self.limits.max_slots))
+        self.drain()
+
+
+def run_randomly(limits: Limits, num_requests: int, depth: int, seed: int) -> Simulation:
+    """`depth` steps stay unread while the next is planned."""
+    rng = random.Random(seed)
+    sim = Simulation(limits)
+
+    def disturb() -> None:
+        if len(sim.sequences) < num_requests and sim.scheduler.num_waiting < 12:
+            for _ in range(rng.choice((0, 0, 1, 1, 2, 5))):
+                num_prompt_tokens = rng.randint(1, min(30, limits.max_model_len - 1))
+                max_length = rng.randint(num_prompt_tokens + 1, limits.max_model_len)
+                sim.add(num_prompt_tokens, max_length, scores_prompt=rng.random() < 0.3)
+        if sim.alive and rng.random() < 0.04:
+            sim.end(rng.choice(sim.alive), by_abort=rng.random() < 0.5)
+
+    while sim.alive or sim.in_flight or len(sim.sequences) < num_requests:
+        disturb()
+        if (not sim.dispatch() and sim.in_flight) or len(sim.in_flight) > depth:
+            disturb()
+            sim.settle()
+    sim.check_empty()
+    return sim
+
+
+ROOMY = Limits(num_pages=8 * 12 + 1)
+TIGHT = Limits(num_pages=13)  # one longest sequence, and not a page more
+CASES = {
+    "roomy": ROOMY,
+    "tight": TIGHT,
+    "tight_chunks_of_1": Limits(num_pages=16, max_chunk_tokens=1),
+    "tight_chunks_of_7": Limits(num_pages=16, max_chunk_tokens=7, max_readouts=20),
+    "tight_pages_of_1": Limits(num_pages=60, page_size=1, max_chunk_tokens=16),
+    "smallest_step": Limits(num_pages=20, max_step_tokens=8),
+    "one_slot": Limits(max_slots=1, num_pages=13, max_readouts=1),
+    "many_readouts": Limits(num_pages=30, max_readouts=64, max_chunk_tokens=64, max_step_tokens=64),
+}
+
+
+@pytest.mark.parametrize("depth", [0, 1], ids=["read_at_once", "one_step_ahead"])
+@pytest.mark.parametrize("name", CASES)
+def test_random_requests(name: str, depth: int) -> None:
+    sim = run_randomly(CASES[name], num_requests=150, depth=depth, seed=depth)
+    num_preemptions = sum(s.num_preemptions for s in sim.sequences)
+    if name in ("roomy", "one_slot"):
+        assert num_preemptions == 0
+    else:
+        assert num_preemptions > 10
+
+
+@given(
+    max_slots=st.integers(1, 6),
+    num_more_tokens=st.integers(0, 20),
+    page_size=st.integers(1, 9),
+    num_more_pages=st.integers(0, 10),
+    num_more_readouts=st.integers(0, 10),
+    max_chunk_tokens=st.one_of(st.none(), st.integers(1, 20)),
+    depth=st.integers(0, 3),
+    seed=st.integers(0, 10_000),
+)
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+def test_any_limits(
+    *, max_slots, num_more_tokens, page_size, num_more_pages, num_more_readouts, max_chunk_tokens,
+    depth, seed,
+) -> None:  # fmt: skip
+    limits = Limits(
+        max_slots=max_slots,
+        max_step_tokens=max_slots + num_more_tokens,
+        page_size=page_size,
+        num_pages=1 + pages_for(24, page_size) + num_more_pages,
+        max_model_len=24,
+        max_readouts=max_slots + num_more_readouts,
+        max_chunk_tokens=max_chunk_tokens,
+    )
+    run_randomly(limits, num_requests=12, depth=depth, seed=seed)
+
+
+@pytest.mark.parametrize("depth", [0, 1], ids=["read_at_once", "one_step_ahead"])
+def test_an_abort_at_each_possible_point(depth: int) -> None:
+    limits = Limits(max_slots=3, max_step_tokens=6, num_pages=7, max_model_len=24, max_readouts=4)
+    lengths = ((9, 24), (14, 20), (3, 24), (5, 18))
+    states = set()
+    for victim in range(len(lengths)):
+        point = 0
+        while True:
+            sim = Simulation(limits)
+            for num_prompt_tokens, max_length in lengths:
+                sim.add(num_prompt_tokens, max_length, scores_prompt=True)
+            if not _move(sim, point, depth):
+                break  # past the end of the whole run
+            sequence = sim.sequences[victim]
+            if sequence in sim.alive:
+                states.add((sequence.status, sequence.num_computed > 0, len(sim.in_flight)))
+                states.add(("preempted", sequence.num_preemptions > 0))
+                sim.end(sequence, by_abort=True)
+            sim.drain(depth)
+            sim.check_empty()
+            point += 1
+        assert point > 40
+    assert {status for status, *_ in states} == {Status.WAITING, Status.RUNNING, "preempted"}
+    assert ("preempted", True) in states
+    assert (Status.RUNNING, False, 1) in states and (Status.RUNNING, True, 1) in states
+
+
+def _move(sim: Simulation, num_moves: int, depth: int) -> bool:
+    """Makes so many moves, a plan or a commit each; False if the work ends before."""
+    for _ in range(num_moves):
+        if not sim.alive and not sim.in_flight:
+            return False
+        if len(sim.in_flight) > depth or not sim.dispatch():
+            sim.settle()
+    return True
