@@ -1,0 +1,43 @@
+"""jinfer: LLM inference in JAX for TPUs and GPUs."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jinfer.async_llm import AsyncLLM
+    from jinfer.errors import CheckpointError, RequestError
+    from jinfer.llm import LLM
+    from jinfer.request.output import CompletionOutput, Logprob, RequestMetrics, RequestOutput
+    from jinfer.request.params import SamplingParams
+
+__version__ = "0.1.0"
+__all__ = [
+    "LLM",
+    "AsyncLLM",
+    "CheckpointError",
+    "CompletionOutput",
+    "Logprob",
+    "RequestError",
+    "RequestMetrics",
+    "RequestOutput",
+    "SamplingParams",
+]
+
+_HOMES = {
+    "LLM": "jinfer.llm",
+    "AsyncLLM": "jinfer.async_llm",
+    "CheckpointError": "jinfer.errors",
+    "RequestError": "jinfer.errors",
+    "CompletionOutput": "jinfer.request.output",
+    "Logprob": "jinfer.request.output",
+    "RequestMetrics": "jinfer.request.output",
+    "RequestOutput": "jinfer.request.output",
+    "SamplingParams": "jinfer.request.params",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # JAX takes a second or two to import; `jinfer --help` and the host-only parts go without.
+    if name not in _HOMES:
+        raise AttributeError(f"module 'jinfer' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

@@ -1,7 +1,7 @@
 """Axis letters used in array names, annotations and einsums.
 
 B  rows in a step (one per scheduled sequence)   T  packed query tokens
-R  readouts of a step (places that want logits)  A  slots, the last one being the bin
+R  readouts of a step (places that want logits)  A  slots, the last one the bin
 M  page-table width (pages per slot)             P  pages in the pool
 Z  tokens per page                               S  key/value positions
 D  model width    F  feed-forward width          V  vocabulary

@@ -20,6 +20,7 @@ from jinfer.resolve import (
     resolve_layer_loop,
     resolve_plan,
 )
+from jinfer.shipped import find_shipped
 from jinfer.step.attention import ATTENTION
 from jinfer.step.compile_cache import use_compilation_cache
 from jinfer.step.kv_cache import KVPages, allocate_pages, pages_shape
@@ -70,7 +71,7 @@ def load(config: EngineConfig) -> Loaded:
     use_compilation_cache(config.compilation_cache)
     device = jax.devices()[0]
     platform = platform_of(device)
-    folder = resolve_model(config.model)
+    folder = find_shipped(config.model) or resolve_model(config.model)
     model = read_model_config(folder)
     defaults = read_generation_config(folder, read_hf_config(folder))
     tokenizer = None

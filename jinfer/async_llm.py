@@ -1,0 +1,206 @@
+"""The asyncio API: many callers, one engine loop in a thread of its own."""
+
+import asyncio
+import itertools
+import threading
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jinfer.errors import RequestError
+from jinfer.llm import LLM
+from jinfer.request.output import RequestOutput
+from jinfer.request.params import SamplingParams
+from jinfer.request.prompt import Prompt, as_prompt
+from jinfer.running import RunningRequest
+from jinfer.shipped import DEFAULT_MODEL
+
+
+class AsyncLLM:
+    """Answers prompts for concurrent coroutines; the arguments are those of `LLM`.
+
+    One thread turns the engine's loop while there is work and sleeps while there is none.
+    Leaving an `async for` early, or cancelling its task, ends the request.
+    """
+
+    def __init__(self, model: str | Path = DEFAULT_MODEL, **engine_args: Any) -> None:
+        self._llm = LLM(model, **engine_args)
+        self._ids = itertools.count()
+        self._wake = threading.Condition()
+        self._commands: deque[Callable[[], None]] = deque()  # for the engine's thread to run
+        self._streams: dict[str, _Stream] = {}  # only the engine's thread touches it
+        self._failure: BaseException | None = None
+        self._closing = False
+        self._thread = threading.Thread(target=self._run, name="jinfer-engine", daemon=True)
+        self._thread.start()
+
+    async def __aenter__(self) -> "AsyncLLM":
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await asyncio.to_thread(self.close)
+
+    def close(self) -> None:
+        """Ends every running request, stops the thread and frees the device. Idempotent."""
+        with self._wake:
+            self._closing = True
+            self._wake.notify()
+        self._thread.join()
+        self._llm.close()
+
+    async def generate(
+        self,
+        prompt: Any,
+        sampling_params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+    ) -> AsyncIterator[RequestOutput]:
+        """Yields the output so far whenever it grew; the last one is finished.
+
+        A caller slower than the engine skips intermediate outputs and never the last.
+
+        Args:
+          prompt: text, token ids, or a dict as in `LLM.generate`.
+          sampling_params: None = as the checkpoint suggests.
+          request_id: unique among the running ones; None = a number.
+
+        Raises:
+          RequestError: the prompt or a parameter cannot be honoured.
+          RuntimeError: the engine is closed or failed.
+        """
+        unit = as_prompt(prompt)
+        async for output in self._answer(lambda: unit, sampling_params, request_id):
+            yield output
+
+    async def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        sampling_params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        **template_args: Any,
+    ) -> AsyncIterator[RequestOutput]:
+        """As `generate`, for one conversation; `template_args` as in `LLM.chat`."""
+
+        def render() -> Prompt:
+            return self._llm.render(messages, **template_args)
+
+        async for output in self._answer(render, sampling_params, request_id):
+            yield output
+
+    def abort(self, request_id: str) -> None:
+        """Ends a request where it stands; its stream yields a last output, "abort"."""
+        self._submit(lambda: self._abort(request_id))
+
+    async def _answer(
+        self,
+        make_prompt: Callable[[], Prompt],
+        params: SamplingParams | None,
+        request_id: str | None,
+    ) -> AsyncIterator[RequestOutput]:
+        request_id = f"request-{next(self._ids)}" if request_id is None else request_id
+        # Rendering and tokenizing take milliseconds: not on the event loop.
+        request = await asyncio.to_thread(
+            lambda: self._llm.prepare(make_prompt(), params, request_id)
+        )
+        stream = _Stream(asyncio.get_running_loop())
+        self._submit(lambda: self._add(request, stream))
+        finished = False
+        try:
+            while not finished:
+                output = await stream.next()
+                finished = output.finished
+                if output.error is not None:
+                    raise output.error
+                yield output
+        finally:
+            if not finished:
+                self._submit(lambda: self._abort(request_id))
+
+    def _submit(self, command: Callable[[], None]) -> None:
+        with self._wake:
+            if self._closing:
+                raise RuntimeError(
+                    f"the engine must be running; got: {self._failure or 'it was closed'}. "
+                    "Make a new AsyncLLM."
+                )
+            self._commands.append(command)
+            self._wake.notify()
+
+    def _run(self) -> None:
+        engine = self._llm.engine
+        try:
+            while self._take_commands():
+                for request in engine.step():
+                    self._tell(request)
+        except BaseException as error:  # told to every caller, here and in `_submit`
+            self._failure = error
+        with self._wake:
+            self._closing = True
+            commands, self._commands = self._commands, deque()
+        for command in commands:  # that came too late: their streams must hear of the end
+            command()
+        for stream in self._streams.values():
+            stream.fail(self._failure or RuntimeError("the engine was closed. Make a new AsyncLLM."))
+
+    def _take_commands(self) -> bool:
+        """Waits for work and runs what callers submitted; False when it is time to end."""
+        with self._wake:
+            while not (self._commands or self._llm.engine.has_work or self._closing):
+                self._wake.wait()
+            commands, self._commands = self._commands, deque()
+        for command in commands:
+            command()
+        return not self._closing
+
+    def _add(self, request: RunningRequest, stream: "_Stream") -> None:
+        try:
+            self._llm.engine.add(request)
+        except (RequestError, RuntimeError) as error:  # its id is taken, or the engine is down
+            stream.fail(error)
+        else:
+            self._streams[request.request_id] = stream
+
+    def _abort(self, request_id: str) -> None:
+        request = self._llm.engine.abort(request_id)
+        if request is not None:
+            self._tell(request)
+
+    def _tell(self, request: RunningRequest) -> None:
+        stream = self._streams[request.request_id]
+        if request.finished:
+            del self._streams[request.request_id]
+        stream.put(request.output())
+
+
+class _Stream:
+    """The newest output of one request, on its way from the engine's thread to an event loop."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._changed = asyncio.Event()
+        self._newest: RequestOutput | BaseException | None = None
+
+    def put(self, output: RequestOutput) -> None:
+        self._set(output)
+
+    def fail(self, error: BaseException) -> None:
+        self._set(error)
+
+    async def next(self) -> RequestOutput:
+        await self._changed.wait()
+        self._changed.clear()
+        newest = self._newest
+        if isinstance(newest, BaseException):
+            raise newest
+        assert newest is not None
+        return newest
+
+    def _set(self, newest: RequestOutput | BaseException) -> None:
+        def change() -> None:
+            self._newest = newest
+            self._changed.set()
+
+        if not self._loop.is_closed():  # its caller is gone otherwise
+            self._loop.call_soon_threadsafe(change)

@@ -1,0 +1,331 @@
+"""The Python API: prompts in, outputs back, everything in this process."""
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from jinfer.config import EngineConfig
+from jinfer.engine import Engine
+from jinfer.errors import RequestError, unknown_keyword
+from jinfer.interrupt import deferred
+from jinfer.request.chat import ChatRenderer, choose_template
+from jinfer.request.output import RequestMetrics, RequestOutput
+from jinfer.request.params import SamplingParams
+from jinfer.request.prompt import Prompt, as_prompt, split_prompts
+from jinfer.running import RunningRequest
+from jinfer.shipped import DEFAULT_MODEL
+
+Params = SamplingParams | Sequence[SamplingParams] | None
+Message = Mapping[str, Any]
+
+
+class LLM:
+    """A model, loaded and compiled, that answers prompts. vLLM's names and meanings.
+
+    Use it from one thread; `AsyncLLM` serves concurrent callers. `with LLM(...) as llm:` or
+    `close()` frees the device, so that another model can be loaded in the same process.
+
+    Args:
+      model: a Hugging Face folder, a hub name "org/name", or the name of a shipped model.
+      **engine_args: fields of `jinfer.config.EngineConfig`, such as `max_model_len`,
+        `max_num_seqs`, `dtype`, `load_format`, `seed`.
+
+    Raises:
+      CheckpointError: the folder is not a model's, or is damaged.
+      ValueError: an argument is out of range, or there is no room for the KV cache.
+      NotImplementedError: the architecture is not supported.
+      TypeError: an argument has no such name.
+    """
+
+    def __init__(self, model: str | Path = DEFAULT_MODEL, **engine_args: Any) -> None:
+        self.engine = Engine(engine_config(model, engine_args))
+        self._renderer = ChatRenderer()
+        self._ids = itertools.count()
+
+    def __enter__(self) -> "LLM":
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Frees the device memory. Idempotent; the object cannot be used afterwards."""
+        self._renderer.close()
+        self.engine.close()
+
+    def get_tokenizer(self) -> Any:
+        """The tokenizer, or None under skip_tokenizer_init."""
+        return self.engine.tokenizer
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What the checkpoint's generation_config.json suggests; used where none are given."""
+        auto = self.engine.config.generation_config == "auto"
+        return SamplingParams.from_defaults(self.engine.defaults.sampling if auto else {})
+
+    def generate(
+        self,
+        prompts: Any,
+        sampling_params: Params = None,
+        *,
+        use_tqdm: bool = True,
+        on_error: str = "raise",
+    ) -> list[RequestOutput]:
+        """Answers prompts; returns one output per prompt, in the order of the prompts.
+
+        Args:
+          prompts: text, a list of token ids, {"prompt": ...} or {"prompt_token_ids": ...}, or a
+            list of those.
+          sampling_params: one for all, or a list with one per prompt; None = the checkpoint's.
+          use_tqdm: shows progress with input and output tokens per second.
+          on_error: "raise": a prompt that cannot be served raises before any work is done.
+            "return": it gets an output whose `error` says why, and the others are answered.
+
+        Raises:
+          RequestError: under "raise", for the first prompt that cannot be served as asked.
+        """
+        units, _ = split_prompts(prompts)
+        return self._generate(units, sampling_params, use_tqdm, on_error)
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: Params = None,
+        *,
+        use_tqdm: bool = True,
+        on_error: str = "raise",
+        **template_args: Any,
+    ) -> list[RequestOutput]:
+        """Answers conversations, rendered with the checkpoint's chat template.
+
+        Args:
+          messages: one conversation, a list of {"role": ..., "content": ...}, or a list of them.
+          sampling_params: as in `generate`.
+          use_tqdm: as in `generate`.
+          on_error: as in `generate`.
+          **template_args: `chat_template` (source or name), `add_generation_prompt` (default True),
+            `continue_final_message`, `tools`, `documents`, `chat_template_kwargs`.
+        """
+        one = bool(messages) and isinstance(messages[0], Mapping)
+        conversations = [messages] if one else messages
+        units: list[Any] = [
+            _caught(lambda c=c: self.render(c, **template_args), on_error) for c in conversations
+        ]
+        return self._generate(units, sampling_params, use_tqdm, on_error)
+
+    def stream(
+        self, prompt: Any, sampling_params: SamplingParams | None = None
+    ) -> Iterator[RequestOutput]:
+        """Answers one prompt and yields its output so far after every token; the last is final.
+
+        Leaving the loop early ends the request.
+        """
+        request = self.prepare(as_prompt(prompt), sampling_params)
+        with self._running([request]) as steps:
+            for advanced in steps:
+                if request in advanced:
+                    yield request.output()
+        self._raise_failure(request)
+
+    def as_completed(
+        self, prompts: Any, sampling_params: Params = None, *, on_error: str = "raise"
+    ) -> Iterator[tuple[int, RequestOutput]]:
+        """Answers prompts and yields (place in `prompts`, output) in the order of completion."""
+        units, _ = split_prompts(prompts)
+        outcomes = self._prepare_all(units, sampling_params, on_error)
+        places = {o: i for i, o in enumerate(outcomes) if isinstance(o, RunningRequest)}
+        for place, outcome in enumerate(outcomes):
+            if isinstance(outcome, RequestOutput):
+                yield place, outcome
+        with self._running(list(places)) as steps:
+            for advanced in steps:
+                for request in advanced:
+                    if request.finished and request in places:
+                        self._raise_failure(request, on_error)
+                        yield places[request], request.output()
+
+    def _generate(
+        self, units: Sequence[Any], params: Params, use_tqdm: bool, on_error: str
+    ) -> list[RequestOutput]:
+        outcomes = self._prepare_all(units, params, on_error)
+        requests = [outcome for outcome in outcomes if isinstance(outcome, RunningRequest)]
+        with _ProgressLine(len(requests), use_tqdm) as line, self._running(requests) as steps:
+            for advanced in steps:
+                line.update(advanced)
+        for request in requests:
+            self._raise_failure(request, on_error)
+        return [o.output() if isinstance(o, RunningRequest) else o for o in outcomes]
+
+    def render(
+        self,
+        messages: Any,
+        *,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: Any = None,
+        documents: Any = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> Prompt:
+        """The prompt of one conversation, as `chat` would answer it.
+
+        Raises:
+          RequestError: there is no template, it refuses the messages, or it breaks a limit.
+        """
+        tokenizer = self.engine.tokenizer
+        if tokenizer is None:
+            raise RequestError(
+                "chat needs a tokenizer; got skip_tokenizer_init=True. "
+                "Render the chat yourself and pass prompt_token_ids to generate()."
+            )
+        if chat_template is None or "{" not in chat_template:
+            chat_template = choose_template(
+                tokenizer.chat_templates, name=chat_template, tools=tools
+            )
+        named = {"bos_token": tokenizer.bos_token or "", "eos_token": tokenizer.eos_token or ""}
+        text = self._renderer.render(
+            chat_template,
+            messages,
+            add_generation_prompt=add_generation_prompt and not continue_final_message,
+            continue_final_message=continue_final_message,
+            tools=tools,
+            documents=documents,
+            variables={**named, **(chat_template_kwargs or {})},
+        )
+        # The template writes the special tokens itself.
+        return Prompt(text=text, token_ids=tuple(tokenizer.encode(text, add_special_tokens=False)))
+
+    def prepare(
+        self, prompt: Prompt, params: SamplingParams | None, request_id: str | None = None
+    ) -> RunningRequest:
+        """Checks a request whole, for `engine.add`; nothing is queued yet.
+
+        Raises:
+          RequestError: the prompt or a parameter cannot be honoured.
+        """
+        params = self.get_default_sampling_params() if params is None else params
+        if request_id is None:
+            request_id = str(next(self._ids))
+        return self.engine.prepare(request_id, prompt, params)
+
+    def _prepare_all(
+        self, units: Sequence[Any], params: Params, on_error: str
+    ) -> list[RunningRequest | RequestOutput]:
+        if on_error not in ("raise", "return"):
+            raise ValueError(f"on_error must be 'raise' or 'return'; got on_error={on_error!r}.")
+        each = _params_for(units, params)
+        return [
+            unit
+            if isinstance(unit, RequestOutput)
+            else _caught(lambda u=unit, p=p: self.prepare(u, p), on_error, unit)
+            for unit, p in zip(units, each, strict=True)
+        ]
+
+    @contextmanager
+    def _running(
+        self, requests: Sequence[RunningRequest]
+    ) -> Iterator[Iterator[list[RunningRequest]]]:
+        """Queues the requests; whatever ends the block early, they leave the engine with it."""
+        try:
+            for request in requests:
+                self.engine.add(request)
+            yield self._steps(requests)
+        finally:
+            for request in requests:
+                self.engine.abort(request.request_id)
+
+    def _steps(self, requests: Sequence[RunningRequest]) -> Iterator[list[RunningRequest]]:
+        num_left = len(requests)
+        mine = set(requests)
+        while num_left:
+            with deferred() as interrupt:
+                advanced = self.engine.step()
+            interrupt.check()
+            num_left -= sum(request.finished for request in advanced if request in mine)
+            yield advanced
+
+    def _raise_failure(self, request: RunningRequest, on_error: str = "raise") -> None:
+        if request.error is not None and on_error == "raise":
+            raise request.error
+
+
+class _ProgressLine:
+    """`Processed prompts: 12/40, input 350 tok/s, output 410 tok/s`."""
+
+    def __init__(self, num_requests: int, shown: bool) -> None:
+        self._bar = tqdm(
+            total=num_requests,
+            desc="Processed prompts",
+            disable=not shown or num_requests == 0,
+            dynamic_ncols=True,
+            postfix="input 0 tok/s, output 0 tok/s",
+        )
+        self._num_input = self._num_output = 0
+
+    def __enter__(self) -> "_ProgressLine":
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._bar.close()
+
+    def update(self, advanced: Iterable[RunningRequest]) -> None:
+        """Counts the requests that finished in this step."""
+        finished = [request for request in advanced if request.finished]
+        if not finished or self._bar.disable:
+            return
+        self._num_input += sum(len(request.prompt_ids) for request in finished)
+        self._num_output += sum(request.metrics.num_output_tokens for request in finished)
+        elapsed_s = max(self._bar.format_dict["elapsed"], 1e-9)
+        self._bar.set_postfix_str(
+            f"input {self._num_input / elapsed_s:,.0f} tok/s, "
+            f"output {self._num_output / elapsed_s:,.0f} tok/s",
+            refresh=False,
+        )
+        self._bar.update(len(finished))
+
+
+def engine_config(model: str | Path, engine_args: Mapping[str, Any]) -> EngineConfig:
+    """An EngineConfig of keyword arguments; an unknown one is refused with the nearest name."""
+    known = [field.name for field in fields(EngineConfig)]
+    for name in engine_args:
+        if name not in known:
+            raise unknown_keyword("LLM", name, known)
+    return EngineConfig(model=model, **engine_args)
+
+
+def _params_for(units: Sequence[Any], params: Params) -> Sequence[SamplingParams | None]:
+    if params is None or isinstance(params, SamplingParams):
+        return [params] * len(units)
+    if not isinstance(params, Sequence) or not all(isinstance(p, SamplingParams) for p in params):
+        raise RequestError(
+            "sampling_params must be SamplingParams or a list of them; "
+            f"got {type(params).__name__}. Build them with jinfer.SamplingParams(...)."
+        )
+    if len(params) != len(units):
+        raise RequestError(
+            "a list of sampling_params needs one entry per prompt; "
+            f"got {len(params)} for {len(units)} prompts. Pass one SamplingParams for all."
+        )
+    return params
+
+
+def _caught(make: Any, on_error: str, prompt: Prompt | None = None) -> Any:
+    """What `make` returns; or, under on_error="return", an output that carries its error."""
+    try:
+        return make()
+    except RequestError as error:
+        if on_error == "raise":
+            raise
+        return RequestOutput(
+            request_id="",
+            prompt=None if prompt is None else prompt.text,
+            prompt_token_ids=() if prompt is None else prompt.token_ids or (),
+            outputs=[],
+            finished=True,
+            metrics=RequestMetrics(),
+            error=error,
+        )
