@@ -1,0 +1,84 @@
+"""Log-probabilities of a step's readouts, from the logits as the model gave them."""
+
+from dataclasses import dataclass
+from typing import no_type_check
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int32
+
+
+@no_type_check
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Logprobs:
+    """One row per readout. What a row did not ask for holds -inf, rank 0 and token 0."""
+
+    token_logprob_R: Float[Array, "R"]
+    rank_R: Int32[Array, "R"]  # 1 + how many tokens are more probable
+    top_ids_RJ: Int32[Array, "R J"]  # most probable first
+    top_logprobs_RJ: Float[Array, "R J"]
+
+
+def read_logprobs(
+    logits_RV: Float[Array, "R V"],
+    token_R: Int32[Array, "R"],
+    wants_top_R: Bool[Array, "R"],
+    max_logprobs: int,
+    *,
+    wants_token_R: Bool[Array, "R"] | None = None,
+) -> Logprobs:
+    """Reads log_softmax of the raw logits, before any sampling transform.
+
+    Costs only a branch in a step in which no row asks.
+
+    Args:
+      logits_RV: any float dtype; computed in float32.
+      token_R: the token each row reports: drawn, or the prompt's next one.
+      wants_top_R: rows that also report the most probable tokens.
+      max_logprobs: J; static.
+      wants_token_R: rows that report their token; None = all.
+    """
+    num_rows = token_R.shape[0]
+    if wants_token_R is None:
+        wants_token_R = jnp.ones(num_rows, dtype=bool)
+    wants_token_R = wants_token_R | wants_top_R
+    nothing_R = jnp.full(num_rows, -jnp.inf, jnp.float32)
+    logit_R, rank_R, log_total_R = lax.cond(
+        jnp.any(wants_token_R),
+        lambda: _token(logits_RV, token_R),
+        lambda: (nothing_R, jnp.zeros(num_rows, jnp.int32), nothing_R),
+    )
+    top_ids_RJ, top_logits_RJ = lax.cond(
+        jnp.any(wants_top_R),
+        lambda: _top(logits_RV, max_logprobs),
+        lambda: (
+            jnp.zeros((num_rows, max_logprobs), jnp.int32),
+            jnp.full((num_rows, max_logprobs), -jnp.inf, jnp.float32),
+        ),
+    )
+    wants_R1 = wants_top_R[:, None]
+    top_logprobs_RJ = jnp.where(wants_R1, top_logits_RJ - log_total_R[:, None], -jnp.inf)
+    return Logprobs(
+        token_logprob_R=jnp.where(wants_token_R, logit_R - log_total_R, -jnp.inf),
+        rank_R=jnp.where(wants_token_R, rank_R, 0),
+        top_ids_RJ=jnp.where(wants_R1, top_ids_RJ, 0),
+        top_logprobs_RJ=top_logprobs_RJ,
+    )
+
+
+def _token(logits_RV: Array, token_R: Array) -> tuple[Array, Array, Array]:
+    """Logit and rank of each row's token, and the log of the sum of all exponentials."""
+    logits_RV = logits_RV.astype(jnp.float32)
+    logit_R1 = jnp.take_along_axis(logits_RV, token_R[:, None], axis=-1)
+    rank_R = 1 + jnp.sum(logits_RV > logit_R1, axis=-1, dtype=jnp.int32)
+    return logit_R1[:, 0], rank_R, jax.nn.logsumexp(logits_RV, axis=-1)
+
+
+def _top(logits_RV: Array, max_logprobs: int) -> tuple[Array, Array]:
+    """Ids and logits of the most probable tokens; spare places hold token 0 and -inf."""
+    num_top = min(max_logprobs, logits_RV.shape[-1])
+    logits_RJ, ids_RJ = lax.top_k(logits_RV.astype(jnp.float32), num_top)
+    spare = ((0, 0), (0, max_logprobs - num_top))
+    return jnp.pad(ids_RJ, spare), jnp.pad(logits_RJ, spare, constant_values=-jnp.inf)

@@ -1,0 +1,310 @@
+"""From logits to one token per readout. Pure; what a request asked arrives as arrays.
+
+The order is public and fixed: repetition, presence and frequency penalties; logit bias; bad words
+and allowed ids; the ban of stop ids before min_tokens; temperature; top-k; top-p; min-p; the draw.
+Each part runs only in steps in which some row needs it, and changes nothing in the other rows: a
+row's token depends on its own logits, parameters and position alone.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, no_type_check
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int32, UInt32
+
+from jinfer.step.masks import (
+    MAX_BAD_WORD_TOKENS,
+    MAX_BAD_WORDS,
+    MAX_LOGIT_BIAS,
+    MAX_STOP_IDS,
+    WINDOW,
+    WORD_BITS,
+    num_words,
+)
+from jinfer.step.threshold import top_k_threshold, top_p_threshold
+
+_LANES = 128  # tokens per block of the two-level draw
+_LARGEST = float(jnp.finfo(jnp.float32).max)
+
+
+@no_type_check
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class SamplingState:
+    """What each slot asks of the sampler, and the history its penalties need. Last row: the bin.
+
+    Lists are padded with V (`jinfer.step.masks` builds them). Everything but the last two fields is
+    written at admission; `record` keeps those.
+    """
+
+    temperature_A: Float[Array, "A"]  # 0 = the most probable token
+    top_k_A: Int32[Array, "A"]  # 0 = off
+    top_p_A: Float[Array, "A"]  # 1 = off
+    min_p_A: Float[Array, "A"]  # 0 = off
+    repetition_penalty_A: Float[Array, "A"]  # 1 = off; over prompt and output
+    presence_penalty_A: Float[Array, "A"]  # 0 = off; over the output
+    frequency_penalty_A: Float[Array, "A"]  # 0 = off; over the output
+    seed_A2: UInt32[Array, "A 2"]  # masks.seed_words
+    min_length_A: Int32[Array, "A"]  # positions below it may not take a stop id
+    stop_ids_AJ: Int32[Array, "A J"]  # J = MAX_STOP_IDS
+    bias_ids_AJ: Int32[Array, "A J"]  # J = MAX_LOGIT_BIAS
+    bias_values_AJ: Float[Array, "A J"]
+    allowed_bits_AW: UInt32[Array, "A W"]  # all ones = every token may be drawn
+    bad_words_AJ8: Int32[Array, "A J 8"]  # masks.pad_bad_words; J = MAX_BAD_WORDS
+    prompt_bits_AW: UInt32[Array, "A W"]  # tokens that occur in the prompt
+    recent_A7: Int32[Array, "A 7"]  # last tokens drawn, the newest last, V where there is none
+    output_count_AV: Int32[Array, "A V"]  # how often each token was drawn
+
+
+def empty_state(num_rows: int, vocab_size: int, xp: ModuleType = jnp) -> SamplingState:
+    """Rows that ask for nothing: the most probable token, no penalty, everything allowed.
+
+    Args:
+      num_rows: A, the slots and the bin; or the rows of one admission.
+      vocab_size: V, the width of the logits.
+      xp: `numpy` builds rows on the host, for `dataclasses.replace` to fill in.
+    """
+
+    def full(value: int, dtype: str, *rest: int) -> Any:
+        return xp.full((num_rows, *rest), value, dtype=dtype)
+
+    words = num_words(vocab_size)
+    return SamplingState(
+        temperature_A=full(0, "float32"),
+        top_k_A=full(0, "int32"),
+        top_p_A=full(1, "float32"),
+        min_p_A=full(0, "float32"),
+        repetition_penalty_A=full(1, "float32"),
+        presence_penalty_A=full(0, "float32"),
+        frequency_penalty_A=full(0, "float32"),
+        seed_A2=full(0, "uint32", 2),
+        min_length_A=full(0, "int32"),
+        stop_ids_AJ=full(vocab_size, "int32", MAX_STOP_IDS),
+        bias_ids_AJ=full(vocab_size, "int32", MAX_LOGIT_BIAS),
+        bias_values_AJ=full(0, "float32", MAX_LOGIT_BIAS),
+        allowed_bits_AW=full(0xFFFFFFFF, "uint32", words),
+        bad_words_AJ8=full(vocab_size, "int32", MAX_BAD_WORDS, MAX_BAD_WORD_TOKENS),
+        prompt_bits_AW=full(0, "uint32", words),
+        recent_A7=full(vocab_size, "int32", WINDOW),
+        output_count_AV=full(0, "int32", vocab_size),
+    )
+
+
+def sample(
+    logits_RV: Float[Array, "R V"],
+    state: SamplingState,
+    slot_R: Int32[Array, "R"],
+    position_R: Int32[Array, "R"],
+) -> Int32[Array, "R"]:
+    """Draws one token per readout, in the order the module promises.
+
+    Ties: top-k and top-p keep every token that ties with the last one kept; temperature 0 takes
+    the lowest id among equals. A NaN logit is never drawn and +inf counts as the largest float32.
+    A row in which nothing may be drawn (all NaN, -inf or banned) gives token 0.
+
+    Args:
+      logits_RV: any float dtype; computed in float32.
+      state: parameters and history of every slot.
+      slot_R: the slot each readout belongs to; the bin for padding.
+      position_R: the position the drawn token will take: how many tokens come before it.
+
+    Raises:
+      ValueError: if `state` was made for another vocabulary.
+
+    Source: repetition penalty: Keskar et al., arXiv:1909.05858, section 4.1; top-k: Fan et al.,
+      arXiv:1805.04833; top-p: Holtzman et al., arXiv:1904.09751; min-p: Nguyen et al.,
+      arXiv:2407.01082.
+    """
+    vocab_size = logits_RV.shape[-1]
+    if state.output_count_AV.shape[-1] != vocab_size:
+        raise ValueError(
+            "SamplingState must be as wide as the logits; "
+            f"got V={state.output_count_AV.shape[-1]} for logits of V={vocab_size}. "
+            "Build it with empty_state(num_rows, vocab_size) of this model."
+        )
+    edits = (
+        (_needs_penalties(state, slot_R), lambda x_RV: _penalise(x_RV, state, slot_R)),
+        (state.bias_ids_AJ[slot_R, 0] < vocab_size, lambda x_RV: _add_bias(x_RV, state, slot_R)),
+        (_needs_mask(state, slot_R), lambda x_RV: _keep_allowed(x_RV, state, slot_R)),
+        (
+            _needs_bans(state, slot_R, position_R, vocab_size),
+            lambda x_RV: _ban(x_RV, state, slot_R, position_R),
+        ),
+    )
+    logits_RV = logits_RV.astype(jnp.float32)
+    for needed_R, edit in edits:
+        logits_RV = lax.cond(jnp.any(needed_R), edit, lambda same_RV: same_RV, logits_RV)
+    random_R = state.temperature_A[slot_R] > 0.0
+    return lax.cond(
+        jnp.any(random_R),
+        lambda: jnp.where(
+            random_R, _draw(logits_RV, state, slot_R, position_R), _argmax(logits_RV)
+        ),
+        lambda: _argmax(logits_RV),
+    )
+
+
+def record(
+    state: SamplingState,
+    slot_R: Int32[Array, "R"],
+    token_R: Int32[Array, "R"],
+    drawn_R: Bool[Array, "R"],
+) -> SamplingState:
+    """Adds the drawn tokens to their slots' history, in place where `state` is donated.
+
+    A slot may draw once per call. Rows that drew nothing touch only the bin.
+    """
+    bin_slot = state.temperature_A.shape[0] - 1
+    slot_R = jnp.where(drawn_R, slot_R, bin_slot)
+    window_R7 = jnp.concatenate([state.recent_A7[slot_R, 1:], token_R[:, None]], axis=-1)
+    return dataclasses.replace(
+        state,
+        recent_A7=state.recent_A7.at[slot_R].set(window_R7),
+        output_count_AV=state.output_count_AV.at[slot_R, token_R].add(1),
+    )
+
+
+def unpack_bits(bits_RW: UInt32[Array, "R W"], vocab_size: int) -> Bool[Array, "R V"]:
+    """One bool per token of a packed vocabulary mask."""
+    lane = jnp.arange(WORD_BITS, dtype=jnp.uint32)
+    flag_RW32 = (bits_RW[:, :, None] >> lane) & 1
+    return flag_RW32.reshape(bits_RW.shape[0], -1)[:, :vocab_size].astype(bool)
+
+
+def _clean(logits_RV: Array) -> Array:
+    """Without NaN (it becomes -inf) and +inf (it becomes the largest number)."""
+    return jnp.where(jnp.isnan(logits_RV), -jnp.inf, jnp.minimum(logits_RV, _LARGEST))
+
+
+def _argmax(logits_RV: Array) -> Array:
+    """Lowest id of the largest logit. Two plain reductions: a third of the time of jnp.argmax."""
+    vocab_size = logits_RV.shape[-1]
+    largest_R = jnp.max(_clean(logits_RV), axis=-1)
+    id_V = jnp.arange(vocab_size, dtype=jnp.int32)
+    reached_RV = logits_RV >= largest_R[:, None]  # false for NaN
+    first_R = jnp.min(jnp.where(reached_RV, id_V, vocab_size), axis=-1)
+    return jnp.where(largest_R > -jnp.inf, first_R, 0)
+
+
+def _needs_penalties(state: SamplingState, slot_R: Array) -> Array:
+    repetition_R = state.repetition_penalty_A[slot_R] != 1.0
+    presence_R = state.presence_penalty_A[slot_R] != 0.0
+    return repetition_R | presence_R | (state.frequency_penalty_A[slot_R] != 0.0)
+
+
+def _penalise(logits_RV: Array, state: SamplingState, slot_R: Array) -> Array:
+    count_RV = state.output_count_AV[slot_R]
+    in_prompt_RV = unpack_bits(state.prompt_bits_AW[slot_R], logits_RV.shape[-1])
+    repetition_R1 = state.repetition_penalty_A[slot_R, None]
+    presence_R1 = state.presence_penalty_A[slot_R, None]
+    frequency_R1 = state.frequency_penalty_A[slot_R, None]
+    pushed_RV = jnp.where(logits_RV > 0.0, logits_RV / repetition_R1, logits_RV * repetition_R1)
+    logits_RV = jnp.where(in_prompt_RV | (count_RV > 0), pushed_RV, logits_RV)
+    logits_RV = logits_RV - frequency_R1 * count_RV.astype(jnp.float32)
+    return logits_RV - presence_R1 * (count_RV > 0).astype(jnp.float32)
+
+
+def _add_bias(logits_RV: Array, state: SamplingState, slot_R: Array) -> Array:
+    row_R1 = jnp.arange(slot_R.shape[0])[:, None]
+    ids_RJ = state.bias_ids_AJ[slot_R]
+    return logits_RV.at[row_R1, ids_RJ].add(state.bias_values_AJ[slot_R], mode="drop")
+
+
+def _needs_mask(state: SamplingState, slot_R: Array) -> Array:
+    return jnp.any(state.allowed_bits_AW[slot_R] != jnp.uint32(0xFFFFFFFF), axis=-1)
+
+
+def _keep_allowed(logits_RV: Array, state: SamplingState, slot_R: Array) -> Array:
+    allowed_RV = unpack_bits(state.allowed_bits_AW[slot_R], logits_RV.shape[-1])
+    return jnp.where(allowed_RV, logits_RV, -jnp.inf)
+
+
+def _needs_bans(state: SamplingState, slot_R: Array, position_R: Array, vocab_size: int) -> Array:
+    has_bad_words_R = state.bad_words_AJ8[slot_R, 0, -1] < vocab_size
+    return has_bad_words_R | (position_R < state.min_length_A[slot_R])
+
+
+def _ban(logits_RV: Array, state: SamplingState, slot_R: Array, position_R: Array) -> Array:
+    """Bans the tokens that would complete a bad word, and stop ids below the minimal length."""
+    vocab_size = logits_RV.shape[-1]
+    bad_words_RJ8 = state.bad_words_AJ8[slot_R]
+    prefix_RJ7, last_RJ = bad_words_RJ8[:, :, :-1], bad_words_RJ8[:, :, -1]
+    same_RJ7 = (prefix_RJ7 == state.recent_A7[slot_R, None]) | (prefix_RJ7 == vocab_size)
+    completed_RJ = jnp.where(jnp.all(same_RJ7, axis=-1), last_RJ, vocab_size)
+    early_R1 = (position_R < state.min_length_A[slot_R])[:, None]
+    stop_RJ = jnp.where(early_R1, state.stop_ids_AJ[slot_R], vocab_size)
+    banned_RJ = jnp.concatenate([completed_RJ, stop_RJ], axis=-1)
+    row_R1 = jnp.arange(slot_R.shape[0])[:, None]
+    return logits_RV.at[row_R1, banned_RJ].set(-jnp.inf, mode="drop")
+
+
+def _draw(logits_RV: Array, state: SamplingState, slot_R: Array, position_R: Array) -> Array:
+    """One token per row in proportion to exp(logit / temperature) over what is kept."""
+    temperature_R = state.temperature_A[slot_R]
+    weight_RV = _weights(logits_RV, jnp.where(temperature_R > 0.0, temperature_R, 1.0))
+    top_k_R = jnp.where(temperature_R > 0.0, state.top_k_A[slot_R], 0)
+    top_p_R = jnp.where(temperature_R > 0.0, state.top_p_A[slot_R], 1.0)
+    vocab_size = logits_RV.shape[-1]
+    everything_R = jnp.zeros_like(temperature_R)
+    top_k_on_R = (top_k_R > 0) & (top_k_R < vocab_size)
+    floor_R = lax.cond(
+        jnp.any(top_k_on_R), lambda: top_k_threshold(weight_RV, top_k_R), lambda: everything_R
+    )
+    floor_R = lax.cond(
+        jnp.any(top_p_R < 1.0),
+        lambda: top_p_threshold(weight_RV, top_p_R, floor_R),
+        lambda: floor_R,
+    )
+    floor_R = jnp.maximum(floor_R, state.min_p_A[slot_R])  # the largest weight is 1
+    kept_RV = jnp.where(weight_RV >= floor_R[:, None], weight_RV, 0.0)
+    return _invert_cdf(kept_RV, *_uniforms(state.seed_A2[slot_R], position_R))
+
+
+def _weights(logits_RV: Array, temperature_R: Array) -> Array:
+    """exp((logit - largest) / temperature), within [0, 1]; all 0 where nothing may be drawn."""
+    logits_RV = _clean(logits_RV)
+    largest_R1 = jnp.maximum(jnp.max(logits_RV, axis=-1, keepdims=True), -_LARGEST)
+    return jnp.exp((logits_RV - largest_R1) / temperature_R[:, None])
+
+
+def _uniforms(seed_R2: Array, position_R: Array) -> tuple[Array, Array]:
+    """Two float32[R] in [0, 1), from the key of seed and position alone."""
+    key_R = jax.random.wrap_key_data(seed_R2, impl="threefry2x32")
+    key_R = jax.vmap(jax.random.fold_in)(key_R, position_R)
+    bits_R2 = jax.vmap(lambda key: jax.random.bits(key, (2,)))(key_R)
+    uniform_R2 = (bits_R2 >> 8).astype(jnp.float32) * 2.0**-24
+    return uniform_R2[:, 0], uniform_R2[:, 1]
+
+
+def _invert_cdf(weight_RV: Array, block_uniform_R: Array, lane_uniform_R: Array) -> Array:
+    """First a block of 128 tokens, then a token of it, each in proportion to its weight.
+
+    Two numbers rather than one: 24 bits spread over the whole vocabulary would blur the
+    probability of rare tokens.
+    """
+    num_rows, vocab_size = weight_RV.shape
+    spare = -vocab_size % _LANES
+    block_RJ128 = jnp.pad(weight_RV, ((0, 0), (0, spare))).reshape(num_rows, -1, _LANES)
+    block_R = _pick(jnp.sum(block_RJ128, axis=-1), block_uniform_R)
+    lane_R128 = jnp.take_along_axis(block_RJ128, block_R[:, None, None], axis=1)[:, 0]
+    return block_R * _LANES + _pick(lane_R128, lane_uniform_R)
+
+
+def _pick(weight_RJ: Array, uniform_R: Array) -> Array:
+    """Index of the entry in which uniform * total falls; never one of weight 0, if any is not.
+
+    Rounding may push the product to the total itself: then the last entry with weight is taken.
+    A row without weight gives 0.
+    """
+    index_J = jnp.arange(weight_RJ.shape[-1], dtype=jnp.int32)
+    cumulative_RJ = jnp.cumsum(weight_RJ, axis=-1)
+    target_R1 = uniform_R[:, None] * cumulative_RJ[:, -1:]
+    nonzero_RJ = weight_RJ > 0.0
+    hit_RJ = nonzero_RJ & (cumulative_RJ > target_R1)
+    last_R = jnp.max(jnp.where(nonzero_RJ, index_J, 0), axis=-1)
+    first_R = jnp.min(jnp.where(hit_RJ, index_J, weight_RJ.shape[-1]), axis=-1)
+    return jnp.minimum(first_R, last_R)
