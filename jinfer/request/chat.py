@@ -1,0 +1,345 @@
+"""Messages to one prompt, by the checkpoint's chat template.
+
+A template is a program that came with a checkpoint. It runs in jinja2's sandbox, inside a worker
+process whose processor time and memory the kernel limits, so the worst it can do is fail.
+"""
+
+import importlib.util
+import json
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import weakref
+from collections.abc import Mapping, Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from jinfer.errors import RequestError
+
+# The longest template seen in a checkpoint has 20 thousand characters.
+MAX_TEMPLATE_CHARS = 1 << 18
+# A context of a million tokens is some 4 million characters.
+MAX_OUTPUT_CHARS = 1 << 23
+MAX_INPUT_BYTES = 1 << 25
+# Real templates take milliseconds; a worker needs some 60 MiB to start.
+MAX_CPU_S = 1.0
+MAX_MEMORY_BYTES = 1 << 29
+# Only for a worker that is stuck without computing, or a machine that hardly runs it.
+MAX_WALL_S = 30.0
+
+_WORKER = Path(__file__).with_name("chat_worker.py")
+
+
+class ChatRenderer:
+    """Renders chat templates; owns one worker process, started at the first use.
+
+    Safe to use from several threads. `close()` or leaving the `with` block ends the worker; so
+    does the end of the program. After a template broke a limit, the next call starts a new one.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._worker: _Worker | None = None
+
+    def __enter__(self) -> "ChatRenderer":
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the worker process; a later `render` starts another."""
+        with self._lock:
+            self._stop()
+
+    def render(
+        self,
+        template: str,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = False,
+        continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
+        """The prompt, as Hugging Face's `apply_chat_template` writes it.
+
+        Where a template cannot read content as a list of parts, their texts are joined by line
+        ends first.
+
+        Args:
+          template: jinja2 source.
+          messages: dicts with "role" and "content"; content is a string or a list of
+            {"type": "text", "text": ...}. Further keys are the template's business.
+          add_generation_prompt: ends with the header of the assistant's turn.
+          continue_final_message: ends inside the last message, for the model to go on with it.
+          tools: functions the model may call, as JSON schemas.
+          documents: texts for retrieval, if the template knows them.
+          variables: further names the template may read, such as bos_token and enable_thinking.
+
+        Raises:
+          RequestError: messages are malformed, the template refuses or fails, or it breaks a limit.
+        """
+        _check_template(template)
+        variables = {
+            **(variables or {}),
+            "tools": _as_dicts("tools", tools),
+            "documents": _as_dicts("documents", documents),
+            "add_generation_prompt": add_generation_prompt,
+        }
+        job = {
+            "template": template,
+            "messages": check_messages(messages),
+            "variables": variables,
+            "continue_final_message": continue_final_message,
+            "max_chars": MAX_OUTPUT_CHARS,
+            "max_cpu_s": MAX_CPU_S,
+            "max_bytes": MAX_MEMORY_BYTES,
+        }
+        if continue_final_message:
+            _check_continuable(job["messages"][-1], add_generation_prompt)
+        reply = self._ask(_as_json(job))
+        if "error" in reply:
+            raise _explained(reply["error"], reply["details"])
+        return reply["text"]
+
+    def _ask(self, request: bytes) -> dict[str, str]:
+        with self._lock:
+            if self._worker is None:
+                self._worker = _Worker()
+            try:
+                reply = self._worker.ask(request)
+            except BaseException:
+                # Also on Ctrl-C: an answer that comes later must not meet another question.
+                self._stop()
+                raise
+            if reply.get("error") == "limit":
+                self._stop()
+            return reply
+
+    def _stop(self) -> None:
+        if self._worker is not None:
+            self._worker.stop()
+            self._worker = None
+
+
+def render_chat(template: str, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
+    """Renders one chat with a worker of its own; see `ChatRenderer.render` for the options.
+
+    Cost: starting the worker takes about a tenth of a second; keep a `ChatRenderer` for many.
+    """
+    with ChatRenderer() as renderer:
+        return renderer.render(template, messages, **options)
+
+
+def choose_template(
+    templates: Mapping[str, str], *, name: str | None = None, tools: Any = None
+) -> str:
+    """The template to use out of a checkpoint's: the named one, "tool_use" for tools, "default".
+
+    Raises:
+      RequestError: there is none, or none of that name.
+    """
+    if name is None:
+        name = "tool_use" if tools and "tool_use" in templates else "default"
+    if name in templates:
+        return templates[name]
+    if not templates:
+        raise RequestError(
+            "chat needs a chat template; got a checkpoint without one. Pass chat_template=..., or "
+            "use generate() with a prompt written out."
+        )
+    raise RequestError(
+        f"chat_template must be one of {sorted(templates)}; got {name!r}. Choose one of them."
+    )
+
+
+def check_messages(messages: Any) -> list[dict[str, Any]]:
+    """Copies of the messages without their None values, checked.
+
+    Raises:
+      RequestError: naming the message and what is wrong with it.
+    """
+    if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Sequence):
+        raise RequestError(
+            f"messages must be a list of dicts; got {messages!r:.60}. "
+            'Pass [{"role": "user", "content": "..."}].'
+        )
+    if not messages:
+        raise RequestError("messages must hold at least one message; got none. Add one.")
+    return [_checked_message(i, message) for i, message in enumerate(messages)]
+
+
+def _checked_message(index: int, message: Any) -> dict[str, Any]:
+    where = f"messages[{index}]"
+    if not isinstance(message, Mapping):
+        raise RequestError(f"{where} must be a dict with role and content; got {message!r:.60}.")
+    # APIs write None for "absent"; templates test for presence.
+    kept = {key: value for key, value in message.items() if value is not None}
+    if not isinstance(kept.get("role"), str) or not kept["role"]:
+        raise RequestError(
+            f"{where} needs a role; got role={message.get('role')!r:.60}. "
+            'Use "system", "user", "assistant" or "tool".'
+        )
+    if "content" not in kept:
+        if "tool_calls" not in kept:
+            raise RequestError(f"{where} needs content; got only {sorted(kept)}. Add some text.")
+        return kept
+    content = kept["content"]
+    if isinstance(content, str):
+        return kept
+    if isinstance(content, Mapping) or not isinstance(content, Sequence):
+        raise RequestError(
+            f"{where} must have text as its content; got content={content!r:.60}. Pass a string."
+        )
+    kept["content"] = [_checked_part(f"{where} part {i}", part) for i, part in enumerate(content)]
+    return kept
+
+
+def _checked_part(where: str, part: Any) -> dict[str, Any]:
+    if isinstance(part, str):
+        return {"type": "text", "text": part}
+    if not isinstance(part, Mapping) or part.get("type") != "text":
+        kind = part.get("type") if isinstance(part, Mapping) else part
+        raise RequestError(
+            f'{where} must be of type "text"; got {kind!r:.60}. Leave other parts out: '
+            "these models read text only."
+        )
+    if not isinstance(part.get("text"), str):
+        raise RequestError(f"{where} needs text; got text={part.get('text')!r:.60}. Add it.")
+    return dict(part)
+
+
+def _check_continuable(message: Mapping[str, Any], add_generation_prompt: bool) -> None:
+    if add_generation_prompt:
+        raise RequestError(
+            "continue_final_message and add_generation_prompt exclude each other; got both. "
+            "Pass add_generation_prompt=False to continue the last message."
+        )
+    if not message.get("content"):
+        raise RequestError(
+            "continue_final_message needs content in the last message; got "
+            f"{sorted(message)}. Begin its text, or use add_generation_prompt."
+        )
+
+
+def _check_template(template: Any) -> None:
+    if not isinstance(template, str):
+        raise RequestError(f"a chat template must be text; got {template!r:.60}. Pass a string.")
+    if len(template) > MAX_TEMPLATE_CHARS:
+        raise RequestError(
+            f"a chat template has at most {MAX_TEMPLATE_CHARS} characters; got {len(template)}. "
+            "Pass a shorter one."
+        )
+
+
+def _as_dicts(name: str, values: Any) -> list[dict[str, Any]] | None:
+    if values is None:
+        return None
+    if isinstance(values, str | Mapping) or not isinstance(values, Sequence):
+        raise RequestError(f"{name} must be a list of dicts; got {values!r:.60}. Pass a list.")
+    for value in values:
+        if not isinstance(value, Mapping):
+            raise RequestError(
+                f"{name} must be a list of dicts; got {value!r:.60} in it. Pass JSON schemas."
+            )
+    return [dict(value) for value in values]
+
+
+def _as_json(job: Mapping[str, Any]) -> bytes:
+    try:
+        request = json.dumps(job).encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise RequestError(
+            "messages, tools and template variables must be plain JSON values; "
+            f"got {error!s:.200}. Convert them to str, int, float, bool, list and dict."
+        ) from None
+    if len(request) > MAX_INPUT_BYTES:
+        raise RequestError(
+            f"a chat has at most {MAX_INPUT_BYTES} bytes; got {len(request)}. Shorten it."
+        )
+    return request
+
+
+def _explained(kind: str, details: str) -> RequestError:
+    match kind:
+        case "raised":
+            return RequestError(
+                f"the chat template refuses these messages; it says: {details} "
+                "Change the messages as it asks."
+            )
+        case "syntax":
+            return RequestError(
+                f"a chat template must be valid Jinja; got {details}. Pass another chat_template."
+            )
+        case "continue":
+            return RequestError(
+                "continue_final_message needs a template that writes out the last message; got one "
+                "that drops or changes it. Use add_generation_prompt."
+            )
+        case "size":
+            return RequestError(
+                f"a rendered chat has at most {MAX_OUTPUT_CHARS} characters; got more. Shorten "
+                "the messages, or pass another chat_template."
+            )
+        case "limit":
+            return RequestError(
+                f"a chat template must finish within {MAX_CPU_S:g} s and "
+                f"{MAX_MEMORY_BYTES >> 20} MiB; got {details}. Pass another chat_template."
+            )
+        case _:
+            return RequestError(
+                f"the chat template fails on these messages; got {details}. "
+                "Check their keys, or pass another chat_template."
+            )
+
+
+class _Worker:
+    """One process of chat_worker.py and the line to it."""
+
+    def __init__(self) -> None:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            command = [sys.executable, "-I", "-S", str(_WORKER), str(theirs.fileno())]
+            self._process = subprocess.Popen(
+                [*command, *_folders_of("jinja2", "markupsafe")],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,  # Ctrl-C in the terminal is the parent's business
+            )
+        self._line = Connection(ours.detach())
+        self.stop = weakref.finalize(self, _end, self._process, self._line)
+
+    def ask(self, request: bytes) -> dict[str, str]:
+        """One question and its answer; a worker that dies of it is an answer too."""
+        try:
+            self._line.send_bytes(request)
+            if not self._line.poll(MAX_WALL_S):
+                return {"error": "limit", "details": f"no answer in {MAX_WALL_S:g} s"}
+            return json.loads(self._line.recv_bytes())
+        except (EOFError, ConnectionError):
+            code = self._process.wait()
+        too_long = code == -signal.SIGPROF
+        return {"error": "limit", "details": "more time" if too_long else f"exit status {code}"}
+
+
+def _end(process: subprocess.Popen[bytes], line: Connection) -> None:
+    line.close()
+    process.kill()
+    process.wait()
+
+
+def _folders_of(*packages: str) -> list[str]:
+    """Where the packages are installed, for a worker that looks nowhere else."""
+    folders = []
+    for package in packages:
+        spec = importlib.util.find_spec(package)
+        assert spec is not None and spec.origin is not None, f"not installed: {package=}"
+        folders.append(str(Path(spec.origin).parents[1]))
+    return folders

@@ -1,0 +1,158 @@
+"""What comes back from a request, with vLLM's names."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+_SHOWN_CHARS = 200
+_SHOWN_IDS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Logprob:
+    """One token's place in a distribution.
+
+    Args:
+      logprob: natural logarithm of its probability.
+      rank: 1 is the likeliest; None if it was not asked for.
+      decoded_token: its text standing alone; None without a tokenizer.
+    """
+
+    logprob: float
+    rank: int | None = None
+    decoded_token: str | None = None
+
+
+@dataclass(kw_only=True, slots=True)
+class RequestMetrics:
+    """When a request passed each station, always kept.
+
+    Times are seconds of `time.monotonic()`, so differences are durations whatever the wall clock
+    does; `wall_origin + t` is the same moment in seconds of `time.time()`. None: not yet.
+    """
+
+    arrival_time: float = field(default_factory=time.monotonic)
+    first_scheduled_time: float | None = None
+    first_token_time: float | None = None
+    finished_time: float | None = None
+    wall_origin: float = field(default_factory=lambda: time.time() - time.monotonic())
+    num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0  # of the prompt, found in the prefix cache
+    num_output_tokens: int = 0  # over all outputs
+
+    @property
+    def queue_s(self) -> float | None:
+        """From arrival to the first step it took part in."""
+        return self._since_arrival(self.first_scheduled_time)
+
+    @property
+    def ttft_s(self) -> float | None:
+        """Time to first token: from arrival to the first token known on the host."""
+        return self._since_arrival(self.first_token_time)
+
+    @property
+    def e2e_s(self) -> float | None:
+        """End to end: from arrival to the last token."""
+        return self._since_arrival(self.finished_time)
+
+    @property
+    def tpot_s(self) -> float | None:
+        """Time per output token after the first: (e2e - ttft) / (tokens - 1).
+
+        None for fewer than two tokens. With n > 1 the tokens of all outputs count.
+        """
+        if self.e2e_s is None or self.ttft_s is None or self.num_output_tokens < 2:
+            return None
+        return (self.e2e_s - self.ttft_s) / (self.num_output_tokens - 1)
+
+    def _since_arrival(self, moment: float | None) -> float | None:
+        return None if moment is None else moment - self.arrival_time
+
+
+@dataclass(kw_only=True, slots=True, repr=False)
+class CompletionOutput:
+    """One of the n outputs of a request.
+
+    Args:
+      index: which of the n.
+      text: without the stop string, unless it was to be included.
+      token_ids: the token that ended it included.
+      cumulative_logprob: sum over token_ids; None unless logprobs were asked for.
+      logprobs: per token, the reported tokens by id.
+      finish_reason: "stop", "length", "abort" or "error"; None while running.
+      stop_reason: the stop string, or the stop token's id; None for the model's own end token and
+        for other reasons.
+    """
+
+    index: int
+    text: str
+    token_ids: Sequence[int]
+    cumulative_logprob: float | None = None
+    logprobs: list[dict[int, Logprob]] | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+
+    def finished(self) -> bool:
+        """Whether no token will follow."""
+        return self.finish_reason is not None
+
+    def __repr__(self) -> str:
+        return (
+            f"CompletionOutput(index={self.index}, text={_shown_text(self.text)}, "
+            f"token_ids={_shown_ids(self.token_ids)}, "
+            f"cumulative_logprob={self.cumulative_logprob}, "
+            f"finish_reason={_plain(self.finish_reason)}, stop_reason={self.stop_reason!r})"
+        )
+
+
+@dataclass(kw_only=True, slots=True, repr=False)
+class RequestOutput:
+    """Everything known about one request, final or so far.
+
+    Args:
+      request_id: unique in its engine.
+      prompt: its text, if text was given or rendered.
+      prompt_token_ids: what the model was given, special tokens included.
+      prompt_logprobs: per prompt token; None at the first, which nothing predicts.
+      outputs: n of them, by index.
+      finished: whether no output will grow.
+      metrics: when what happened.
+      num_cached_tokens: prompt tokens found in the prefix cache.
+      error: why it could not be served, under on_error="return"; else None.
+    """
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: Sequence[int]
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    outputs: list[CompletionOutput]
+    finished: bool
+    metrics: RequestMetrics
+    num_cached_tokens: int = 0
+    error: Exception | None = None
+
+    def __repr__(self) -> str:
+        error = "" if self.error is None else f", error={self.error!r}"
+        return (
+            f"RequestOutput(request_id={self.request_id!r}, prompt={_shown_text(self.prompt)}, "
+            f"prompt_token_ids={_shown_ids(self.prompt_token_ids)}, outputs={self.outputs!r}, "
+            f"finished={self.finished}, num_cached_tokens={self.num_cached_tokens}{error})"
+        )
+
+
+def _shown_text(text: str | None) -> str:
+    if text is None or len(text) <= _SHOWN_CHARS:
+        return repr(text)
+    return f"{text[:_SHOWN_CHARS]!r}... ({len(text)} characters)"
+
+
+def _shown_ids(token_ids: Sequence[int]) -> str:
+    if len(token_ids) <= _SHOWN_IDS:
+        return str(list(token_ids))
+    first = ", ".join(map(str, token_ids[:_SHOWN_IDS]))
+    return f"[{first}, ... ({len(token_ids)} ids)]"
+
+
+def _plain(reason: str | None) -> str:
+    """Quotes a reason as a string also where it is a member of an enum."""
+    return repr(None if reason is None else str(reason))

@@ -1,0 +1,356 @@
+"""What a user may ask of one request: sampling, stopping and what to report, in vLLM's names."""
+
+import functools
+import numbers
+import operator
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, TypeVar
+
+from jinfer.errors import RequestError, unknown_keyword
+
+# Every one of the n outputs occupies a slot of its own; beyond a thousand it is a slip, not a wish.
+MAX_N = 1024
+# Stop strings are searched in the text of every token, so their number and length are work.
+MAX_STOP_STRINGS = 64
+MAX_STOP_CHARS = 1024
+# These live in short fixed rows on the device, one per slot: no request ever recompiles a step.
+MAX_STOP_TOKEN_IDS = 64
+MAX_LOGIT_BIASES = 1024
+MAX_BAD_WORDS = 256
+# The field's convention. Beyond it a bias is a ban or a command, which have fields of their own.
+MAX_ABS_LOGIT_BIAS = 100.0
+# Logits are divided by these in float32, whose range ends near 1e38: both stay far from its ends.
+MIN_DIVISOR = 1e-5
+MAX_DIVISOR = 1e6
+# Counts travel as int32.
+MAX_COUNT = 2**31 - 1
+
+_Class = TypeVar("_Class", bound=type)
+
+
+def _refuse_unknown_keywords(cls: _Class) -> _Class:
+    """Makes the constructor name the nearest parameter when a keyword is misspelt."""
+    known = {f.name for f in fields(cls)}
+    init = cls.__init__
+
+    @functools.wraps(init)
+    def checked(self: Any, **keywords: Any) -> None:
+        for name in keywords:
+            if name not in known:
+                raise unknown_keyword(cls.__name__, name, known)
+        init(self, **keywords)
+
+    cls.__init__ = checked  # pyright: ignore[reportAttributeAccessIssue]
+    return cls
+
+
+@_refuse_unknown_keywords
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """What one request asks for; names, meanings and defaults are vLLM's.
+
+    Differences: `max_tokens=None`, the default, means "until the model stops or the context ends"
+    (vLLM's default is 16), and a temperature between 0 and 1e-5 is refused (vLLM raises everything
+    below 0.01 to 0.01). Lists may be any iterable and become tuples; `stop` may be one string.
+
+    Order of the transforms: penalties, logit_bias, bad_words and allowed_token_ids, temperature,
+    top_k, top_p, min_p, draw.
+
+    Args:
+      n: outputs per prompt, 1 to 1024.
+      presence_penalty: -2 to 2; subtracted once from the logit of each token already generated.
+      frequency_penalty: -2 to 2; subtracted once per earlier occurrence in the output.
+      repetition_penalty: above 0; divides the positive and multiplies the negative logits of
+        tokens already in the prompt or the output. 1 changes nothing.
+      temperature: 0 takes the likeliest token; else at least 1e-5.
+      top_p: in (0, 1]; 1 keeps every token.
+      top_k: keeps this many of the likeliest tokens; 0 or -1 keeps all.
+      min_p: in [0, 1]; drops tokens less likely than this share of the likeliest.
+      seed: any integer of 64 bits; None lets the engine choose.
+      stop: strings that end the output.
+      stop_token_ids: tokens that end the output, besides the model's own end tokens.
+      bad_words: strings that may not be generated.
+      ignore_eos: goes on after the model's own end tokens.
+      max_tokens: most tokens of output; None = until the model stops or the context ends.
+      min_tokens: end and stop tokens are forbidden before this many.
+      logprobs: how many likeliest tokens to report at each output position, the chosen one aside.
+      prompt_logprobs: the same at each prompt position.
+      detokenize: False leaves the text of outputs empty.
+      skip_special_tokens: leaves special tokens out of the text.
+      include_stop_str_in_output: keeps the matched stop string at the end of the text.
+      logit_bias: token id -> value in [-100, 100] that is added to its logit.
+      allowed_token_ids: only these tokens may be generated; None allows all.
+
+    Raises:
+      RequestError: a value has the wrong type or range, or two contradict each other.
+      TypeError: a keyword has no such name.
+    """
+
+    n: int = 1
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    bad_words: tuple[str, ...] = ()
+    ignore_eos: bool = False
+    max_tokens: int | None = None
+    min_tokens: int = 0
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    detokenize: bool = True
+    skip_special_tokens: bool = True
+    include_stop_str_in_output: bool = False
+    logit_bias: dict[int, float] | None = field(default=None, hash=False)
+    allowed_token_ids: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        for name, check in _CHECKS.items():
+            # The one place where a frozen field is written: with its normal form.
+            object.__setattr__(self, name, check(name, getattr(self, name)))
+        _refuse_contradictions(self)
+
+    @classmethod
+    def from_defaults(cls, defaults: Mapping[str, Any], **chosen: Any) -> "SamplingParams":
+        """The checkpoint's sampling defaults (generation_config.json) under the user's choices."""
+        return cls(**{**defaults, **chosen})
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token is always taken, so that no draw happens."""
+        return self.temperature == 0.0
+
+    def check_against(
+        self, *, vocab_size: int, max_logprobs: int, max_model_len: int, has_tokenizer: bool = True
+    ) -> None:
+        """Refuses what this engine and model cannot do.
+
+        Args:
+          vocab_size: V, the width of the model's logits.
+          max_logprobs: the engine's limit on `logprobs` and `prompt_logprobs`.
+          max_model_len: tokens of prompt and output together.
+          has_tokenizer: False under `skip_tokenizer_init`.
+
+        Raises:
+          RequestError: naming the field, its value and the limit.
+        """
+        for name in ("stop_token_ids", "logit_bias", "allowed_token_ids"):
+            for token_id in getattr(self, name) or ():
+                if token_id >= vocab_size:
+                    raise RequestError(
+                        f"{name} must lie in the vocabulary; got token id {token_id} with "
+                        f"vocab_size={vocab_size}. Use ids below {vocab_size}."
+                    )
+        for name in ("logprobs", "prompt_logprobs"):
+            count = getattr(self, name)
+            if count is not None and count > max_logprobs:
+                raise RequestError(
+                    f"{name} must be at most max_logprobs={max_logprobs}; got {name}={count}. "
+                    "Ask for fewer, or raise max_logprobs of the engine."
+                )
+        # A prompt has at least one token, so the output has at most one less than the context.
+        if self.min_tokens >= max_model_len:
+            raise RequestError(
+                f"min_tokens must be below max_model_len={max_model_len}; "
+                f"got min_tokens={self.min_tokens}. Lower it."
+            )
+        for name in ("stop", "bad_words"):
+            if getattr(self, name) and not has_tokenizer:
+                raise RequestError(
+                    f"{name} needs a tokenizer; got {name}={getattr(self, name)!r} with "
+                    "skip_tokenizer_init=True. Use stop_token_ids or logit_bias."
+                )
+
+
+def _integer(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise RequestError(f"{name} must be an integer; got {name}={value!r}. Pass an int.")
+    return operator.index(value)
+
+
+def _integer_within(low: int, high: int, *, or_none: bool = False) -> Callable[[str, Any], Any]:
+    def check(name: str, value: Any) -> int | None:
+        if or_none and value is None:
+            return None
+        number = _integer(name, value)
+        if not low <= number <= high:
+            # Python refuses to print integers of thousands of digits.
+            shown = number if number.bit_length() < 200 else f"{number.bit_length()} bits"
+            raise RequestError(
+                f"{name} must be in [{low}, {high}]; got {name}={shown}. Choose a value in it."
+            )
+        return number
+
+    return check
+
+
+def _number_within(low: float, high: float, *, above: bool = False) -> Callable[[str, Any], float]:
+    bracket = "(" if above else "["
+
+    def check(name: str, value: Any) -> float:
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
+            raise RequestError(f"{name} must be a number; got {name}={value!r}. Pass a float.")
+        try:
+            number = float(value)
+        except OverflowError:  # an integer past 1e308
+            number = float("inf")
+        # NaN fails every comparison, so it is refused here too.
+        if not (low < number if above else low <= number) or not number <= high:
+            raise RequestError(
+                f"{name} must be in {bracket}{low:g}, {high:g}]; got {name}={number}. "
+                "Choose a value in it."
+            )
+        return number
+
+    return check
+
+
+def _temperature(name: str, value: Any) -> float:
+    number = _number_within(0.0, MAX_DIVISOR)(name, value)
+    if 0.0 < number < MIN_DIVISOR:
+        raise RequestError(
+            f"temperature must be 0 or at least {MIN_DIVISOR:g}; got temperature={number}. "
+            "Use 0 for the likeliest token."
+        )
+    return number
+
+
+def _top_k(name: str, value: Any) -> int:
+    return max(0, _integer_within(-1, MAX_COUNT)(name, value))
+
+
+def _flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise RequestError(f"{name} must be True or False; got {name}={value!r}. Pass a bool.")
+    return value
+
+
+def _listed(name: str, value: Any, of: str) -> tuple[Any, ...]:
+    if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
+        raise RequestError(f"{name} must be a list of {of}; got {name}={value!r}. Pass a list.")
+    return tuple(value)
+
+
+def _at_most(name: str, values: Any, limit: int) -> None:
+    if len(values) > limit:
+        raise RequestError(
+            f"{name} holds at most {limit} entries; got {len(values)}. Pass fewer of them."
+        )
+
+
+def _strings(limit: int) -> Callable[[str, Any], tuple[str, ...]]:
+    def check(name: str, value: Any) -> tuple[str, ...]:
+        if value is None:
+            return ()
+        texts = (value,) if isinstance(value, str) else _listed(name, value, "strings")
+        _at_most(name, texts, limit)
+        for text in texts:
+            if not isinstance(text, str) or not text:
+                raise RequestError(
+                    f"{name} must hold strings that are not empty; got {text!r}. Drop it."
+                )
+            if len(text) > MAX_STOP_CHARS:
+                raise RequestError(
+                    f"{name} holds strings of at most {MAX_STOP_CHARS} characters; "
+                    f"got one of {len(text)}. Shorten it."
+                )
+        return tuple(dict.fromkeys(texts))
+
+    return check
+
+
+def _token_id(name: str, value: Any) -> int:
+    return _integer_within(0, MAX_COUNT)(f"each id of {name}", value)
+
+
+def _stop_token_ids(name: str, value: Any) -> tuple[int, ...]:
+    ids = () if value is None else _listed(name, value, "token ids")
+    ids = tuple(dict.fromkeys(_token_id(name, one) for one in ids))
+    _at_most(name, ids, MAX_STOP_TOKEN_IDS)
+    return ids
+
+
+def _allowed_token_ids(name: str, value: Any) -> tuple[int, ...] | None:
+    if value is None:
+        return None
+    ids = tuple(dict.fromkeys(_token_id(name, one) for one in _listed(name, value, "token ids")))
+    if not ids:
+        raise RequestError(
+            "allowed_token_ids must allow at least one token; got an empty list. "
+            "Pass None to allow all."
+        )
+    return ids
+
+
+def _logit_bias(name: str, value: Any) -> dict[int, float] | None:
+    if value is None:
+        return None
+    if not isinstance(value, Mapping):
+        raise RequestError(
+            f"logit_bias must map token ids to numbers; got logit_bias={value!r}. Pass a dict."
+        )
+    _at_most(name, value, MAX_LOGIT_BIASES)
+    within = _number_within(-MAX_ABS_LOGIT_BIAS, MAX_ABS_LOGIT_BIAS)
+    bias = {}
+    for key, number in value.items():
+        # JSON has no integer keys, so requests that came over a wire spell them as text.
+        is_text = isinstance(key, str) and key.isascii() and key.isdigit() and len(key) <= 10
+        token_id = _token_id(name, int(key) if is_text else key)
+        bias[token_id] = within(f"{name}[{token_id}]", number)
+    return bias or None
+
+
+_CHECKS: dict[str, Callable[[str, Any], Any]] = {
+    "n": _integer_within(1, MAX_N),
+    "presence_penalty": _number_within(-2.0, 2.0),
+    "frequency_penalty": _number_within(-2.0, 2.0),
+    "repetition_penalty": _number_within(MIN_DIVISOR, MAX_DIVISOR),
+    "temperature": _temperature,
+    "top_p": _number_within(0.0, 1.0, above=True),
+    "top_k": _top_k,
+    "min_p": _number_within(0.0, 1.0),
+    "seed": _integer_within(-(2**63), 2**64 - 1, or_none=True),
+    "stop": _strings(MAX_STOP_STRINGS),
+    "stop_token_ids": _stop_token_ids,
+    "bad_words": _strings(MAX_BAD_WORDS),
+    "ignore_eos": _flag,
+    "max_tokens": _integer_within(1, MAX_COUNT, or_none=True),
+    "min_tokens": _integer_within(0, MAX_COUNT),
+    "logprobs": _integer_within(0, MAX_COUNT, or_none=True),
+    "prompt_logprobs": _integer_within(0, MAX_COUNT, or_none=True),
+    "detokenize": _flag,
+    "skip_special_tokens": _flag,
+    "include_stop_str_in_output": _flag,
+    "logit_bias": _logit_bias,
+    "allowed_token_ids": _allowed_token_ids,
+}
+
+
+def _refuse_contradictions(params: SamplingParams) -> None:
+    if params.max_tokens is not None and params.min_tokens > params.max_tokens:
+        raise RequestError(
+            "min_tokens must not exceed max_tokens; got "
+            f"min_tokens={params.min_tokens}, max_tokens={params.max_tokens}. Lower min_tokens."
+        )
+    if params.stop and not params.detokenize:
+        raise RequestError(
+            f"stop strings are searched in the text; got stop={list(params.stop)} with "
+            "detokenize=False. Use stop_token_ids, or leave detokenize on."
+        )
+    allowed = params.allowed_token_ids
+    if allowed is not None and params.min_tokens and set(allowed) <= set(params.stop_token_ids):
+        raise RequestError(
+            "allowed_token_ids must allow a token that does not stop while min_tokens forbids "
+            f"stopping; got allowed_token_ids={list(allowed)}, min_tokens={params.min_tokens}. "
+            "Allow one more token, or set min_tokens=0."
+        )
+
+
+# Every field has its check, or the class does not import.
+assert [f.name for f in fields(SamplingParams)] == list(_CHECKS), "fields without a check"

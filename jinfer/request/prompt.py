@@ -1,0 +1,141 @@
+"""One spelling for everything a user may pass as a prompt."""
+
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from jinfer.errors import RequestError
+
+_HOW = 'Pass a string, a list of token ids, {"prompt": ...} or {"prompt_token_ids": [...]}.'
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One prompt: its text, its token ids, or both if the caller knows both."""
+
+    text: str | None
+    token_ids: tuple[int, ...] | None
+
+
+def split_prompts(prompts: Any) -> tuple[list[Prompt], bool]:
+    """Tells one prompt from a list of them.
+
+    A string, a flat list of ids, a one-dimensional array and a dict are one prompt; a list of
+    those, or a two-dimensional array, is many. An empty list is no prompt at all.
+
+    Returns:
+      The prompts, and whether the caller passed a single one.
+
+    Raises:
+      RequestError: something in it is none of these.
+    """
+    if _is_one(prompts):
+        return [as_prompt(prompts)], True
+    if not isinstance(prompts, Sequence | np.ndarray):
+        raise RequestError(f"a prompt must be text or token ids; got {_shown(prompts)}. {_HOW}")
+    return [as_prompt(prompt) for prompt in prompts], False
+
+
+def as_prompt(prompt: Any) -> Prompt:
+    """Brings one prompt into its normal form; ids are converted but not yet checked for range.
+
+    Raises:
+      RequestError: it is of no known kind, or an id is not an integer.
+    """
+    if isinstance(prompt, Prompt):
+        return prompt
+    if isinstance(prompt, Mapping):
+        return _from_mapping(prompt)
+    if isinstance(prompt, str):
+        return Prompt(text=prompt, token_ids=None)
+    if isinstance(prompt, Sequence | np.ndarray) and not isinstance(prompt, bytes | bytearray):
+        return Prompt(text=None, token_ids=_as_ids(prompt))
+    raise RequestError(f"a prompt must be text or token ids; got {_shown(prompt)}. {_HOW}")
+
+
+def check_prompt_ids(token_ids: Sequence[int], *, vocab_size: int, max_model_len: int) -> None:
+    """Refuses ids that this model cannot take.
+
+    Args:
+      token_ids: the prompt, special tokens included.
+      vocab_size: V, rows of the model's embedding.
+      max_model_len: tokens of prompt and output together.
+
+    Raises:
+      RequestError: the prompt is empty, too long for one token of output, or an id lies outside
+        the vocabulary; with the position.
+    """
+    if len(token_ids) == 0:
+        raise RequestError("a prompt needs at least one token; got none. Pass some text or ids.")
+    if len(token_ids) >= max_model_len:
+        raise RequestError(
+            f"a prompt must leave room for one token of output; got {len(token_ids)} tokens with "
+            f"max_model_len={max_model_len}. Shorten it to {max_model_len - 1} tokens, or raise "
+            "max_model_len."
+        )
+    if min(token_ids) >= 0 and max(token_ids) < vocab_size:
+        return
+    position, token_id = next(
+        (i, one) for i, one in enumerate(token_ids) if not 0 <= one < vocab_size
+    )
+    raise RequestError(
+        f"prompt token ids must be in [0, {vocab_size}); got {token_id} at position {position}. "
+        "Encode the prompt with the tokenizer of this model."
+    )
+
+
+def _is_one(prompts: Any) -> bool:
+    if isinstance(prompts, str | Mapping | Prompt):
+        return True
+    if isinstance(prompts, np.ndarray):
+        return prompts.ndim < 2
+    if isinstance(prompts, Sequence) and len(prompts) > 0:
+        return all(_is_number(one) for one in prompts)
+    return False
+
+
+def _is_number(value: Any) -> bool:
+    # Floats and bools count: [1.5, 2.5] is one wrong prompt, not two of them.
+    return isinstance(value, int | float | np.generic)
+
+
+def _from_mapping(prompt: Mapping[str, Any]) -> Prompt:
+    unknown = set(prompt) - {"prompt", "prompt_token_ids"}
+    if unknown or not prompt:
+        raise RequestError(
+            'a prompt dict takes the keys "prompt" and "prompt_token_ids"; '
+            f"got {sorted(map(str, prompt))}. {_HOW}"
+        )
+    text, token_ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
+    if text is not None and not isinstance(text, str):
+        raise RequestError(f'"prompt" must be a string; got {_shown(text)}. {_HOW}')
+    if text is None and token_ids is None:
+        raise RequestError(f"a prompt dict must hold a prompt; got only None in it. {_HOW}")
+    return Prompt(text=text, token_ids=None if token_ids is None else _as_ids(token_ids))
+
+
+def _as_ids(token_ids: Any) -> tuple[int, ...]:
+    if isinstance(token_ids, np.ndarray):
+        if token_ids.ndim != 1 or (token_ids.size and token_ids.dtype.kind not in "iu"):
+            raise RequestError(
+                "an array of token ids must hold integers in one dimension; "
+                f"got dtype={token_ids.dtype}, shape={token_ids.shape}. {_HOW}"
+            )
+        return tuple(token_ids.tolist())
+    if isinstance(token_ids, str | bytes | bytearray) or not isinstance(token_ids, Sequence):
+        raise RequestError(f"token ids must be a list of integers; got {_shown(token_ids)}. {_HOW}")
+    for position, one in enumerate(token_ids):
+        if isinstance(one, bool) or not isinstance(one, int | np.integer):
+            raise RequestError(
+                f"token ids must be integers; got {_shown(one)} at position {position}. {_HOW}"
+            )
+    return tuple(operator.index(one) for one in token_ids)
+
+
+def _shown(value: Any) -> str:
+    """A value short enough for a sentence."""
+    text = repr(value)
+    return f"{text[:57]}..." if len(text) > 60 else text

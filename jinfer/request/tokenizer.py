@@ -1,0 +1,110 @@
+"""Text to token ids and back, from the files of a model folder; nothing in them is executed.
+
+Two backends read two kinds of file and are used through one class: `tokenizer.json` through the
+`tokenizers` library, else `tokenizer.model` through `sentencepiece`.
+"""
+
+import functools
+from collections.abc import Iterable
+from pathlib import Path
+
+from jinfer.errors import CheckpointError, RequestError
+from jinfer.request.tokenizer_backends import Backend, HFBackend, SentencePieceBackend
+from jinfer.request.tokenizer_files import TokenizerFiles, read_tokenizer_files
+
+
+class Tokenizer:
+    """Turns text into token ids and back.
+
+    A token is a string of bytes; the text of a sequence is the UTF-8 reading of its tokens' bytes,
+    with U+FFFD where they are not UTF-8, less one leading space where the vocabulary puts one
+    there. Hugging Face's `clean_up_tokenization_spaces` is not applied: it removes spaces that the
+    model wrote.
+    """
+
+    def __init__(self, backend: Backend, files: TokenizerFiles) -> None:
+        self._backend = backend
+        self.folder = files.folder
+        self.vocab_size = backend.vocab_size  # ids are below this
+        self.special_ids = backend.special_ids
+        self.strips_first_space = backend.strips_first_space
+        self._named = files.named
+        self.bos_token = files.named.get("bos_token")
+        self.eos_token = files.named.get("eos_token")
+        self.pad_token = files.named.get("pad_token")
+        self.unk_token = files.named.get("unk_token")
+        self.bos_token_id = self._named_id(self.bos_token)
+        self.eos_token_id = self._named_id(self.eos_token)
+        self.pad_token_id = self._named_id(self.pad_token)
+        self.chat_templates = files.chat_templates
+        self.token_bytes = functools.cache(backend.token_bytes)
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of `text`; special tokens written out in it become their ids.
+
+        Args:
+          text: any text; a chat prompt already rendered brings its own special tokens.
+          add_special_tokens: begin (and end) as the checkpoint says, e.g. with the bos token.
+
+        Raises:
+          RequestError: the text holds half of a surrogate pair, which has no UTF-8.
+        """
+        if not text.isascii():
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise RequestError(
+                    f"a prompt must be valid Unicode; got {text[error.start]!r} at character "
+                    f"{error.start}. Replace it."
+                ) from None
+        return self._backend.encode(text, add_special_tokens=add_special_tokens)
+
+    def decode(self, token_ids: Iterable[int], skip_special_tokens: bool = True) -> str:
+        """Text of the tokens. Ids that the vocabulary lacks (padded logits) add nothing."""
+        skipped = self.special_ids if skip_special_tokens else frozenset()
+        pieces = [self.token_bytes(one) for one in token_ids if one not in skipped]
+        text = b"".join(pieces).decode(errors="replace")
+        return text[1:] if self.strips_first_space and text[:1] == " " else text
+
+    def token_text(self, token_id: int) -> str:
+        """Text of one token standing alone, its leading space kept, for logprobs."""
+        return self.token_bytes(token_id).decode(errors="replace")
+
+    def token_id(self, content: str) -> int | None:
+        """Id of the token with exactly this content, as the vocabulary spells it."""
+        return self._backend.token_id(content)
+
+    @property
+    def template_variables(self) -> dict[str, str]:
+        """The special tokens as chat templates know them: bos_token, eos_token and so on."""
+        return dict(self._named)
+
+    @property
+    def chat_template(self) -> str | None:
+        """The template used unless another is named."""
+        return self.chat_templates.get("default")
+
+    def _named_id(self, content: str | None) -> int | None:
+        return None if content is None else self._backend.token_id(content)
+
+
+def load_tokenizer(folder: str | Path) -> Tokenizer:
+    """Reads the tokenizer of a model folder.
+
+    Raises:
+      CheckpointError: a file is missing or damaged; names it.
+      NotImplementedError: tokenizer.json decodes by steps that are not bytes.
+    """
+    folder = Path(folder)
+    files = read_tokenizer_files(folder)
+    if (folder / "tokenizer.json").is_file():
+        backend: Backend = HFBackend(folder / "tokenizer.json", files)
+    elif (folder / "tokenizer.model").is_file():
+        backend = SentencePieceBackend(folder / "tokenizer.model", files)
+        files.named.update({k: v for k, v in backend.named.items() if k not in files.named})
+    else:
+        raise CheckpointError(
+            "a model folder needs tokenizer.json or tokenizer.model; "
+            f"got neither in {str(folder)!r}. Copy one there, or set skip_tokenizer_init=True."
+        )
+    return Tokenizer(backend, files)

@@ -1,0 +1,308 @@
+"""The two libraries that know tokenizer files, behind one small interface."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import sentencepiece
+import tokenizers
+
+from jinfer.errors import CheckpointError
+from jinfer.request.tokenizer_files import AddedToken, TokenizerFiles, damaged, read_text
+
+_SPACE_MARK = "▁"  # U+2581, how sentencepiece spells a space inside a piece
+_BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+# In these classes of Hugging Face's (4.x) the flags add_bos_token and add_eos_token rule; in all
+# others the post-processor inside tokenizer.json does, whatever the flags say. (5.x never reads
+# the flags beside a tokenizer.json, which costs DeepSeek-R1 its bos token.)
+_CLASSES_RULED_BY_FLAGS = ("Llama", "CodeLlama", "Gemma", "Cohere")
+
+
+class Backend(Protocol):
+    """What one tokenizer library is asked for."""
+
+    vocab_size: int  # one past the largest id
+    special_ids: frozenset[int]
+    strips_first_space: bool  # decoding drops one space at the start of the text
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
+
+    def token_id(self, content: str) -> int | None: ...
+
+    def token_bytes(self, token_id: int) -> bytes: ...
+
+
+class HFBackend:
+    """`tokenizer.json` through the `tokenizers` library."""
+
+    def __init__(self, path: Path, files: TokenizerFiles) -> None:
+        text = read_text(path)
+        try:
+            self._library = tokenizers.Tokenizer.from_str(text)
+        except Exception as error:  # the library raises Exception itself, nothing narrower
+            raise damaged(path, str(error)) from error
+        self._library.no_truncation()
+        self._library.no_padding()
+        self._add_tokens(path, files)
+        decoder = self._library.decoder
+        steps = None if decoder is None else json.loads(decoder.__getstate__())
+        self._to_bytes, self.strips_first_space = _byte_reading(path, steps)
+        added = self._library.get_added_tokens_decoder()
+        self.special_ids = frozenset(i for i, token in added.items() if token.special)
+        self.vocab_size = max(self._library.get_vocab_size(), max(added, default=-1) + 1)
+        self._frame = self._framing(files)
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        if self._frame is None:
+            return self._library.encode(text, add_special_tokens=add_special_tokens).ids
+        ids = self._library.encode(text, add_special_tokens=False).ids
+        before, after = self._frame if add_special_tokens else ([], [])
+        return [*before, *ids, *after]
+
+    def token_id(self, content: str) -> int | None:
+        return self._library.token_to_id(content)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        token = self._library.id_to_token(token_id)
+        return b"" if token is None else self._to_bytes(token)
+
+    def _add_tokens(self, path: Path, files: TokenizerFiles) -> None:
+        """Adds what only tokenizer_config.json names, and marks the special ones as such."""
+        known = {token.content for token in self._library.get_added_tokens_decoder().values()}
+        for token_id, token in sorted(files.added.items()):
+            if token.content in known:
+                continue
+            self._library.add_tokens([_library_token(token)])
+            if self._library.token_to_id(token.content) != token_id:
+                raise CheckpointError(
+                    f"added tokens must agree with {path.name}; got {token.content!r} as "
+                    f"id {token_id} where the vocabulary gives it "
+                    f"{self._library.token_to_id(token.content)}. Download both files again."
+                )
+        for content in (*files.named.values(), *files.specials):
+            if content not in known:
+                self._library.add_special_tokens(
+                    [tokenizers.AddedToken(content, normalized=False, special=True)]
+                )
+
+    def _framing(self, files: TokenizerFiles) -> tuple[list[int], list[int]] | None:
+        """Ids put around every text by the flags; None where the post-processor rules."""
+        ruled = files.tokenizer_class.startswith(_CLASSES_RULED_BY_FLAGS)
+        if not ruled or (files.add_bos is None and files.add_eos is None):
+            return None
+        usual = self._library.encode("", add_special_tokens=True).ids
+        ends = []
+        for name, said in (("bos_token", files.add_bos), ("eos_token", files.add_eos)):
+            token = files.named.get(name)
+            token_id = None if token is None else self._library.token_to_id(token)
+            wanted = token_id in usual if said is None else said
+            ends.append([token_id] if wanted and token_id is not None else [])
+        return ends[0], ends[1]
+
+
+def _library_token(token: AddedToken) -> tokenizers.AddedToken:
+    return tokenizers.AddedToken(
+        token.content,
+        special=token.special,
+        lstrip=token.lstrip,
+        rstrip=token.rstrip,
+        normalized=token.normalized,
+        single_word=token.single_word,
+    )
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """GPT-2's spelling of the 256 bytes as printable characters, inverted.
+
+    Printable Latin-1 stands for itself; the other bytes, in order, are U+0100 and up.
+    Source: Radford et al., Language Models are Unsupervised Multitask Learners, 2019, encoder.py.
+    """
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in set(printable)]
+    return {chr(b): b for b in printable} | {chr(0x100 + i): b for i, b in enumerate(others)}
+
+
+_BYTE_OF_CHAR = _byte_alphabet()
+
+
+def _from_byte_level(token: str) -> bytes:
+    try:
+        return bytes([_BYTE_OF_CHAR[char] for char in token])
+    except KeyError:  # an added token, spelt as it reads
+        return token.encode(errors="replace")
+
+
+def _byte_reading(path: Path, decoder: Any) -> tuple[Callable[[str], bytes], bool]:
+    """A decoder of tokenizer.json as a function from one token to its bytes.
+
+    Returns:
+      The function, and whether one space at the start of the text is dropped.
+
+    Raises:
+      NotImplementedError: the decoder works on something else than single tokens' bytes.
+    """
+    steps = decoder.get("decoders", [decoder]) if isinstance(decoder, dict) else [decoder]
+    kinds = [step.get("type") if isinstance(step, dict) else None for step in steps]
+    strips = False
+    replacements: list[tuple[str, str]] = []
+    for index, step in enumerate(steps):
+        match step:
+            case {"type": "ByteLevel" | "ByteFallback" | "Fuse"}:
+                pass
+            case {"type": "Replace", "pattern": {"String": str(old)}, "content": str(new)}:
+                replacements.append((old, new))
+            case {"type": "Metaspace", "replacement": str(mark)}:
+                replacements.append((mark, " "))
+                strips = step.get("prepend_scheme", "always") != "never"
+            case {"type": "Strip", "content": " ", "start": 1, "stop": 0} if (
+                "Fuse" in kinds[:index]
+            ):
+                strips = True
+            case _:
+                raise NotImplementedError(
+                    "the decoder of tokenizer.json must be made of ByteLevel, ByteFallback, "
+                    "Metaspace, Replace, Fuse and Strip; got "
+                    f"{json.dumps(step):.80} in {str(path)!r}. Use a checkpoint with one of these."
+                )
+    if "ByteLevel" in kinds:
+        return _from_byte_level, strips
+    return _from_pieces(replacements, has_byte_pieces="ByteFallback" in kinds), strips
+
+
+def _from_pieces(
+    replacements: list[tuple[str, str]], *, has_byte_pieces: bool
+) -> Callable[[str], bytes]:
+    def read(token: str) -> bytes:
+        if has_byte_pieces and (byte := _BYTE_PIECE.fullmatch(token)):
+            return bytes([int(byte[1], 16)])
+        for old, new in replacements:
+            token = token.replace(old, new)
+        return token.encode(errors="replace")
+
+    return read
+
+
+class SentencePieceBackend:
+    """`tokenizer.model` through the `sentencepiece` library.
+
+    The library does not see control tokens in text, so the text is first cut at them, as Hugging
+    Face's Llama tokenizer (4.x) does. Every stretch gets the dummy leading space if `legacy`, else
+    only the first one. (5.x converts the model to `tokenizers` and differs from sentencepiece
+    where a stretch begins with a space of its own.)
+    """
+
+    def __init__(self, path: Path, files: TokenizerFiles) -> None:
+        self._first, self._later = _load_model(path)
+        library = self._first
+        num_pieces = library.get_piece_size()
+        self.strips_first_space = library.encode_as_pieces("a")[:1] != ["a"]
+        if not self.strips_first_space or files.legacy:
+            self._later = library
+        self.named = {
+            name: library.id_to_piece(token_id)
+            for name, token_id in (
+                ("bos_token", library.bos_id()),
+                ("eos_token", library.eos_id()),
+                ("unk_token", library.unk_id()),
+                ("pad_token", library.pad_id()),
+            )
+            if token_id >= 0
+        } | files.named
+        self._added = self._recognised(path, files, num_pieces)
+        self._id_of = {token.content: token_id for token_id, token in self._added.items()}
+        longest_first = sorted(self._id_of, key=len, reverse=True)
+        self._cut = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+        self.special_ids = frozenset(i for i, token in self._added.items() if token.special)
+        self.vocab_size = max(num_pieces, *(i + 1 for i in self._added), 0)
+        bos = self._id_of.get(self.named.get("bos_token", ""))
+        eos = self._id_of.get(self.named.get("eos_token", ""))
+        # Llama's own default: begin with bos, do not end with eos.
+        self._before = [bos] if bos is not None and files.add_bos is not False else []
+        self._after = [eos] if eos is not None and files.add_eos is True else []
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        ids = list(self._before) if add_special_tokens else []
+        start, strip_left = 0, False
+        for match in self._cut.finditer(text):
+            token_id = self._id_of[match[0]]
+            token = self._added[token_id]
+            ids += self._encode_between(text, start, match.start(), strip_left, token.lstrip)
+            ids.append(token_id)
+            start, strip_left = match.end(), token.rstrip
+        ids += self._encode_between(text, start, len(text), strip_left, False)
+        return ids + self._after if add_special_tokens else ids
+
+    def token_id(self, content: str) -> int | None:
+        if content in self._id_of:
+            return self._id_of[content]
+        token_id = self._first.piece_to_id(content)
+        return token_id if self._first.id_to_piece(token_id) == content else None
+
+    def token_bytes(self, token_id: int) -> bytes:
+        if token_id in self._added:
+            return self._added[token_id].content.encode(errors="replace")
+        if not 0 <= token_id < self._first.get_piece_size():
+            return b""
+        piece = self._first.id_to_piece(token_id)
+        if self._first.is_byte(token_id):
+            return bytes([int(piece[3:5], 16)])
+        return piece.replace(_SPACE_MARK, " ").encode()
+
+    def _encode_between(
+        self, text: str, start: int, stop: int, strip_left: bool, strip_right: bool
+    ) -> list[int]:
+        part = text[start:stop]
+        part = part.lstrip() if strip_left else part
+        part = part.rstrip() if strip_right else part
+        library = self._first if start == 0 else self._later
+        return library.encode_as_ids(part) if part else []
+
+    def _recognised(
+        self, path: Path, files: TokenizerFiles, num_pieces: int
+    ) -> dict[int, AddedToken]:
+        """Tokens that the text is cut at: control pieces, and what the files add or name."""
+        library = self._first
+        found = {
+            i: AddedToken(content=library.id_to_piece(i), special=True)
+            for i in range(num_pieces)
+            if library.is_control(i) or library.is_unknown(i)
+        }
+        for token_id, token in files.added.items():
+            if token_id < num_pieces and library.id_to_piece(token_id) != token.content:
+                raise CheckpointError(
+                    f"added tokens must agree with {path.name}; got {token.content!r} as id "
+                    f"{token_id}, which is {library.id_to_piece(token_id)!r} there. "
+                    "Download both files again."
+                )
+            found[token_id] = token
+        ids = {token.content: token_id for token_id, token in found.items()}
+        for content in (*self.named.values(), *files.specials):
+            token_id = ids.get(content)
+            if token_id is None:
+                token_id = library.piece_to_id(content)
+                if library.id_to_piece(token_id) != content:  # a word of its own, past the pieces
+                    token_id = max(num_pieces, *(i + 1 for i in found))
+            if token_id not in found or not found[token_id].special:
+                found[token_id] = AddedToken(content=content, special=True)
+                ids[content] = token_id
+        return found
+
+
+def _load_model(
+    path: Path,
+) -> tuple[sentencepiece.SentencePieceProcessor, sentencepiece.SentencePieceProcessor]:
+    """The model, and the same model without a dummy space before the text."""
+    model = path.read_bytes()
+    # A protobuf message that is appended to another is merged into it, later values winning:
+    # field 3 (normalizer_spec), 2 bytes long: its field 3 (add_dummy_prefix) = false.
+    without_prefix = model + b"\x1a\x02\x18\x00"
+    try:
+        first = sentencepiece.SentencePieceProcessor(model_proto=model)
+        later = sentencepiece.SentencePieceProcessor(model_proto=without_prefix)
+        first.get_piece_size()
+        first.encode_as_ids("a")
+    except (RuntimeError, ValueError) as error:
+        raise damaged(path, str(error)) from error
+    return first, later

@@ -1,0 +1,222 @@
+"""Chat templates: Hugging Face's output, and an end to everything a template can try."""
+
+import json
+import time
+
+import pytest
+from request.data_folder import data_folder
+from request.make_chat_goldens import CASES, GOLDENS, SPECIAL_TOKENS, VARIABLES
+
+from jinfer.errors import RequestError
+from jinfer.request import chat
+from jinfer.request.chat import ChatRenderer, check_messages, choose_template, render_chat
+
+_USER = [{"role": "user", "content": "hi"}]
+_PLAIN = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</>{% endfor %}"
+
+
+@pytest.fixture(scope="module")
+def renderer():
+    with ChatRenderer() as one:
+        yield one
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_templates_render_as_in_transformers(renderer: ChatRenderer, case: str) -> None:
+    folder = data_folder("chat_templates")
+    goldens = json.loads(GOLDENS.read_text(encoding="utf-8"))
+    assert len(goldens) >= 35
+    messages, options = CASES[case]
+    variables = {**SPECIAL_TOKENS, **VARIABLES}
+    for name, rows in goldens.items():
+        template = (folder / name).read_text(encoding="utf-8")
+        if "error" in rows[case]:
+            with pytest.raises(RequestError, match="the chat template (refuses|fails on) these"):
+                renderer.render(template, messages, variables=variables, **options)
+        else:
+            got = renderer.render(template, messages, variables=variables, **options)
+            assert got == rows[case]["text"], name
+
+
+def test_trim_blocks_and_tojson_follow_hugging_face(renderer: ChatRenderer) -> None:
+    template = "  {% if true %}\n{{ {'b': '<é>', 'a': 1} | tojson }}\n  {% endif %}\n."
+    assert renderer.render(template, _USER) == '{"b": "<é>", "a": 1}\n.'
+    assert renderer.render("{{ {'a': [1]} | tojson(indent=2) }}", _USER) == (
+        '{\n  "a": [\n    1\n  ]\n}'
+    )
+
+
+def test_extensions(renderer: ChatRenderer) -> None:
+    loop = "{% for i in range(9) %}{% if i == 3 %}{% break %}{% endif %}{{ i }}{% endfor %}"
+    assert renderer.render(loop, _USER) == "012"
+    assert (
+        renderer.render("a{% generation %}{{ messages[0].content }}{% endgeneration %}b", _USER)
+        == "ahib"
+    )
+    assert renderer.render("{{ strftime_now('%Y') }}", _USER) >= "2024"
+
+
+def test_variables_reach_the_template(renderer: ChatRenderer) -> None:
+    template = "{{ bos_token }}{{ tools | length }}{{ thinking }}{{ eos_token }}"
+    got = renderer.render(
+        template, _USER, tools=[{"name": "f"}], variables={"bos_token": "<s>", "thinking": True}
+    )
+    assert got == "<s>1True"
+
+
+def test_parts_are_joined_unless_the_template_reads_them(renderer: ChatRenderer) -> None:
+    parts = [{"type": "text", "text": "a"}, "b"]
+    messages = [{"role": "user", "content": parts}]
+    assert renderer.render(_PLAIN, messages) == "<user>a\nb</>"
+    reads = _PLAIN.replace(
+        "{{ m['content'] }}", "{% for p in m['content'] %}[{{ p['text'] }}]{% endfor %}"
+    )
+    assert renderer.render(reads, messages) == "<user>[a][b]</>"
+    by_name = "{% set c = messages[0].content %}{% for p in c | list %}[{{ p.text }}]{% endfor %}"
+    assert renderer.render(by_name, messages) == "[a][b]"
+    split = "{% for w in messages[0].content.split() %}[{{ w }}]{% endfor %}"
+    assert renderer.render(split, messages) == "[a][b]"
+
+
+def test_continue_final_message(renderer: ChatRenderer) -> None:
+    messages = [*_USER, {"role": "assistant", "content": "So "}]
+    got = renderer.render(_PLAIN, messages, continue_final_message=True)
+    assert got == "<user>hi</><assistant>So "
+    trims = _PLAIN.replace("m['content']", "m['content'] | trim")
+    assert renderer.render(trims, messages, continue_final_message=True).endswith("<assistant>So")
+    in_parts = [*_USER, {"role": "assistant", "content": [{"type": "text", "text": "So"}]}]
+    assert renderer.render(_PLAIN, in_parts, continue_final_message=True).endswith("So")
+    with pytest.raises(RequestError, match="template that writes out the last message"):
+        renderer.render("{{ messages[0].content }}", messages, continue_final_message=True)
+    with pytest.raises(RequestError, match="exclude each other; got both"):
+        renderer.render(_PLAIN, messages, continue_final_message=True, add_generation_prompt=True)
+    with pytest.raises(RequestError, match="needs content in the last message"):
+        renderer.render(
+            _PLAIN,
+            [{"role": "assistant", "tool_calls": []}],
+            continue_final_message=True,
+        )
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ 'a' * 10**10 }}", "MiB; got MemoryError"),
+        ("{{ 'a'.center(10**10) }}", "MiB; got MemoryError"),
+        ("{{ 'a' | center(10**9) }}", "MiB; got MemoryError"),
+        ("{{ '%10000000000d' % 1 }}", "must finish within|fails on these messages"),
+        ("{{ [0] * 10**9 }}", "MiB; got MemoryError"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "got RecursionError"),
+        ("{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}", "must finish within"),
+        (
+            "{% set r = range(100000) | list %}"
+            "{% for i in r %}{% for j in r %}{% for k in r %}{% endfor %}{% endfor %}{% endfor %}",
+            "finish within 1 s.*got more time",
+        ),
+        (
+            "{% set ns = namespace(x='a') %}"
+            "{% for i in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
+            "must finish within",
+        ),
+        ("{% for i in range(99999) %}{{ 'a' * 999 }}{% endfor %}", "at most 8388608 characters"),
+        ("{{ ''.__class__.__mro__ }}", "fails on these messages; got SecurityError"),
+        ("{{ messages.append(1) }}", "fails on these messages; got SecurityError"),
+        ("{{ range(10**9) }}", "fails on these messages; got OverflowError"),
+        ("{{ messages.x.y }}", "fails on these messages; got UndefinedError"),
+        ("{% for %}", "must be valid Jinja; got .* at line 1"),
+        ("{{ raise_exception('Take turns.') }}", "refuses these messages; it says: Take turns."),
+        ("a" * (chat.MAX_TEMPLATE_CHARS + 1), "template has at most 262144 characters; got 262145"),
+        (None, "template must be text; got None"),
+    ],
+)
+def test_hostile_templates_end_in_a_sentence(
+    renderer: ChatRenderer, template: str, message: str
+) -> None:
+    with pytest.raises(RequestError, match=message):
+        renderer.render(template, _USER)
+    assert renderer.render("ok", _USER) == "ok"  # the next request is unaffected
+
+
+def test_a_worker_that_dies_or_hangs_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    with ChatRenderer() as renderer:
+        assert renderer.render("ok", _USER) == "ok"
+        renderer._worker._process.kill()
+        with pytest.raises(RequestError, match="got exit status -9"):
+            renderer.render("ok", _USER)
+        assert renderer.render("ok", _USER) == "ok"
+        monkeypatch.setattr(chat, "MAX_WALL_S", 0.0)
+        with pytest.raises(RequestError, match="no answer in 0 s"):
+            renderer.render("{% for i in range(100000) %}{% endfor %}", _USER)
+
+
+def test_close_ends_the_process_and_is_repeatable() -> None:
+    renderer = ChatRenderer()
+    renderer.close()
+    renderer.render("ok", _USER)
+    process = renderer._worker._process
+    renderer.close()
+    renderer.close()
+    assert process.poll() is not None
+    renderer.render("ok", _USER)
+    process = renderer._worker._process
+    del renderer  # without close
+    deadline = time.monotonic() + 5
+    while process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert process.poll() is not None
+
+
+def test_render_chat_once() -> None:
+    assert render_chat(_PLAIN, _USER, add_generation_prompt=True) == "<user>hi</>"
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ("hi", "messages must be a list of dicts; got 'hi'"),
+        ({"role": "user"}, "messages must be a list of dicts"),
+        ([], "at least one message; got none"),
+        (["hi"], r"messages\[0\] must be a dict with role and content; got 'hi'"),
+        ([{"content": "x"}], r"messages\[0\] needs a role; got role=None"),
+        ([{"role": "", "content": "x"}], "needs a role; got role=''"),
+        ([*_USER, {"role": "user"}], r"messages\[1\] needs content; got only \['role'\]"),
+        ([{"role": "user", "content": 3}], "must have text as its content; got content=3"),
+        (
+            [{"role": "user", "content": [{"type": "image_url", "image_url": "u"}]}],
+            r"messages\[0\] part 0 must be of type \"text\"; got 'image_url'",
+        ),
+        ([{"role": "user", "content": [3]}], 'must be of type "text"; got 3'),
+        ([{"role": "user", "content": [{"type": "text"}]}], "needs text; got text=None"),
+        ([{"role": "user", "content": "x", "extra": {1, 2}}], "must be plain JSON values"),
+    ],
+)
+def test_malformed_messages(renderer: ChatRenderer, messages: object, message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        renderer.render(_PLAIN, messages)
+
+
+def test_malformed_tools_and_size(renderer: ChatRenderer, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(RequestError, match="tools must be a list of dicts; got"):
+        renderer.render(_PLAIN, _USER, tools="weather")
+    with pytest.raises(RequestError, match="tools must be a list of dicts; got .* in it"):
+        renderer.render(_PLAIN, _USER, tools=[print])
+    monkeypatch.setattr(chat, "MAX_INPUT_BYTES", 100)
+    with pytest.raises(RequestError, match="a chat has at most 100 bytes; got"):
+        renderer.render(_PLAIN, _USER)
+
+
+def test_none_values_are_absent() -> None:
+    call = {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}], "name": None}
+    assert check_messages([call]) == [{"role": "assistant", "tool_calls": [{"id": "1"}]}]
+
+
+def test_choose_template() -> None:
+    templates = {"default": "d", "tool_use": "t", "rag": "r"}
+    assert choose_template(templates) == "d"
+    assert choose_template(templates, tools=[{}]) == "t"
+    assert choose_template({"default": "d"}, tools=[{}]) == "d"
+    assert choose_template(templates, name="rag") == "r"
+    with pytest.raises(RequestError, match=r"one of \['default', 'rag', 'tool_use'\]; got 'x'"):
+        choose_template(templates, name="x")
+    with pytest.raises(RequestError, match="needs a chat template; got a checkpoint without one"):
+        choose_template({})
