@@ -176,6 +176,7 @@ def test_the_youngest_is_preempted_and_resumes_first() -> None:
     assert len(b.output_ids) == 5
     assert step.admitted == ()  # c would fit, but is behind b
     commit(scheduler, step)
+    assert run_step(scheduler).preempted == ()  # it is told once
     scheduler.finish(a)
     step = plan(scheduler)
     assert step.admitted == (b, c)
