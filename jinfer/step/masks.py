@@ -52,7 +52,7 @@ def allowed_bits(
     everything_W = np.full(num_words(vocab_size), 0xFFFFFFFF, dtype=np.uint32)
     bits_W = everything_W if allowed_ids is None else pack_bits(allowed_ids, vocab_size)
     bits_W = bits_W & ~pack_bits(banned_ids, vocab_size)
-    if not (bits_W & pack_bits(range(vocab_size), vocab_size)).any():
+    if not (bits_W & pack_bits(np.arange(vocab_size), vocab_size)).any():
         raise RequestError(
             "a request must leave at least one token to draw; got none after allowed_token_ids "
             "and bad_words. Allow a token that bad_words does not ban."
@@ -149,7 +149,7 @@ def _padded(ids: Sequence[int], length: int, vocab_size: int, what: str) -> np.n
 
 
 def _checked(ids: Ids, vocab_size: int) -> np.ndarray:
-    ids = np.fromiter(ids, dtype=np.int64)
+    ids = ids if isinstance(ids, np.ndarray) else np.fromiter(ids, dtype=np.int64)
     outside = ids[(ids < 0) | (ids >= vocab_size)]
     if outside.size:
         raise RequestError(
