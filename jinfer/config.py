@@ -104,6 +104,7 @@ class EngineConfig:
     max_model_len: int | None = None  # tokens of prompt and output together
     max_num_seqs: int | None = None  # slots: sequences that run at the same time
     max_num_batched_tokens: int | None = None  # token budget of one step
+    long_prefill_token_threshold: int | None = None  # longest prefill chunk; None = the budget
     page_size: int | None = None  # tokens per KV page
     num_pages: int | None = None  # KV pages in the pool, the bin page included
     gpu_memory_utilization: float = 0.9  # share of the device's free memory the engine may use
@@ -126,6 +127,7 @@ class EnginePlan:
     max_model_len: int
     max_slots: int
     max_step_tokens: int
+    max_chunk_tokens: int
     page_size: int
     num_pages: int  # page 0, the bin, included
     page_bytes: int

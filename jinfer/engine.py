@@ -56,6 +56,7 @@ class Engine:
             page_size=self.plan.page_size,
             num_pages=self.plan.num_pages,
             max_model_len=self.plan.max_model_len,
+            max_chunk_tokens=self.plan.max_chunk_tokens,
         )
         self._pending: Dispatched | None = None
         self._requests: dict[str, RunningRequest] = {}

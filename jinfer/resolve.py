@@ -131,6 +131,10 @@ def resolve_plan(
         max_model_len=max_model_len,
         max_slots=max_slots,
         max_step_tokens=max_step_tokens,
+        max_chunk_tokens=_at_least(
+            "long_prefill_token_threshold", config.long_prefill_token_threshold, 1
+        )
+        or max_step_tokens,
         page_size=page_size,
         num_pages=num_pages,
         page_bytes=one_page_bytes,

@@ -7,6 +7,12 @@ os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
 
+# Programs compiled by one test, or by the run before, are read back by the next.
+_CACHE = os.path.join(os.path.dirname(__file__), os.pardir, ".pytest_cache", "xla")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.abspath(_CACHE))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
 from jaxtyping import install_import_hook  # noqa: E402
 
 # Every annotated array of the package is checked at run time, shapes across arguments included.

@@ -64,9 +64,9 @@ def plan_pages(
 def token_buckets(max_step_tokens: int, max_slots: int) -> tuple[int, ...]:
     """Decides the step sizes T that get a program, ascending; the last is `max_step_tokens`.
 
-    Powers of two, and `max_slots`, where a full engine decodes in every step. Of more than
-    MAX_TOKEN_BUCKETS the smallest above 1 go first: a step of few tokens takes the time to read
-    the weights, padded or not.
+    1, powers of two from 8, and `max_slots`, where a full engine decodes in every step. Between 1
+    and 8 nothing is won: such a step takes the time to read the weights, padded or not. Of more
+    than MAX_TOKEN_BUCKETS the smallest above 1 go first.
 
     Raises:
       ValueError: if a step is too small for one token of every slot.
@@ -77,7 +77,7 @@ def token_buckets(max_step_tokens: int, max_slots: int) -> tuple[int, ...]:
             f"decode in each step; got {max_step_tokens} < {max_slots}. "
             "Raise the one or lower the other."
         )
-    powers = {1 << i for i in range(max_step_tokens.bit_length())}
+    powers = {1 << i for i in range(3, max_step_tokens.bit_length())}
     kept = {1, max_slots, max_step_tokens}
     droppable = sorted(powers - kept)
     num_surplus = max(0, len(powers | kept) - MAX_TOKEN_BUCKETS)

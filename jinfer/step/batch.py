@@ -1,17 +1,15 @@
 """The two values that cross the border: StepBatch down to the device, StepOutput back up."""
 
 from dataclasses import dataclass
+from typing import no_type_check
 
 import jax
-import numpy as np
-from jaxtyping import Bool, Int32
+from jaxtyping import Array, Bool, Int32
 
 from jinfer.step.logprobs import Logprobs
 
-# On the host, on the device, or only the shape of either.
-Array = np.ndarray | jax.Array | jax.ShapeDtypeStruct
 
-
+@no_type_check  # also holds numpy arrays and shapes
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class StepBatch:
@@ -42,6 +40,7 @@ class StepBatch:
     wants_logprobs_R: Bool[Array, "R"]
 
 
+@no_type_check
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class StepOutput:

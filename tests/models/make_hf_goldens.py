@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from hf_cases import CASES, GOLDENS, NUM_GREEDY_TOKENS, prompt_of, write_case  # noqa: E402
 

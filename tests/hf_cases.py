@@ -7,7 +7,7 @@ import numpy as np
 from random_checkpoint import write_llama_checkpoint
 
 NUM_GREEDY_TOKENS = 64
-GOLDENS = Path(__file__).with_name("hf_goldens.npz")
+GOLDENS = Path(__file__).parent / "models" / "hf_goldens.npz"
 
 _BASE = {"hidden_size": 128, "intermediate_size": 192, "max_position_embeddings": 512}
 _LLAMA3 = {
