@@ -1,7 +1,9 @@
 """Turns what the user asked into what was decided: EngineConfig to EnginePlan."""
 
+import math
 import os
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,17 @@ from jinfer.schedule.capacity import plan_pages, token_buckets
 from jinfer.step.attention import ATTENTION
 from jinfer.step.kv_cache import page_bytes
 
-_DTYPES = ("float32", "bfloat16", "float16")
+Check = Callable[[str, Any], None]
+
+# Every spelling of a dtype and what it means; None = the platform's own.
+_DTYPES = {
+    "auto": None,
+    "float32": "float32",
+    "bfloat16": "bfloat16",
+    "float16": "float16",
+    "float": "float32",
+    "half": "float16",
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,11 +36,12 @@ class PlatformDefaults:
     max_step_tokens: int
     page_size: int
     layer_loop: str
+    bucket_growth: int  # ratio of neighbouring step sizes
     memory_share: float  # of the free memory that the pool may take beside the user's share
 
 
-# CPU: XLA runs bfloat16 five to eight times slower than float32 there, and other programs need
-# the memory too. TPU: page tables live in scalar memory, so pages are larger; scanned layers
+# CPU: XLA runs bfloat16 five to eight times slower than float32 there, other programs need the
+# memory too, and compiling costs seconds a program, so there are fewer. TPU: page tables live in scalar memory, so pages are larger; scanned layers
 # compile fast and fuse. GPU: a scan copies each layer's weights before use, so it is unrolled.
 _DEFAULTS = {
     "cpu": PlatformDefaults(
@@ -37,6 +50,7 @@ _DEFAULTS = {
         max_step_tokens=512,
         page_size=16,
         layer_loop="unrolled",
+        bucket_growth=4,
         memory_share=0.5,
     ),
     "gpu": PlatformDefaults(
@@ -45,6 +59,7 @@ _DEFAULTS = {
         max_step_tokens=2048,
         page_size=16,
         layer_loop="unrolled",
+        bucket_growth=2,
         memory_share=1.0,
     ),
     "tpu": PlatformDefaults(
@@ -53,9 +68,20 @@ _DEFAULTS = {
         max_step_tokens=2048,
         page_size=64,
         layer_loop="scan",
+        bucket_growth=2,
         memory_share=1.0,
     ),
 }
+
+
+def check_config(config: EngineConfig) -> None:
+    """Refuses what no model and no device could make sense of, before anything is read.
+
+    Raises:
+      ValueError: naming the argument, its value and what it may be.
+    """
+    for name, check in _CHECKS.items():
+        check(name, getattr(config, name))
 
 
 def platform_of(device: jax.Device) -> str:
@@ -71,19 +97,12 @@ def platform_of(device: jax.Device) -> str:
 
 def resolve_dtype(config: EngineConfig, platform: str) -> str:
     """The dtype of weights, activations and KV pages."""
-    if config.dtype == "auto":
-        return _DEFAULTS[platform].dtype
-    dtype = {"float": "float32", "half": "float16"}.get(config.dtype, config.dtype)
-    if dtype not in _DTYPES:
-        raise ValueError(
-            f"dtype must be 'auto' or one of {', '.join(_DTYPES)}; got dtype={config.dtype!r}."
-        )
-    return dtype
+    return _DTYPES[config.dtype] or _DEFAULTS[platform].dtype
 
 
 def resolve_layer_loop(config: EngineConfig, platform: str) -> str:
-    loop = config.layer_loop or _DEFAULTS[platform].layer_loop
-    return _one_of("layer_loop", loop, ("scan", "unrolled"))
+    """How the layers are driven: "scan" or "unrolled"."""
+    return config.layer_loop or _DEFAULTS[platform].layer_loop
 
 
 def resolve_plan(
@@ -102,19 +121,13 @@ def resolve_plan(
     """
     defaults = _DEFAULTS[platform]
     dtype = resolve_dtype(config, platform)
-    max_slots = _at_least("max_num_seqs", config.max_num_seqs, 1) or defaults.max_slots
-    max_step_tokens = _at_least("max_num_batched_tokens", config.max_num_batched_tokens, 1) or max(
-        defaults.max_step_tokens, max_slots
-    )
-    page_size = _at_least("page_size", config.page_size, 1) or defaults.page_size
-    if not 0.0 < config.gpu_memory_utilization <= 1.0:
-        raise ValueError(
-            "gpu_memory_utilization must be in (0, 1]; "
-            f"got gpu_memory_utilization={config.gpu_memory_utilization}."
-        )
+    max_slots = config.max_num_seqs or defaults.max_slots
+    max_step_tokens = config.max_num_batched_tokens or max(defaults.max_step_tokens, max_slots)
+    page_size = config.page_size or defaults.page_size
     one_page_bytes = page_bytes(model, page_size=page_size, dtype=dtype)
     share = config.gpu_memory_utilization * defaults.memory_share
-    room_bytes = int(free_bytes * share) - _scratch_bytes(model, max_slots, max_step_tokens)
+    scratch_bytes = _scratch_bytes(model, max_slots, max_step_tokens)
+    room_bytes = max(0, int(free_bytes * share) - scratch_bytes)
     room_tokens = (room_bytes // one_page_bytes - 1) * page_size
     max_model_len = _context(config, model, room_tokens)
     num_pages = plan_pages(
@@ -131,18 +144,15 @@ def resolve_plan(
         max_model_len=max_model_len,
         max_slots=max_slots,
         max_step_tokens=max_step_tokens,
-        max_chunk_tokens=_at_least(
-            "long_prefill_token_threshold", config.long_prefill_token_threshold, 1
-        )
-        or max_step_tokens,
+        max_chunk_tokens=config.long_prefill_token_threshold or max_step_tokens,
         page_size=page_size,
         num_pages=num_pages,
         page_bytes=one_page_bytes,
         pages_per_slot=-(-max_model_len // page_size),
-        token_buckets=token_buckets(max_step_tokens, max_slots),
-        max_logprobs=_max_logprobs(config, model),
+        token_buckets=token_buckets(max_step_tokens, max_slots, defaults.bucket_growth),
+        max_logprobs=min(max(config.max_logprobs, 1), model.vocab_size),
         layer_loop=resolve_layer_loop(config, platform),
-        attention=_one_of("attention", config.attention or "xla", tuple(ATTENTION)),
+        attention=config.attention or "xla",
     )
 
 
@@ -160,7 +170,7 @@ def free_device_bytes(device: jax.Device) -> int:
 
 
 def _context(config: EngineConfig, model: ModelConfig, room_tokens: int) -> int:
-    asked = _at_least("max_model_len", config.max_model_len, 2)
+    asked = config.max_model_len
     if asked is not None and asked > model.max_position:
         raise ValueError(
             "max_model_len must not exceed the context the checkpoint was trained for; got "
@@ -171,15 +181,6 @@ def _context(config: EngineConfig, model: ModelConfig, room_tokens: int) -> int:
     return asked or model.max_position
 
 
-def _max_logprobs(config: EngineConfig, model: ModelConfig) -> int:
-    if not 0 <= config.max_logprobs <= 100:
-        # Each is a column of every step's output; a whole vocabulary would drown the transfer.
-        raise ValueError(
-            f"max_logprobs must be in [0, 100]; got max_logprobs={config.max_logprobs}."
-        )
-    return min(max(config.max_logprobs, 1), model.vocab_size)
-
-
 def _scratch_bytes(model: ModelConfig, max_slots: int, max_step_tokens: int) -> int:
     """Room for a step's activations: float32 logits with the sampler's copies, and the layers'."""
     logits = 6 * max_slots * model.vocab_size * 4
@@ -188,15 +189,72 @@ def _scratch_bytes(model: ModelConfig, max_slots: int, max_step_tokens: int) -> 
     return logits + slots + hidden
 
 
-def _at_least(name: str, value: int | None, least: int) -> int | None:
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-        raise ValueError(f"{name} must be an integer; got {name}={value!r}.")
-    if value is not None and value < least:
-        raise ValueError(f"{name} must be at least {least}; got {name}={value}. Raise it.")
-    return value
+def _integer(low: int, high: float = math.inf, *, or_none: bool = True) -> Check:
+    def check(name: str, value: Any) -> None:
+        if or_none and value is None:
+            return
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise ValueError(f"{name} must be an integer; got {name}={value!r}. Pass an int.")
+        if not low <= value <= high:
+            limits = f"at least {low}" if high == math.inf else f"in [{low}, {high}]"
+            raise ValueError(f"{name} must be {limits}; got {name}={value}. Choose such a value.")
+
+    return check
 
 
-def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> str:
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {name}={value!r}.")
-    return value
+def _one_of(*allowed: str, or_none: bool = False) -> Check:
+    def check(name: str, value: Any) -> None:
+        if not (or_none and value is None) and value not in allowed:
+            listed = ", ".join(map(repr, allowed))
+            raise ValueError(f"{name} must be one of {listed}; got {name}={value!r}. Choose one.")
+
+    return check
+
+
+def _path(*, or_none: bool) -> Check:
+    def check(name: str, value: Any) -> None:
+        if not (or_none and value is None) and not isinstance(value, str | Path):
+            raise ValueError(
+                f"{name} must be a string or a Path; got {name}={value!r:.60}. Name a folder."
+            )
+
+    return check
+
+
+def _flag(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False; got {name}={value!r}. Pass a bool.")
+
+
+def _share(name: str, value: Any) -> None:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not 0.0 < value <= 1.0:
+        raise ValueError(f"{name} must be in (0, 1]; got {name}={value!r}. Choose such a share.")
+
+
+_CHECKS: dict[str, Check] = {
+    "model": _path(or_none=False),
+    "tokenizer": _path(or_none=True),
+    "skip_tokenizer_init": _flag,
+    "load_format": _one_of("auto", "safetensors", "dummy"),
+    "dtype": _one_of(*_DTYPES),
+    "max_model_len": _integer(2),
+    "max_num_seqs": _integer(1),
+    "max_num_batched_tokens": _integer(1),
+    "long_prefill_token_threshold": _integer(1),
+    "page_size": _integer(1),
+    "num_pages": _integer(2),
+    "gpu_memory_utilization": _share,
+    "seed": _integer(0, 2**32 - 1, or_none=False),
+    "generation_config": _one_of("auto", "vllm"),
+    # Each is a column of every step's output; a whole vocabulary would drown the transfer.
+    "max_logprobs": _integer(0, 100, or_none=False),
+    "layer_loop": _one_of("scan", "unrolled", or_none=True),
+    "attention": _one_of(*ATTENTION, or_none=True),
+    "compilation_cache": _path(or_none=True),
+    "late_compile": _one_of("warn", "error"),
+    "progress": _flag,
+}
+
+# Every argument has its check, or the module does not import.
+assert [field.name for field in fields(EngineConfig)] == list(_CHECKS), "arguments without a check"

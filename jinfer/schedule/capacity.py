@@ -61,12 +61,17 @@ def plan_pages(
     return requested_num_pages
 
 
-def token_buckets(max_step_tokens: int, max_slots: int) -> tuple[int, ...]:
+def token_buckets(max_step_tokens: int, max_slots: int, growth: int = 2) -> tuple[int, ...]:
     """Decides the step sizes T that get a program, ascending; the last is `max_step_tokens`.
 
-    1, powers of two from 8, and `max_slots`, where a full engine decodes in every step. Between 1
-    and 8 nothing is won: such a step takes the time to read the weights, padded or not. Of more
-    than MAX_TOKEN_BUCKETS the smallest above 1 go first.
+    1, then from 8 on by `growth`, and `max_slots`, where a full engine decodes in every step.
+    Between 1 and 8 nothing is won: such a step takes the time to read the weights, padded or
+    not. Of more than MAX_TOKEN_BUCKETS the smallest above 1 go first.
+
+    Args:
+      max_step_tokens: tokens of the largest step.
+      max_slots: sequences that run at the same time.
+      growth: ratio of neighbours; a larger one compiles less and pads more.
 
     Raises:
       ValueError: if a step is too small for one token of every slot.
@@ -77,7 +82,7 @@ def token_buckets(max_step_tokens: int, max_slots: int) -> tuple[int, ...]:
             f"decode in each step; got {max_step_tokens} < {max_slots}. "
             "Raise the one or lower the other."
         )
-    powers = {1 << i for i in range(3, max_step_tokens.bit_length())}
+    powers = {8 * growth**i for i in range(32) if 8 * growth**i <= max_step_tokens}
     kept = {1, max_slots, max_step_tokens}
     droppable = sorted(powers - kept)
     num_surplus = max(0, len(powers | kept) - MAX_TOKEN_BUCKETS)

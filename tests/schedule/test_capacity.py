@@ -86,6 +86,11 @@ def test_token_buckets(max_step_tokens: int, max_slots: int, want: tuple[int, ..
     assert token_buckets(max_step_tokens, max_slots) == want
 
 
+def test_token_buckets_that_grow_faster_are_fewer() -> None:
+    assert token_buckets(512, 32, growth=4) == (1, 8, 32, 128, 512)
+    assert token_buckets(600, 20, growth=4) == (1, 8, 20, 32, 128, 512, 600)
+
+
 def test_token_buckets_are_few_and_cover_every_step() -> None:
     for max_step_tokens in [*range(1, 70), 1000, 4095, 4096, 4097, 100_000, 2**20]:
         for max_slots in {1, 3, max_step_tokens // 2, max_step_tokens}:
