@@ -1,0 +1,109 @@
+"""What every paged-attention implementation of this folder agrees to, checked while tracing.
+
+Shapes are known to the tracer, so a wrong one costs nothing at run time to refuse. Values
+(page ids, lengths) are not: the host that packs a step answers for them.
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+
+PAGE_DTYPES = ("float32", "bfloat16", "float16")
+
+
+def check_arguments(
+    q_TNH: Any,
+    k_TKH: Any,
+    v_TKH: Any,
+    pages_LPKZ2H: Any,
+    page_table_BM: Any,
+    rows: dict[str, Any],
+    *,
+    window: int | None,
+    soft_cap: float | None,
+    sinks_N: Any,
+) -> None:
+    """Refuses arguments whose shapes or dtypes disagree.
+
+    Args:
+      q_TNH: new queries.
+      k_TKH: new keys.
+      v_TKH: new values.
+      pages_LPKZ2H: the stacked pool.
+      page_table_BM: page ids of each row.
+      rows: the per-row int32 arrays (`kv_len_B`, ...) by name.
+      window: positions a query may look back over, its own included; None = all.
+      soft_cap: bound on the scores; None = none.
+      sinks_N: one extra logit per query head; None = none.
+
+    Raises:
+      ValueError: if a shape, an integer dtype, `window` or `soft_cap` is wrong.
+      NotImplementedError: if the pool holds a dtype other than PAGE_DTYPES.
+    """
+    _check_tokens(q_TNH, k_TKH, v_TKH)
+    _check_pages(q_TNH, k_TKH, pages_LPKZ2H)
+    _check_rows(page_table_BM, rows)
+    num_q_heads = q_TNH.shape[1]
+    if sinks_N is not None and sinks_N.shape != (num_q_heads,):
+        raise ValueError(
+            f"sinks_N needs one logit per query head, N={num_q_heads}; "
+            f"got shape {sinks_N.shape}. Pass shape ({num_q_heads},) or None."
+        )
+    if window is not None and window < 1:
+        raise ValueError(f"window must be >= 1 token; got {window=}. Pass None for no window.")
+    if soft_cap is not None and soft_cap <= 0:
+        raise ValueError(f"soft_cap must be > 0; got {soft_cap=}. Pass None for no cap.")
+
+
+def _check_tokens(q_TNH: Any, k_TKH: Any, v_TKH: Any) -> None:
+    if q_TNH.ndim != 3 or k_TKH.ndim != 3 or k_TKH.shape != v_TKH.shape:
+        raise ValueError(
+            "q is [T, N, H], k and v are [T, K, H] alike; "
+            f"got {q_TNH.shape=}, {k_TKH.shape=}, {v_TKH.shape=}. Pack the new tokens that way."
+        )
+    (num_tokens, num_q_heads, width), (kv_tokens, num_kv_heads, kv_width) = q_TNH.shape, k_TKH.shape
+    if (num_tokens, width) != (kv_tokens, kv_width):
+        raise ValueError(
+            "q and k must agree in tokens and head width; "
+            f"got {q_TNH.shape=}, {k_TKH.shape=}. Project both from the same packed tokens."
+        )
+    if num_q_heads % num_kv_heads:
+        raise ValueError(
+            "the query heads must be a multiple of the kv heads; "
+            f"got N={num_q_heads}, K={num_kv_heads}. Repeat the kv heads at weight load."
+        )
+
+
+def _check_pages(q_TNH: Any, k_TKH: Any, pages_LPKZ2H: Any) -> None:
+    num_kv_heads, width = k_TKH.shape[1], q_TNH.shape[2]
+    shape = pages_LPKZ2H.shape
+    if len(shape) != 5 or shape[2] != num_kv_heads or shape[4] != 2 * width:
+        raise ValueError(
+            f"pages are [L, P, K={num_kv_heads}, Z, 2H={2 * width}]; got shape {shape}. "
+            "Allocate the pool for this model and this share of its heads."
+        )
+    if jnp.dtype(pages_LPKZ2H.dtype).name not in PAGE_DTYPES:
+        raise NotImplementedError(
+            f"pages hold {', '.join(PAGE_DTYPES)}; got dtype={pages_LPKZ2H.dtype}. "
+            "Allocate the pool in one of these."
+        )
+
+
+def _check_rows(page_table_BM: Any, rows: dict[str, Any]) -> None:
+    if page_table_BM.ndim != 2:
+        raise ValueError(
+            f"the page table is [B, M]; got {page_table_BM.shape=}. "
+            "Pass one line of page ids per row."
+        )
+    num_rows = page_table_BM.shape[0]
+    for name, values_B in rows.items():
+        if values_B.shape != (num_rows,):
+            raise ValueError(
+                f"{name} needs one number per line of the page table, B={num_rows}; "
+                f"got shape {values_B.shape}. Pad both to the same number of rows."
+            )
+    for name, values in {"page_table_BM": page_table_BM, **rows}.items():
+        if values.dtype != jnp.int32:
+            raise ValueError(
+                f"{name} must be int32; got dtype={values.dtype}. Convert it on the host."
+            )

@@ -1,0 +1,58 @@
+"""The answer, in float32 and one row at a time. Slow; every implementation is held to it."""
+
+import numpy as np
+from jaxtyping import Array, Float, Int32
+
+
+def paged_attention_reference(  # noqa: PLR0913 - the contract of every implementation
+    q_TNH: Float[Array, "T N H"],
+    k_TKH: Float[Array, "T K H"],
+    v_TKH: Float[Array, "T K H"],
+    pages_LPKZ2H: Float[Array, "L P K Z 2*H"],
+    layer: int | Int32[Array, ""],
+    page_table_BM: Int32[Array, "B M"],
+    kv_len_B: Int32[Array, "B"],
+    query_start_B: Int32[Array, "B"],
+    query_len_B: Int32[Array, "B"],
+    *,
+    scale: float,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    sinks_N: Float[Array, "N"] | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Writes the new keys and values, then softmax(scale * q k) v over each row's own past.
+
+    Takes concrete arrays, returns float32 outputs and the updated pool; what padding does to
+    page 0 is not part of the answer. Arguments: see `paged_attention_xla`.
+    """
+    pages = np.array(pages_LPKZ2H)
+    new_TK2H = np.concatenate([k_TKH, v_TKH], axis=-1).astype(pages.dtype)
+    group, (_, _, head_width) = q_TNH.shape[1] // k_TKH.shape[1], q_TNH.shape
+    out_TNH = np.zeros(q_TNH.shape, np.float32)
+    rows = list(zip(page_table_BM, kv_len_B, query_start_B, query_len_B, strict=True))
+    rows = [(np.asarray(page_ids), *map(int, lengths)) for page_ids, *lengths in rows]
+    for page_ids, kv_len, start, count in rows:
+        position = np.arange(kv_len - count, kv_len)
+        page, offset = page_ids[position // pages.shape[3]], position % pages.shape[3]
+        pages[layer, page, :, offset] = new_TK2H[start : start + count]
+    for page_ids, kv_len, start, count in rows:
+        key = np.arange(kv_len)
+        kv_SK2H = pages[layer, page_ids[key // pages.shape[3]], :, key % pages.shape[3]]
+        kv_SN2H = np.repeat(kv_SK2H.astype(np.float32), group, axis=1)
+        for i in range(count):
+            position = kv_len - count + i
+            low = 0 if window is None else max(0, position - window + 1)
+            seen_SN2H = kv_SN2H[low : position + 1]
+            q_NH = np.asarray(q_TNH[start + i], np.float32)
+            score_SN = scale * np.einsum("NH,SNH->SN", q_NH, seen_SN2H[..., :head_width])
+            if soft_cap is not None:
+                score_SN = soft_cap * np.tanh(score_SN / soft_cap)
+            sink_1N = np.full((1, group * k_TKH.shape[1]), -np.inf, np.float32)
+            if sinks_N is not None:
+                sink_1N = np.asarray(sinks_N, np.float32)[None]
+            peak_1N = np.maximum(score_SN.max(axis=0, keepdims=True), sink_1N)
+            weight_SN = np.exp(score_SN - peak_1N)
+            total_1N = weight_SN.sum(axis=0, keepdims=True) + np.exp(sink_1N - peak_1N)
+            value_SNH = seen_SN2H[..., head_width:]
+            out_TNH[start + i] = np.einsum("SN,SNH->NH", weight_SN / total_1N, value_SNH)
+    return out_TNH, pages

@@ -1,0 +1,329 @@
+"""Paged attention in plain XLA: runs anywhere, and is what CPUs and older GPUs use.
+
+Beside the usual axis letters (T N K G H L P Z B M), in this file:
+X  tiles in the work list            Y  tiles computed at once
+U  query tokens in a tile            Q  query rows of one kv head in a tile, U * G
+C  pages in a block                  S  key positions in a block, C * Z
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int32
+
+from kernels_pallas.paged_attention.contract import check_arguments
+
+# Finite, so that a block in which a query sees nothing never computes inf - inf.
+MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
+# Up to this many tokens, a second pass with wider tiles is not worth compiling.
+FEW_TOKENS = 32
+# Up to this many query rows, reading keys and values as one array beats splitting it.
+FEW_QUERIES = 16
+
+
+def paged_attention_xla(  # noqa: PLR0913 - the contract of every implementation
+    q_TNH: Float[Array, "T N H"],
+    k_TKH: Float[Array, "T K H"],
+    v_TKH: Float[Array, "T K H"],
+    pages_LPKZ2H: Float[Array, "L P K Z 2*H"],
+    layer: int | Int32[Array, ""],
+    page_table_BM: Int32[Array, "B M"],
+    kv_len_B: Int32[Array, "B"],
+    query_start_B: Int32[Array, "B"],
+    query_len_B: Int32[Array, "B"],
+    *,
+    scale: float,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    sinks_N: Float[Array, "N"] | None = None,
+    tile_tokens: int = 64,
+    tiles_at_once: int = 1,
+    block_tokens: int = 64,
+) -> tuple[Float[Array, "T N H"], Float[Array, "L P K Z 2*H"]]:
+    """Writes the new keys and values into their pages, then attends causally row by row.
+
+    A work list cuts every row's queries into tiles; each tile walks the blocks of pages it
+    can see with an online softmax, and stops at its own last one. Rows with one new token
+    are done first, in tiles of one, so that decoding never pays for a neighbour's prefill.
+
+    Args:
+      q_TNH: packed new queries of any mix of rows, in any order of rows.
+      k_TKH: their keys; stored in the pool's dtype.
+      v_TKH: their values; likewise.
+      pages_LPKZ2H: the pool of all layers, a token's key and value side by side.
+      layer: which layer of the pool.
+      page_table_BM: page ids of each row's sequence, every one in range; past the length
+        they are read and masked, so any will do (0 by custom).
+      kv_len_B: tokens visible to the row, this step's included.
+      query_start_B: the row's first token in T.
+      query_len_B: how many it has there; 0 for an empty row, which costs nothing.
+      scale: factor on the scores, usually H ** -0.5.
+      window: positions a query sees, counting back from its own; None = all.
+      soft_cap: scores become cap * tanh(score / cap) before masking; None = as they are.
+      sinks_N: an extra logit per head that takes weight and gives no value.
+      tile_tokens: query tokens of a tile for rows with more than one; 1 drops that pass,
+        which suits a program that only ever decodes.
+      tiles_at_once: tiles computed side by side. 1 suits CPUs (no tile waits for a longer
+        one, and a block stays in the cache); devices that want width take more.
+      block_tokens: key positions per iteration of a tile's loop, rounded to whole pages.
+
+    Returns:
+      Outputs in q's dtype, zero for tokens of no row, and the pool. Such tokens are written
+      to page 0.
+
+    Raises:
+      ValueError: if shapes or integer dtypes disagree, or a tile size is below 1.
+      NotImplementedError: if the pool's dtype is not a float of 16 or 32 bits.
+
+    Donates: nothing by itself; inside a jit that donates the pool the update is in place, given
+      that the keys of each layer depend on the outputs of the one before, as a decoder's do.
+    Cost: reads each visible page once per tile; memory linear in T and in the page table.
+    Source: online softmax, Milakov and Gimelshein, arXiv:1805.02867; paging, Kwon et al.,
+      arXiv:2309.06180; sinks as in gpt-oss, arXiv:2508.10925.
+    """
+    rows = _Rows(kv_len_B, query_start_B, query_len_B)
+    check_arguments(
+        q_TNH,
+        k_TKH,
+        v_TKH,
+        pages_LPKZ2H,
+        page_table_BM,
+        rows._asdict(),
+        window=window,
+        soft_cap=soft_cap,
+        sinks_N=sinks_N,
+    )
+    if min(tile_tokens, tiles_at_once, block_tokens) < 1:
+        raise ValueError(
+            f"tile sizes must be >= 1; got {tile_tokens=}, {tiles_at_once=}, {block_tokens=}. "
+            "Leave them out for the defaults."
+        )
+    pages_LPKZ2H = _write(pages_LPKZ2H, k_TKH, v_TKH, layer, page_table_BM, rows)
+    num_layers, num_pages, *page_shape = pages_LPKZ2H.shape
+    attend = partial(
+        _attend_rows,
+        q_TNH=q_TNH,
+        # A reshape of leading axes copies nothing; layer * P + page_id finds the page in it.
+        flat_pages=pages_LPKZ2H.reshape(num_layers * num_pages, *page_shape),
+        page_table_BM=page_table_BM + layer * num_pages,
+        tiles_at_once=tiles_at_once,
+        options=_Options(scale, window, soft_cap, sinks_N, block_tokens),
+    )
+    out_TNH = jnp.zeros_like(q_TNH)
+    if tile_tokens == 1 or q_TNH.shape[0] <= FEW_TOKENS:
+        return attend(out_TNH, rows, tile_tokens=1), pages_LPKZ2H
+    single_B = query_len_B == 1
+    decoding = rows._replace(query_len_B=jnp.where(single_B, 1, 0))
+    prefilling = rows._replace(query_len_B=jnp.where(single_B, 0, query_len_B))
+    out_TNH = attend(out_TNH, decoding, tile_tokens=1)
+    return attend(out_TNH, prefilling, tile_tokens=tile_tokens), pages_LPKZ2H
+
+
+class _Options(NamedTuple):
+    scale: float
+    window: int | None
+    soft_cap: float | None
+    sinks_N: Float[Array, "N"] | None
+    block_tokens: int
+
+
+class _Rows(NamedTuple):
+    kv_len_B: Int32[Array, "B"]
+    query_start_B: Int32[Array, "B"]
+    query_len_B: Int32[Array, "B"]
+
+
+class _Tiles(NamedTuple):
+    """A work list, or the part of it being computed; its last entries may be empty."""
+
+    row_X: Int32[Array, "X"]
+    token_XU: Int32[Array, "X U"]  # indices into T; T itself past the tile's last query
+    position_XU: Int32[Array, "X U"]  # in the row's sequence; the last one repeats
+    first_X: Int32[Array, "X"]  # the tile sees positions first to last of its row
+    last_X: Int32[Array, "X"]  # -1 for an empty tile
+
+
+def _write(
+    pages_LPKZ2H: Float[Array, "L P K Z 2*H"],
+    k_TKH: Float[Array, "T K H"],
+    v_TKH: Float[Array, "T K H"],
+    layer: int | Int32[Array, ""],
+    page_table_BM: Int32[Array, "B M"],
+    rows: _Rows,
+) -> Float[Array, "L P K Z 2*H"]:
+    kv_len_B, start_B, query_len_B = rows
+    page_size = pages_LPKZ2H.shape[3]
+    token_T = jnp.arange(k_TKH.shape[0], dtype=jnp.int32)
+    owns_TB = (start_B <= token_T[:, None]) & (token_T[:, None] < start_B + query_len_B)
+    row_T, owned_T = jnp.argmax(owns_TB, axis=1), jnp.any(owns_TB, axis=1)
+    position_T = token_T + (kv_len_B - query_len_B - start_B)[row_T]
+    position_T = jnp.where(owned_T, position_T, 0)
+    page_T = jnp.where(owned_T, page_table_BM[row_T, position_T // page_size], 0)
+    offset_T = position_T % page_size
+    new_TK2H = jnp.concatenate([k_TKH, v_TKH], axis=-1).astype(pages_LPKZ2H.dtype)
+    if len(token_T) == 1:
+        # One token is written twice: XLA turns a scatter of one into a slice update, fuses
+        # that into each of its readers, and copies the whole pool for every one of them.
+        page_T, offset_T, new_TK2H = (
+            jnp.repeat(a, 2, axis=0) for a in (page_T, offset_T, new_TK2H)
+        )
+    return pages_LPKZ2H.at[layer, page_T, :, offset_T].set(new_TK2H)
+
+
+def _attend_rows(
+    out_TNH: Float[Array, "T N H"],
+    rows: _Rows,
+    *,
+    q_TNH: Float[Array, "T N H"],
+    flat_pages: Float[Array, "L*P K Z 2*H"],
+    page_table_BM: Int32[Array, "B M"],
+    tile_tokens: int,
+    tiles_at_once: int,
+    options: _Options,
+) -> Float[Array, "T N H"]:
+    """Fills in the outputs of the rows whose `query_len_B` is not 0."""
+    num_tokens, num_rows = q_TNH.shape[0], page_table_BM.shape[0]
+    # Each row's last tile may be short: sum of ceil(len / U) <= (T + B * (U - 1)) / U.
+    num_tiles = min(num_tokens, (num_tokens + num_rows * (tile_tokens - 1)) // tile_tokens)
+    tiles_at_once = min(tiles_at_once, num_tiles)
+    num_tiles = -(-num_tiles // tiles_at_once) * tiles_at_once
+    tiles, num_used = _cut(rows, num_tokens, tile_tokens, num_tiles, options.window)
+
+    def compute(i, out_TNH):
+        start = i * tiles_at_once
+        now = _Tiles(*(lax.dynamic_slice_in_dim(a, start, tiles_at_once) for a in tiles))
+        q_YUNH = q_TNH.at[now.token_XU].get(mode="fill", fill_value=0)
+        out_YUNH = _attend_tiles(q_YUNH, now, flat_pages, page_table_BM, options)
+        return out_TNH.at[now.token_XU].set(out_YUNH.astype(out_TNH.dtype), mode="drop")
+
+    return lax.fori_loop(0, -(-num_used // tiles_at_once), compute, out_TNH)
+
+
+def _cut(
+    rows: _Rows, num_tokens: int, tile_tokens: int, num_tiles: int, window: int | None
+) -> tuple[_Tiles, Int32[Array, ""]]:
+    """Cuts rows into tiles, row after row; also returns how many of `num_tiles` are used."""
+    count_B = -(-rows.query_len_B // tile_tokens)
+    end_B = jnp.cumsum(count_B, dtype=jnp.int32)
+    tile_X = jnp.arange(num_tiles, dtype=jnp.int32)
+    row_X = jnp.searchsorted(end_B, tile_X, side="right", method="compare_all")
+    row_X = jnp.minimum(row_X, len(count_B) - 1).astype(jnp.int32)
+    skipped_X = (tile_X - (end_B - count_B)[row_X]) * tile_tokens
+    lane_XU = skipped_X[:, None] + jnp.arange(tile_tokens, dtype=jnp.int32)  # of the row's queries
+    used_X = tile_X < end_B[-1]
+    live_XU = used_X[:, None] & (lane_XU < rows.query_len_B[row_X][:, None])
+    position_XU = (rows.kv_len_B - rows.query_len_B)[row_X][:, None] + lane_XU
+    # Lanes past the tile's last query repeat its position, so they see no cell that it does not.
+    position_XU = jnp.minimum(position_XU, rows.kv_len_B[row_X][:, None] - 1)
+    lookback = position_XU[:, 0] if window is None else window - 1
+    tiles = _Tiles(
+        row_X=row_X,
+        token_XU=jnp.where(live_XU, rows.query_start_B[row_X][:, None] + lane_XU, num_tokens),
+        position_XU=position_XU,
+        first_X=jnp.maximum(0, position_XU[:, 0] - lookback),
+        last_X=jnp.where(used_X, position_XU[:, -1], -1),
+    )
+    return tiles, end_B[-1]
+
+
+def _attend_tiles(
+    q_YUNH: Float[Array, "Y U N H"],
+    tiles: _Tiles,
+    flat_pages: Float[Array, "L*P K Z 2*H"],
+    page_table_BM: Int32[Array, "B M"],
+    options: _Options,
+) -> Float[Array, "Y U N H"]:
+    """Online softmax of a few tiles over all the blocks of pages that they can see."""
+    _, num_kv_heads, page_size, _ = flat_pages.shape
+    num_tiles, tile_tokens, num_q_heads, head_width = q_YUNH.shape
+    group = num_q_heads // num_kv_heads
+    pages_per_block = min(max(1, options.block_tokens // page_size), page_table_BM.shape[1])
+    block_tokens = pages_per_block * page_size
+    first_block_Y = tiles.first_X // block_tokens
+    position_YQ = jnp.repeat(tiles.position_XU, group, axis=1)
+
+    q_YUKGH = q_YUNH.reshape(num_tiles, tile_tokens, num_kv_heads, group, head_width)
+    q_YKQH = q_YUKGH.swapaxes(1, 2).reshape(num_tiles, num_kv_heads, -1, head_width)
+    joined = tile_tokens * group <= FEW_QUERIES
+    if joined:  # the values' half of a cell meets zeros here, the keys' half is cut off below
+        q_YKQH = jnp.concatenate([q_YKQH, jnp.zeros_like(q_YKQH)], axis=-1)
+
+    def attend_block(j, carry):
+        block_Y = first_block_Y + j
+        key_YS = block_Y[:, None] * block_tokens + jnp.arange(block_tokens, dtype=jnp.int32)
+        owns_YS = (tiles.first_X[:, None] <= key_YS) & (key_YS <= tiles.last_X[:, None])
+        cells = _load(flat_pages, page_table_BM, tiles.row_X, block_Y, pages_per_block)
+        # Masking the weights is not enough: 0 * NaN is NaN, and an unused cell may hold one.
+        cells = jnp.where(owns_YS[:, None, :, None], cells, 0)
+        key, value = (cells, cells) if joined else jnp.split(cells, 2, axis=-1)
+        ago_YQS = position_YQ[..., None] - key_YS[:, None]
+        sees_YQS = ago_YQS >= 0
+        if options.window is not None:
+            sees_YQS &= ago_YQS < options.window
+        return _accumulate(carry, q_YKQH, key, value, sees_YQS, options)
+
+    num_blocks = jnp.max(tiles.last_X // block_tokens + 1 - first_block_Y)
+    start = _start(q_YKQH, group, options.sinks_N)
+    _, total_YKQ, weighted = lax.fori_loop(0, num_blocks, attend_block, start)
+    out_YKQH = weighted[..., -head_width:] / jnp.maximum(total_YKQ, 1e-30)[..., None]
+    out_YKUGH = out_YKQH.reshape(num_tiles, num_kv_heads, tile_tokens, group, head_width)
+    return out_YKUGH.swapaxes(1, 2).reshape(q_YUNH.shape)
+
+
+def _load(
+    flat_pages: Float[Array, "L*P K Z 2*H"],
+    page_table_BM: Int32[Array, "B M"],
+    row_Y: Int32[Array, "Y"],
+    block_Y: Int32[Array, "Y"],
+    pages_per_block: int,
+) -> Float[Array, "Y K S 2*H"]:
+    # The last block may reach past the table: it reads the last page again, to be masked.
+    last_page = page_table_BM.shape[1] - 1
+    pages = []
+    # One page of each tile at a time: XLA's CPU backend makes these straight copies, a gather
+    # of all of them a loop over elements.
+    for i in range(pages_per_block):
+        page_Y = jnp.minimum(block_Y * pages_per_block + i, last_page)
+        page_id_Y = page_table_BM.at[row_Y, page_Y].get(mode="promise_in_bounds")
+        pages.append(flat_pages.at[page_id_Y].get(mode="promise_in_bounds"))
+    return jnp.concatenate(pages, axis=2)
+
+
+def _start(
+    q_YKQH: Array, group: int, sinks_N: Float[Array, "N"] | None
+) -> tuple[Array, Array, Array]:
+    """The online softmax before its first key: (peak score, total weight, weighted values)."""
+    shape_YKQ, num_kv_heads = q_YKQH.shape[:3], q_YKQH.shape[1]
+    weighted = jnp.zeros(q_YKQH.shape, jnp.float32)
+    if sinks_N is None:
+        return jnp.full(shape_YKQ, MASKED, jnp.float32), jnp.zeros(shape_YKQ, jnp.float32), weighted
+    sinks_KG = sinks_N.astype(jnp.float32).reshape(num_kv_heads, group)
+    peak_KQ = jnp.tile(sinks_KG, (1, shape_YKQ[2] // group))
+    return jnp.broadcast_to(peak_KQ, shape_YKQ), jnp.ones(shape_YKQ, jnp.float32), weighted
+
+
+def _accumulate(
+    carry: tuple[Array, Array, Array],
+    q_YKQH: Array,
+    key: Array,
+    value: Array,
+    sees_YQS: Bool[Array, "Y Q S"],
+    options: _Options,
+) -> tuple[Array, Array, Array]:
+    """One step of the online softmax; key and value are one block's, [Y, K, S, H or 2H]."""
+    peak_YKQ, total_YKQ, weighted = carry
+    einsum = partial(jnp.einsum, preferred_element_type=jnp.float32)
+    score_YKQS = einsum("YKQH,YKSH->YKQS", q_YKQH, key) * options.scale
+    if options.soft_cap is not None:
+        score_YKQS = options.soft_cap * jnp.tanh(score_YKQS / options.soft_cap)
+    score_YKQS = jnp.where(sees_YQS[:, None], score_YKQS, MASKED)
+    new_peak_YKQ = jnp.maximum(peak_YKQ, jnp.max(score_YKQS, axis=-1))
+    # What a query gathers before its first visible key is garbage, but finite, and that key
+    # multiplies it by exp(MASKED - peak) = 0.
+    weight_YKQS = jnp.exp(score_YKQS - new_peak_YKQ[..., None])
+    fade_YKQ = jnp.exp(peak_YKQ - new_peak_YKQ)
+    total_YKQ = total_YKQ * fade_YKQ + jnp.sum(weight_YKQS, axis=-1)
+    update = einsum("YKQS,YKSH->YKQH", weight_YKQS.astype(value.dtype), value)
+    return new_peak_YKQ, total_YKQ, weighted * fade_YKQ[..., None] + update
