@@ -6,6 +6,9 @@ from typing import Any
 import numpy as np
 from random_checkpoint import write_llama_checkpoint
 
+from jinfer.request.tokenizer import load_tokenizer
+from jinfer.shipped import draft_folder, target_folder
+
 NUM_GREEDY_TOKENS = 64
 GOLDENS = Path(__file__).parent / "models" / "hf_goldens.npz"
 
@@ -39,6 +42,9 @@ CASES: dict[str, dict[str, Any]] = {
     "gqa2_all_biases": {"attention_bias": True, "mlp_bias": True},
 }
 
+SHIPPED = {"shipped_target": target_folder(), "shipped_draft": draft_folder()}
+SHIPPED_PROMPT = "Once upon a time there was a king who had three daughters, and the youngest"
+
 
 def write_case(folder: Path, name: str) -> Path:
     """Writes the checkpoint of a case; the same bytes on every machine."""
@@ -48,3 +54,8 @@ def write_case(folder: Path, name: str) -> Path:
 def prompt_of(name: str) -> list[int]:
     """40 token ids in [3, 128): past the end token, and crossing pages of 16."""
     return np.random.default_rng(sum(map(ord, name))).integers(3, 128, size=40).tolist()
+
+
+def shipped_prompt_ids(folder: Path) -> list[int]:
+    """SHIPPED_PROMPT in the tokens of a shipped model."""
+    return load_tokenizer(folder).encode(SHIPPED_PROMPT)

@@ -7,7 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 from engine_runs import Job, logprobs_of, make_engine, random_prompt, run_jobs, tokens_of
-from hf_cases import GOLDENS, NUM_GREEDY_TOKENS, prompt_of, write_case
+from hf_cases import (
+    GOLDENS,
+    NUM_GREEDY_TOKENS,
+    SHIPPED,
+    prompt_of,
+    shipped_prompt_ids,
+    write_case,
+)
 from random_checkpoint import write_llama_checkpoint
 
 from jinfer.engine import Engine
@@ -59,6 +66,15 @@ def test_greedy_tokens_equal_hugging_face(name: str, layer_loop: str, tmp_path: 
     assert output.prompt_logprobs is not None and output.prompt_logprobs[0] is None
     got = [entry[t].logprob for entry, t in zip(output.prompt_logprobs[1:], targets, strict=True)]
     np.testing.assert_allclose(got, want[np.arange(len(targets)), targets], atol=1e-4)
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_model_continues_as_hugging_face(name: str) -> None:
+    engine = make_engine(SHIPPED[name], max_num_seqs=1, max_model_len=128)
+    params = free_run(NUM_GREEDY_TOKENS, temperature=0.0)
+    [output] = run_jobs(engine, [(shipped_prompt_ids(SHIPPED[name]), params)])
+    engine.close()
+    assert tokens_of(output) == [np.load(GOLDENS)[f"{name}/greedy"].tolist()]
 
 
 def test_alone_equals_among_forty_others(engine: Engine) -> None:

@@ -80,7 +80,10 @@ class Block(nnx.Module):
             k_TKH = k_TKH + self.b_k_KH[...]
             v_TKH = v_TKH + self.b_v_KH[...]
         out_TNH, cache = attend(rotate(q_TNH, *rope), rotate(k_TKH, *rope), v_TKH, cache, layer)
-        mixed_TD = jnp.einsum("TNH,NHD->TD", out_TNH, self.w_o_NHD[...])
+        # One contracted axis, not two: for two, XLA on CPU makes a transposed copy of the weight.
+        w_o_NHD = self.w_o_NHD[...]
+        out_TF, w_o_FD = out_TNH.reshape(len(out_TNH), -1), w_o_NHD.reshape(-1, w_o_NHD.shape[-1])
+        mixed_TD = jnp.einsum("TF,FD->TD", out_TF, w_o_FD)
         if self.config.attention_bias:
             mixed_TD = mixed_TD + self.b_o_D[...]
         return mixed_TD, cache

@@ -1,7 +1,8 @@
 """Writes hf_goldens.npz from live transformers: `python tests/models/make_hf_goldens.py`.
 
 Needs the `agreement` extra. Per case: the float32 logits of every prompt position, and the
-greedy continuation with no end token.
+greedy continuation with no end token. For the shipped models: the logits of the last prompt
+position and the greedy continuation. Run it again when a shipped model changes.
 """
 
 import sys
@@ -12,7 +13,15 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from hf_cases import CASES, GOLDENS, NUM_GREEDY_TOKENS, prompt_of, write_case  # noqa: E402
+from hf_cases import (  # noqa: E402
+    CASES,
+    GOLDENS,
+    NUM_GREEDY_TOKENS,
+    SHIPPED,
+    prompt_of,
+    shipped_prompt_ids,
+    write_case,
+)
 
 
 def hugging_face_answer(folder: Path, prompt_ids: list[int]) -> tuple[np.ndarray, np.ndarray]:
@@ -43,6 +52,10 @@ def main() -> None:
             logits, greedy = hugging_face_answer(folder, prompt_of(name))
             arrays[f"{name}/logits"] = logits
             arrays[f"{name}/greedy"] = greedy
+    for name, folder in SHIPPED.items():
+        logits, greedy = hugging_face_answer(folder, shipped_prompt_ids(folder))
+        arrays[f"{name}/logits"] = logits[-1]
+        arrays[f"{name}/greedy"] = greedy
     np.savez_compressed(GOLDENS, **arrays)
 
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hf_cases import CASES, GOLDENS, prompt_of, write_case
+from hf_cases import CASES, GOLDENS, SHIPPED, prompt_of, shipped_prompt_ids, write_case
 
 from jinfer.models.decoder import Decoder
 from jinfer.weights.load import load_params, read_model_config
@@ -52,3 +52,9 @@ def test_logits_equal_hugging_face(name: str, layer_loop: str, tmp_path: Path) -
     got = all_logits(folder, prompt_of(name), layer_loop)
     want = np.load(GOLDENS)[f"{name}/logits"]
     np.testing.assert_allclose(got, want, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_model_equals_hugging_face(name: str) -> None:
+    got = all_logits(SHIPPED[name], shipped_prompt_ids(SHIPPED[name]), "unrolled")
+    np.testing.assert_allclose(got[-1], np.load(GOLDENS)[f"{name}/logits"], atol=1e-4, rtol=0)
