@@ -1,0 +1,76 @@
+"""The command line: `jinfer generate`, `jinfer chat`, `jinfer info`."""
+
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Sequence
+
+from jinfer.cli.arguments import parse
+
+# What a shell reports for a program that a signal ended.
+INTERRUPTED = 128 + signal.SIGINT
+PIPE_CLOSED = 141  # 128 + SIGPIPE, which not every platform has
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns the exit status: 0, or 2 where something was refused.
+
+    Args:
+      argv: the words after `jinfer`; None = those of this process.
+
+    Raises:
+      SystemExit: after --help and --version.
+    """
+    try:
+        args = parse(argv)
+        with warnings.catch_warnings():
+            warnings.showwarning = _tell_warning
+            status = _command(args.command)(args)
+        sys.stdout.flush()
+        return status
+    except KeyboardInterrupt:
+        print("\njinfer: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        _let_go_of_pipes()
+        return PIPE_CLOSED
+    except (ValueError, NotImplementedError) as error:  # what the package refuses with a sentence
+        return _refused(error)
+    except RuntimeError as error:
+        if "Unable to initialize backend" in str(error):  # JAX_PLATFORMS asks for what is not here
+            return _refused(error)
+        raise
+
+
+def _command(name: str):
+    # Each imports what it runs on; `--help` must not wait for JAX.
+    if name == "generate":
+        from jinfer.cli.generate import generate
+
+        return generate
+    if name == "chat":
+        from jinfer.cli.chat import chat
+
+        return chat
+    from jinfer.cli.info import info
+
+    return info
+
+
+def _refused(error: Exception) -> int:
+    print(f"jinfer: error: {error}", file=sys.stderr)
+    return 2
+
+
+def _tell_warning(message: Warning | str, *_: object) -> None:
+    """One line, without the place in the source."""
+    print(f"jinfer: warning: {message}", file=sys.stderr)
+
+
+def _let_go_of_pipes() -> None:
+    """Whoever read our output is gone; what is still buffered must not fail at exit."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)

@@ -1,0 +1,251 @@
+"""What may be written after `jinfer`: commands, flags, and what they become."""
+
+import argparse
+import difflib
+from collections.abc import Sequence
+from dataclasses import fields
+from functools import partial
+from typing import Any, NoReturn
+
+from jinfer import __version__
+from jinfer.config import EngineConfig
+from jinfer.request.params import SamplingParams
+from jinfer.shipped import DEFAULT_MODEL
+
+_GENERATE = """\
+Continues each prompt. One prompt is streamed as it comes; of several, each result is printed as
+soon as those before it are, in the order of the prompts.
+
+Prompts come from the command line, from --file, or from standard input ("-", or no prompt at
+all): one per line; a line that begins with { is JSON, {"prompt": ...} or
+{"prompt_token_ids": [...]}. Text goes to standard output, everything else to standard error.
+"""
+_CHAT = """\
+A conversation with a model that has a chat template.
+
+Ctrl-C stops an answer, not the program. /reset forgets the conversation, /help lists the
+commands, /quit or Ctrl-D ends.
+"""
+_INFO = "What a model folder holds, told without reading its weights."
+_JSON = (
+    "one JSON object per prompt and line: prompt, text, token_ids, finish_reason, metrics, and "
+    "logprobs if asked for; with --n above 1, a list of outputs"
+)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Raises instead of printing its usage, which is longer than most screens."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}. See `{self.prog} --help`.")
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The chosen command and its flags; a flag that was not written is not in the namespace.
+
+    Raises:
+      ValueError: a word is not understood.
+      SystemExit: after --help and --version.
+    """
+    parser, commands = _parsers()
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        command = commands[args.command]
+        near = difflib.get_close_matches(unknown[0].split("=")[0], command._option_string_actions)
+        hint = f"Did you mean {near[0]}?" if near else f"See `{command.prog} --help`."
+        raise ValueError(f"there is no such flag; got {unknown[0]}. {hint}")
+    return args
+
+
+def sampling_args(args: argparse.Namespace) -> dict[str, Any]:
+    """The sampling parameters that were written, as keywords of SamplingParams."""
+    given = {f.name: getattr(args, f.name) for f in fields(SamplingParams) if f.name in args}
+    if "logit_bias" in given:
+        given["logit_bias"] = dict(given["logit_bias"])
+    return given
+
+
+def engine_args(args: argparse.Namespace) -> dict[str, Any]:
+    """The engine's arguments that were written, as keywords of LLM; `model` is not among them."""
+    names = {f.name for f in fields(EngineConfig)} - {"model", "seed"}
+    given = {name: getattr(args, name) for name in names if name in args}
+    if "engine_seed" in args:
+        given["seed"] = args.engine_seed
+    return {**given, "progress": not args.quiet}
+
+
+def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
+    formatter = partial(argparse.RawDescriptionHelpFormatter, max_help_position=30)
+    parser = _Parser(
+        prog="jinfer",
+        description="LLM inference in JAX for TPUs and GPUs.",
+        epilog='Try:  jinfer generate "Once upon a time"',
+        formatter_class=formatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"jinfer {__version__}")
+    subparsers = parser.add_subparsers(
+        dest="command", required=True, metavar="COMMAND", title="commands"
+    )
+    described = {
+        "generate": ("continue prompts", "jinfer generate [flags] [PROMPT ...]", _GENERATE),
+        "chat": ("talk with a model in the terminal", "jinfer chat [flags]", _CHAT),
+        "info": ("say what a model folder holds", "jinfer info [--json] [MODEL]", _INFO),
+    }
+    commands = {
+        name: subparsers.add_parser(
+            name,
+            usage=usage,
+            help=short,
+            description=long,
+            formatter_class=formatter,
+            allow_abbrev=False,
+        )
+        for name, (short, usage, long) in described.items()
+    }
+    _add_generate(commands["generate"])
+    _add_chat(commands["chat"])
+    _add_info(commands["info"])
+    return parser, commands
+
+
+def _add_generate(parser: _Parser) -> None:
+    parser.add_argument("prompts", nargs="*", metavar="PROMPT", help='text; "-" = standard input')
+    parser.add_argument("--file", metavar="FILE", help="read prompts from a file")
+    parser.add_argument("--json", action="store_true", help=_JSON)
+    _add_model(parser)
+    report = partial(_add, parser.add_argument_group("what comes back"))
+    report("n", type=int, metavar="N", help="outputs per prompt")
+    report("logprobs", type=int, metavar="N", help="likeliest tokens to report per output token")
+    report("prompt_logprobs", type=int, metavar="N", help="the same per prompt token")
+    report("detokenize", off=True, help="token ids only")
+    _add_common(parser)
+
+
+def _add_chat(parser: _Parser) -> None:
+    parser.add_argument("--system", metavar="TEXT", help="the system message")
+    _add_model(parser)
+    _add_common(parser)
+
+
+def _add_info(parser: _Parser) -> None:
+    parser.add_argument(
+        "model",
+        nargs="?",
+        default=DEFAULT_MODEL,
+        metavar="MODEL",
+        help=f"a folder, a hub name org/name, or a shipped model (default: {DEFAULT_MODEL})",
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON object")
+
+
+def _add_model(parser: _Parser) -> None:
+    parser.add_argument(
+        "--model",
+        default=DEFAULT_MODEL,
+        metavar="MODEL",
+        help=f"a folder, a hub name org/name, or a shipped model (default: {DEFAULT_MODEL})",
+    )
+    parser.add_argument("-q", "--quiet", action="store_true", help="only text and errors")
+
+
+def _add_common(parser: _Parser) -> None:
+    _add_sampling(parser)
+    _add_stopping(parser)
+    _add_engine(parser)
+
+
+def _add_sampling(parser: _Parser) -> None:
+    add = partial(
+        _add,
+        parser.add_argument_group(
+            "sampling", "Applied in this order. What is not given is as the model suggests."
+        ),
+    )
+    number, count = {"type": float, "metavar": "X"}, {"type": int, "metavar": "N"}
+    add("repetition_penalty", **number, help="divides logits of tokens seen; 1 = off")
+    add("presence_penalty", **number, help="subtracted once from tokens generated; 0 = off")
+    add("frequency_penalty", **number, help="subtracted per time a token was generated; 0 = off")
+    add(
+        "logit_bias",
+        type=_bias,
+        metavar="ID=X",
+        action="append",
+        help="adds X to a token's logit (repeatable)",
+    )
+    add("bad_words", metavar="TEXT", action="append", help="never generate this (repeatable)")
+    add("allowed_token_ids", **_IDS, help="generate only these tokens")
+    add("temperature", **number, help="0 = always the likeliest token")
+    add("top_k", **count, help="keep the N likeliest tokens; 0 = all")
+    add("top_p", **number, help="keep the likeliest tokens of this total probability; 1 = all")
+    add("min_p", **number, help="drop tokens below this share of the likeliest; 0 = none")
+    add("seed", **count, help="of every prompt; the same seed gives the same text")
+
+
+def _add_stopping(parser: _Parser) -> None:
+    add = partial(_add, parser.add_argument_group("stopping"))
+    add("max_tokens", type=int, metavar="N", help="most tokens of output")
+    add("min_tokens", type=int, metavar="N", help="no end before this many tokens")
+    add("stop", metavar="TEXT", action="append", help="end at this text (repeatable)")
+    add("stop_token_ids", **_IDS, help="end at these tokens")
+    add("ignore_eos", action="store_true", help="go on after the model's end tokens")
+    add("include_stop_str_in_output", action="store_true", help="show the stop text too")
+    add("skip_special_tokens", off=True, help="show special tokens too")
+
+
+def _add_engine(parser: _Parser) -> None:
+    add = partial(
+        _add, parser.add_argument_group("engine", "What is not given is decided by the hardware.")
+    )
+    count = {"type": int, "metavar": "N"}
+    add("max_model_len", **count, help="tokens of prompt and output together")
+    add("max_num_seqs", **count, help="sequences that run at the same time")
+    add("max_num_batched_tokens", **count, help="tokens of one step")
+    add("long_prefill_token_threshold", **count, help="most tokens of one prompt in one step")
+    add("page_size", **count, help="tokens per page of the KV cache")
+    add("num_pages", **count, help="pages of the KV cache")
+    add("gpu_memory_utilization", type=float, metavar="X", help="share of free memory to use")
+    add("dtype", metavar="NAME", help="auto, float32, bfloat16 or float16")
+    add("load_format", metavar="NAME", help="auto, safetensors or dummy (random weights)")
+    add("tokenizer", metavar="MODEL", help="where the tokenizer is, if not with the model")
+    add("skip_tokenizer_init", action="store_true", help="token ids in, token ids out")
+    add("generation_config", metavar="NAME", help="auto = the model's sampling; vllm = none")
+    add("engine_seed", **count, help="of prompts without --seed, and of dummy weights")
+    add("max_logprobs", **count, help="most logprobs that may be asked for")
+    add("layer_loop", metavar="NAME", help="scan or unrolled")
+    add("attention", metavar="NAME", help="implementation of paged attention")
+    add("compilation_cache", metavar="FOLDER", help="where compiled programs are kept")
+    add("late_compile", metavar="NAME", help="warn or error, if anything compiles late")
+
+
+def _add(group: Any, name: str, *, off: bool = False, **settings: Any) -> None:
+    """A flag spelt like the field it sets, absent from the namespace unless it is written.
+
+    Under `off` it is "--no-..." and sets the field to False.
+    """
+    flag = f"--{'no-' if off else ''}{name.replace('_', '-')}"
+    if off:
+        settings["action"] = "store_false"
+    group.add_argument(flag, dest=name, default=argparse.SUPPRESS, **settings)
+
+
+def _ids(text: str) -> list[int]:
+    try:
+        return [int(one) for one in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"token ids are integers with commas between; got {text!r}, not such as 5,17"
+        ) from None
+
+
+def _bias(text: str) -> tuple[int, float]:
+    token_id, _, value = text.partition("=")
+    try:
+        return int(token_id), float(value)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"a bias is a token id and a number; got {text!r}, not such as 17=-2.5"
+        ) from None
+
+
+_IDS = {"type": _ids, "metavar": "ID,ID", "action": "extend"}
