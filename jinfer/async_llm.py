@@ -5,6 +5,7 @@ import itertools
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,10 @@ class AsyncLLM:
         """Ends a request where it stands; its stream yields a last output, "abort"."""
         self._submit(lambda: self._abort(request_id))
 
+    def _why_stopped(self) -> RuntimeError:
+        why = f"it failed with {self._failure!r}" if self._failure else "it was closed"
+        return RuntimeError(f"the engine must be running; got: {why}. Make a new AsyncLLM.")
+
     async def _answer(
         self,
         make_prompt: Callable[[], Prompt],
@@ -105,7 +110,8 @@ class AsyncLLM:
             lambda: self._llm.prepare(make_prompt(), params, request_id)
         )
         stream = _Stream(asyncio.get_running_loop())
-        self._submit(lambda: self._add(request, stream))
+        if not self._submit(lambda: self._add(request, stream)):
+            raise self._why_stopped() from self._failure
         finished = False
         try:
             while not finished:
@@ -116,17 +122,16 @@ class AsyncLLM:
                 yield output
         finally:
             if not finished:
-                self._submit(lambda: self._abort(request_id))
+                self._submit(lambda: self._leave(request_id, stream))
 
-    def _submit(self, command: Callable[[], None]) -> None:
+    def _submit(self, command: Callable[[], None]) -> bool:
+        """Hands a command to the engine's thread; False if that has ended."""
         with self._wake:
             if self._closing:
-                raise RuntimeError(
-                    f"the engine must be running; got: {self._failure or 'it was closed'}. "
-                    "Make a new AsyncLLM."
-                )
+                return False
             self._commands.append(command)
             self._wake.notify()
+            return True
 
     def _run(self) -> None:
         engine = self._llm.engine
@@ -142,7 +147,7 @@ class AsyncLLM:
         for command in commands:  # that came too late: their streams must hear of the end
             command()
         for stream in self._streams.values():
-            stream.fail(self._failure or RuntimeError("the engine was closed. Make a new AsyncLLM."))
+            stream.fail(self._why_stopped())
 
     def _take_commands(self) -> bool:
         """Waits for work and runs what callers submitted; False when it is time to end."""
@@ -166,6 +171,10 @@ class AsyncLLM:
         request = self._llm.engine.abort(request_id)
         if request is not None:
             self._tell(request)
+
+    def _leave(self, request_id: str, stream: "_Stream") -> None:
+        if self._streams.get(request_id) is stream:  # not another's of the same id
+            self._abort(request_id)
 
     def _tell(self, request: RunningRequest) -> None:
         stream = self._streams[request.request_id]
@@ -202,5 +211,5 @@ class _Stream:
             self._newest = newest
             self._changed.set()
 
-        if not self._loop.is_closed():  # its caller is gone otherwise
+        with suppress(RuntimeError):  # the loop is closed, so its caller is gone
             self._loop.call_soon_threadsafe(change)

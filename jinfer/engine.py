@@ -17,7 +17,7 @@ from jinfer.schedule.capacity import bucket_for
 from jinfer.schedule.plan import Chunk, StepPlan
 from jinfer.schedule.scheduler import Scheduler
 from jinfer.schedule.sequence import Sequence, Status
-from jinfer.startup import load
+from jinfer.startup import free_arrays, load
 from jinfer.step.admission import check_row, sampling_row
 from jinfer.step.batch import StepOutput
 from jinfer.step.pack import BucketShape, pack
@@ -73,12 +73,21 @@ class Engine:
         """Compilations since warm-up; anything but 0 is a bug."""
         return self._guard.num_late
 
+    def require_alive(self) -> None:
+        """Raises RuntimeError if the engine is closed or broken."""
+        if self._why_stopped is not None:
+            raise RuntimeError(
+                f"the engine must be running; got: {self._why_stopped}. Make a new LLM."
+            )
+
     def prepare(self, request_id: str, prompt: Prompt, params: SamplingParams) -> RunningRequest:
         """Checks one request whole and turns it into what the engine can run; nothing is queued.
 
         Raises:
           RequestError: the prompt or a parameter cannot be honoured.
+          RuntimeError: the engine is closed or broken.
         """
+        self.require_alive()
         params.check_against(
             vocab_size=self.model.vocab_size,
             max_logprobs=self.plan.max_logprobs,
@@ -103,6 +112,13 @@ class Engine:
             tokenizer=self.tokenizer,
         )
         check_row(request.params, request.stop_ids, request.bad_words, self.model.vocab_size)
+        num_room = self.plan.max_model_len - len(prompt_ids)
+        if params.min_tokens > num_room:
+            raise RequestError(
+                "min_tokens must fit behind the prompt; got "
+                f"min_tokens={params.min_tokens} with room for {num_room} after "
+                f"{len(prompt_ids)} tokens of prompt. Lower it, or raise max_model_len."
+            )
         return request
 
     def add(self, request: RunningRequest) -> None:
@@ -112,7 +128,7 @@ class Engine:
           RequestError: its id is in use.
           RuntimeError: the engine is closed or broken.
         """
-        self._require_alive()
+        self.require_alive()
         if request.request_id in self._requests:
             raise RequestError(
                 f"a request id must be unique; got request_id={request.request_id!r} twice."
@@ -130,10 +146,12 @@ class Engine:
         request = self._requests.get(request_id)
         if request is None:
             return None
-        for continuation in request.unfinished:
-            continuation.abort()
+        unfinished = request.unfinished
+        for continuation in unfinished:
             self._release(continuation)
         self._retire(request)
+        for continuation in unfinished:
+            continuation.abort()
         return request
 
     def step(self) -> list[RunningRequest]:
@@ -145,15 +163,15 @@ class Engine:
         Raises:
           RuntimeError: the engine is closed, or the device failed; what ran is lost then.
         """
-        self._require_alive()
-        try:
-            with self._guard.watch():
+        self.require_alive()
+        with self._guard.watch():
+            try:
                 dispatched = self._dispatch()
                 pending, self._pending = self._pending, dispatched
                 return self._read(pending) if pending is not None else []
-        except jax.errors.JaxRuntimeError as error:
-            self._why_stopped = f"the device failed: {error}"
-            raise
+            except BaseException as error:  # half a step: its plan and its buffers are lost
+                self._why_stopped = f"a step failed with {type(error).__name__}: {error}"
+                raise
 
     def close(self) -> None:
         """Frees everything on the device. Idempotent; the engine cannot be used afterwards."""
@@ -161,11 +179,8 @@ class Engine:
             return
         for request_id in list(self._requests):
             self.abort(request_id)
-        if self._pending is not None:
-            jax.block_until_ready(self._pending.output)
-        for array in jax.tree.leaves((self._params, self._pages, self._slots, self._pending)):
-            if isinstance(array, jax.Array) and not array.is_deleted():
-                array.delete()
+        output = None if self._pending is None else self._pending.output
+        free_arrays(self._params, self._pages, self._slots, output)
         self._params = self._pages = self._slots = self._pending = None
         self._programs = {}
         self._guard.close()
@@ -188,7 +203,7 @@ class Engine:
             group = admitted[start : start + ADMISSION_ROWS]
             rows = [self._slot_row(sequence) for sequence in group]
             slot_A = np.full(ADMISSION_ROWS, self.plan.max_slots, np.int32)
-            slot_A[: len(group)] = [sequence.slot for sequence in group]
+            slot_A[: len(group)] = [sequence.slot for sequence in group]  # pyright: ignore
             self._slots = self._programs["write_slots"](
                 self._slots, slot_A, admission_rows(rows, self.model.vocab_size)
             )
@@ -211,6 +226,7 @@ class Engine:
 
     def _restore_counts(self, sequence: Sequence) -> None:
         """Counts the outputs of a sequence that was preempted and now resumes."""
+        assert sequence.slot is not None, f"admitted without a slot: {sequence.request_id=}"
         for start in range(0, len(sequence.output_ids), RESTORED_TOKENS):
             tokens = sequence.output_ids[start : start + RESTORED_TOKENS]
             token_J = np.full(RESTORED_TOKENS, self.model.vocab_size, np.int32)
@@ -220,8 +236,8 @@ class Engine:
             )
 
     def _wants_logprobs(self, chunk: Chunk) -> bool:
-        request = self._continuations[chunk.sequence].request
-        return request.params.logprobs is not None or chunk.sequence.scores_prompt
+        params = self._continuations[chunk.sequence].request.params
+        return params.logprobs is not None or bool(chunk.scored_positions)
 
     def _read(self, dispatched: Dispatched) -> list[RunningRequest]:
         output = jax.device_get(dispatched.output)  # the wait
@@ -262,7 +278,6 @@ class Engine:
         if continuation.finish is not None:
             self._release(continuation)
         if request.finished:
-            request.metrics.finished_time = now
             self._retire(request)
 
     def _release(self, continuation: Continuation) -> None:
@@ -270,9 +285,12 @@ class Engine:
         self._continuations.pop(continuation.sequence, None)
 
     def _retire(self, request: RunningRequest) -> None:
+        request.metrics.finished_time = time.monotonic()
         self._requests.pop(request.request_id, None)
 
-    def _encode(self, prompt: Prompt) -> list[int]:
+    def _encode(self, prompt: Prompt) -> Seq[int]:
+        if not prompt.text:
+            return ()  # refused as [] is, whatever tokens the tokenizer would begin with
         if self.tokenizer is None:
             raise RequestError(
                 "text needs a tokenizer; got prompt text with skip_tokenizer_init=True. "
@@ -285,12 +303,6 @@ class Engine:
         self._num_seeds_drawn += 1
         text = f"{self.config.seed}/{self._num_seeds_drawn}".encode()
         return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big")
-
-    def _require_alive(self) -> None:
-        if self._why_stopped is not None:
-            raise RuntimeError(
-                f"the engine must be running; got: {self._why_stopped}. Make a new LLM."
-            )
 
 
 _CLOSED = "it was closed"

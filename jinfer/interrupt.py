@@ -8,39 +8,33 @@ from types import FrameType
 from typing import Any
 
 
-class Interrupt:
-    """Whether Ctrl-C was pressed while a `deferred` block ran."""
-
-    def __init__(self) -> None:
-        self.pressed = False
-
-    def check(self) -> None:
-        """Raises KeyboardInterrupt if it was; called between steps, where nothing is half done."""
-        if self.pressed:
-            raise KeyboardInterrupt
-
-
 @contextmanager
-def deferred() -> Iterator[Interrupt]:
-    """Inside the block the first Ctrl-C only sets a flag; the second acts at once.
+def deferred() -> Iterator[None]:
+    """Inside the block the first Ctrl-C waits until its end; the second acts at once.
 
     A step hands its donated buffers to the device and takes new ones back. An exception between
-    the two would lose them, and with them the engine. Signals reach the main thread alone, so in
-    any other thread the block changes nothing.
+    the two would lose them, and with them the engine. The handler that stood before answers in
+    the end, whatever it does: Python's raises KeyboardInterrupt.
+
+    Signals reach the main thread alone, so in any other thread the block changes nothing; nor
+    does it where Ctrl-C is ignored, ends the process, or is handled outside Python.
     """
-    interrupt = Interrupt()
-    if threading.current_thread() is not threading.main_thread():
-        yield interrupt
-        return
     previous: Any = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(previous):
+        yield
+        return
+    pressed = False
 
     def note(signum: int, frame: FrameType | None) -> None:
-        if interrupt.pressed and callable(previous):
+        nonlocal pressed
+        if pressed:
             previous(signum, frame)
-        interrupt.pressed = True
+        pressed = True
 
     signal.signal(signal.SIGINT, note)
     try:
-        yield interrupt
+        yield
     finally:
         signal.signal(signal.SIGINT, previous)
+    if pressed:
+        previous(signal.SIGINT, None)

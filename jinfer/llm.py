@@ -1,12 +1,14 @@
 """The Python API: prompts in, outputs back, everything in this process."""
 
 import itertools
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 from jinfer.config import EngineConfig
@@ -22,6 +24,8 @@ from jinfer.shipped import DEFAULT_MODEL
 
 Params = SamplingParams | Sequence[SamplingParams] | None
 Message = Mapping[str, Any]
+
+_NUMBERS = (int, float, np.generic)
 
 
 class LLM:
@@ -87,9 +91,9 @@ class LLM:
 
         Raises:
           RequestError: under "raise", for the first prompt that cannot be served as asked.
+          RuntimeError: the LLM was closed, or its device failed.
         """
-        units, _ = split_prompts(prompts)
-        return self._generate(units, sampling_params, use_tqdm, on_error)
+        return self._generate(_units(prompts, on_error), sampling_params, use_tqdm, on_error)
 
     def chat(
         self,
@@ -110,8 +114,7 @@ class LLM:
           **template_args: `chat_template` (source or name), `add_generation_prompt` (default True),
             `continue_final_message`, `tools`, `documents`, `chat_template_kwargs`.
         """
-        one = bool(messages) and isinstance(messages[0], Mapping)
-        conversations = [messages] if one else messages
+        conversations = messages if _are_conversations(messages) else [messages]
         units: list[Any] = [
             _caught(lambda c=c: self.render(c, **template_args), on_error) for c in conversations
         ]
@@ -126,17 +129,15 @@ class LLM:
         """
         request = self.prepare(as_prompt(prompt), sampling_params)
         with self._running([request]) as steps:
-            for advanced in steps:
-                if request in advanced:
-                    yield request.output()
-        self._raise_failure(request)
+            for _ in steps:
+                self._raise_failure(request)
+                yield request.output()
 
     def as_completed(
         self, prompts: Any, sampling_params: Params = None, *, on_error: str = "raise"
     ) -> Iterator[tuple[int, RequestOutput]]:
         """Answers prompts and yields (place in `prompts`, output) in the order of completion."""
-        units, _ = split_prompts(prompts)
-        outcomes = self._prepare_all(units, sampling_params, on_error)
+        outcomes = self._prepare_all(_units(prompts, on_error), sampling_params, on_error)
         places = {o: i for i, o in enumerate(outcomes) if isinstance(o, RunningRequest)}
         for place, outcome in enumerate(outcomes):
             if isinstance(outcome, RequestOutput):
@@ -144,7 +145,7 @@ class LLM:
         with self._running(list(places)) as steps:
             for advanced in steps:
                 for request in advanced:
-                    if request.finished and request in places:
+                    if request.finished:
                         self._raise_failure(request, on_error)
                         yield places[request], request.output()
 
@@ -153,7 +154,8 @@ class LLM:
     ) -> list[RequestOutput]:
         outcomes = self._prepare_all(units, params, on_error)
         requests = [outcome for outcome in outcomes if isinstance(outcome, RunningRequest)]
-        with _ProgressLine(len(requests), use_tqdm) as line, self._running(requests) as steps:
+        shown = use_tqdm and self.engine.config.progress
+        with _ProgressLine(len(requests), shown) as line, self._running(requests) as steps:
             for advanced in steps:
                 line.update(advanced)
         for request in requests:
@@ -176,6 +178,7 @@ class LLM:
         Raises:
           RequestError: there is no template, it refuses the messages, or it breaks a limit.
         """
+        self.engine.require_alive()
         tokenizer = self.engine.tokenizer
         if tokenizer is None:
             raise RequestError(
@@ -208,6 +211,11 @@ class LLM:
           RequestError: the prompt or a parameter cannot be honoured.
         """
         params = self.get_default_sampling_params() if params is None else params
+        if not isinstance(params, SamplingParams):
+            raise RequestError(
+                f"sampling_params must be SamplingParams; got {type(params).__name__}. "
+                "Build them with jinfer.SamplingParams(...)."
+            )
         if request_id is None:
             request_id = str(next(self._ids))
         return self.engine.prepare(request_id, prompt, params)
@@ -231,22 +239,35 @@ class LLM:
     ) -> Iterator[Iterator[list[RunningRequest]]]:
         """Queues the requests; whatever ends the block early, they leave the engine with it."""
         try:
-            for request in requests:
-                self.engine.add(request)
+            with deferred():
+                for request in requests:
+                    self.engine.add(request)
             yield self._steps(requests)
         finally:
-            for request in requests:
-                self.engine.abort(request.request_id)
+            with deferred():
+                for request in requests:
+                    self.engine.abort(request.request_id)
 
     def _steps(self, requests: Sequence[RunningRequest]) -> Iterator[list[RunningRequest]]:
-        num_left = len(requests)
-        mine = set(requests)
-        while num_left:
-            with deferred() as interrupt:
-                advanced = self.engine.step()
-            interrupt.check()
-            num_left -= sum(request.finished for request in advanced if request in mine)
-            yield advanced
+        """Turns the loop until all are finished; yields those of them that each turn advanced.
+
+        Where two loops run in turn, as over two streams, each turn advances the requests of both.
+        What finished in a turn of the other loop is told here when all before it is finished.
+        """
+        left = OrderedDict.fromkeys(requests)
+        while left:
+            oldest = next(iter(left))
+            if oldest.finished:
+                advanced = [oldest]
+            else:
+                with deferred():
+                    advanced = self.engine.step()
+            mine = [request for request in advanced if request in left]
+            for request in mine:
+                if request.finished:
+                    del left[request]
+            if mine:
+                yield mine
 
     def _raise_failure(self, request: RunningRequest, on_error: str = "raise") -> None:
         if request.error is not None and on_error == "raise":
@@ -295,6 +316,25 @@ def engine_config(model: str | Path, engine_args: Mapping[str, Any]) -> EngineCo
         if name not in known:
             raise unknown_keyword("LLM", name, known)
     return EngineConfig(model=model, **engine_args)
+
+
+def _units(prompts: Any, on_error: str) -> list[Prompt | RequestOutput]:
+    """Every prompt in its normal form; or, under "return", an output that says why it has none."""
+    try:
+        return list(split_prompts(prompts)[0])
+    except RequestError:
+        if on_error == "raise":
+            raise
+    # A flat list of numbers is one prompt, and a wrong one; any other list is many.
+    many = isinstance(prompts, list | tuple) and not all(isinstance(p, _NUMBERS) for p in prompts)
+    each = prompts if many else [prompts]
+    return [_caught(lambda p=p: as_prompt(p), on_error) for p in each]
+
+
+def _are_conversations(messages: Any) -> bool:
+    """Whether these are several conversations rather than the messages of one."""
+    listed = isinstance(messages, Sequence) and not isinstance(messages, str | bytes)
+    return listed and not any(isinstance(message, Mapping) for message in messages)
 
 
 def _params_for(units: Sequence[Any], params: Params) -> Sequence[SamplingParams | None]:

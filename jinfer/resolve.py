@@ -41,8 +41,9 @@ class PlatformDefaults:
 
 
 # CPU: XLA runs bfloat16 five to eight times slower than float32 there, other programs need the
-# memory too, and compiling costs seconds a program, so there are fewer. TPU: page tables live in scalar memory, so pages are larger; scanned layers
-# compile fast and fuse. GPU: a scan copies each layer's weights before use, so it is unrolled.
+# memory too, and compiling costs seconds a program, so there are fewer. TPU: page tables live in
+# scalar memory, so pages are larger; scanned layers compile fast and fuse. GPU: a scan copies each
+# layer's weights before use, so it is unrolled.
 _DEFAULTS = {
     "cpu": PlatformDefaults(
         dtype="float32",

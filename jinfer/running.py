@@ -1,7 +1,9 @@
 """A request while it runs: what the host knows of it, from drawn tokens to its output."""
 
 from collections.abc import Sequence as Seq
+from dataclasses import replace
 
+from jinfer.errors import RequestError
 from jinfer.request.detokenizer import Detokenizer
 from jinfer.request.output import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from jinfer.request.params import SamplingParams
@@ -30,7 +32,7 @@ class RunningRequest:
     ) -> None:
         self.request_id = request_id
         self.prompt = prompt
-        self.prompt_ids = prompt_ids
+        self.prompt_ids = list(prompt_ids)  # one list for all outputs: they come with every token
         self.params = params
         self.tokenizer = tokenizer
         self.seed = params.seed or 0  # the engine draws one where the user gave none
@@ -81,11 +83,11 @@ class RunningRequest:
         return RequestOutput(
             request_id=self.request_id,
             prompt=self.prompt,
-            prompt_token_ids=list(self.prompt_ids),
+            prompt_token_ids=self.prompt_ids,
             prompt_logprobs=None if self.prompt_logprobs is None else list(self.prompt_logprobs),
             outputs=[continuation.output() for continuation in self.continuations],
             finished=self.finished,
-            metrics=self.metrics,
+            metrics=replace(self.metrics),  # as they stand now
             num_cached_tokens=0,
             error=self.error,
         )
@@ -136,7 +138,7 @@ class Continuation:
         if metrics.first_token_time is None:
             metrics.first_token_time = now
         token_id = self.sequence.output_ids[-1]
-        if self.logprobs is not None:
+        if self.logprobs is not None and self.cumulative_logprob is not None:
             entry = self._logprobs(readouts[-1], token_id, self.request.params.logprobs, output)
             self.logprobs.append(entry)
             self.cumulative_logprob += entry[token_id].logprob
@@ -158,16 +160,19 @@ class Continuation:
         )
 
     def _accept_token(self, token_id: int) -> None:
-        """Text, then the first reason to stop that applies: stop token, stop string, length."""
+        """Text, then the first reason to stop that applies: stop token, stop string, length.
+
+        vLLM's conventions: a stop token that the user named is the reason, an end token is not;
+        neither is part of the text unless stop strings are.
+        """
         request, sequence = self.request, self.sequence
+        params = request.params
+        stops = token_id in request.stop_ids
         stop_string = None
-        if self._detokenizer is not None:
-            stop_string = self._show(
-                self._detokenizer.feed([token_id]),
-                may_stop=len(sequence.output_ids) >= request.params.min_tokens,
-            )
-        if token_id in request.stop_ids:
-            # vLLM's convention: a stop token that the user named is the reason, an end token not.
+        if self._detokenizer is not None and (not stops or params.include_stop_str_in_output):
+            may_stop = not stops and len(sequence.output_ids) >= params.min_tokens
+            stop_string = self._show(self._detokenizer.feed([token_id]), may_stop=may_stop)
+        if stops:
             self._end(Finish.STOP, None if token_id in request.eos_ids else token_id)
         elif stop_string is not None:
             self._end(Finish.STOP, stop_string)
@@ -220,6 +225,9 @@ def bad_word_ids(words: Seq[str], tokenizer: Tokenizer | None) -> tuple[tuple[in
 
     As vLLM does: the spelling after a space counts only if it is as long and begins otherwise,
     else it is the same word or a longer one that ends alike.
+
+    Raises:
+      RequestError: a word has no token.
     """
     if tokenizer is None:
         return ()
@@ -227,6 +235,11 @@ def bad_word_ids(words: Seq[str], tokenizer: Tokenizer | None) -> tuple[tuple[in
     for word in words:
         bare = tuple(tokenizer.encode(word.lstrip(), add_special_tokens=False))
         spaced = tuple(tokenizer.encode(" " + word.lstrip(), add_special_tokens=False))
+        if not bare:
+            raise RequestError(
+                f"a bad word must be more than spaces; got {word!r}. "
+                "Ban a token with a logit_bias of -100."
+            )
         found[bare] = None
         if len(spaced) == len(bare) and spaced[0] != bare[0]:
             found[spaced] = None

@@ -14,6 +14,7 @@ from jinfer.config import EngineConfig, EnginePlan, GenerationDefaults, ModelCon
 from jinfer.models.decoder import Decoder, Params
 from jinfer.request.tokenizer import Tokenizer, load_tokenizer
 from jinfer.resolve import (
+    check_config,
     free_device_bytes,
     platform_of,
     resolve_dtype,
@@ -67,34 +68,73 @@ def load(config: EngineConfig) -> Loaded:
       ValueError: an argument is out of range, or the KV cache has no room.
       NotImplementedError: the architecture or the platform is not supported.
     """
+    check_config(config)
     say = partial(print, "jinfer:", file=sys.stderr, flush=True) if config.progress else _silent
     use_compilation_cache(config.compilation_cache)
     device = jax.devices()[0]
     platform = platform_of(device)
-    folder = find_shipped(config.model) or resolve_model(config.model)
+    folder = _folder_of(config.model)
     model = read_model_config(folder)
     defaults = read_generation_config(folder, read_hf_config(folder))
     tokenizer = None
     if not config.skip_tokenizer_init:
-        tokenizer = load_tokenizer(resolve_model(config.tokenizer) if config.tokenizer else folder)
+        tokenizer = load_tokenizer(_folder_of(config.tokenizer) if config.tokenizer else folder)
+    decide = partial(resolve_plan, config, model, platform=platform)
+    # What cannot be is refused now, not after minutes of reading weights.
+    decide(free_bytes=_room_beside_weights(config, model, platform, free_device_bytes(device)))
     params = _load_weights(config, model, folder, platform, say)
-    plan = resolve_plan(config, model, platform=platform, free_bytes=free_device_bytes(device))
-    say(_capacity_line(plan))
-    shape = pages_shape(model, num_pages=plan.num_pages, page_size=plan.page_size, dtype=plan.dtype)
-    slots = empty_slots(
-        max_slots=plan.max_slots, pages_per_slot=plan.pages_per_slot, vocab_size=model.vocab_size
-    )
-    programs = _compile(plan, model, params, shape, slots, config.progress, say)
-    return Loaded(
-        model=model,
-        defaults=defaults,
-        tokenizer=tokenizer,
-        plan=plan,
-        params=params,
-        pages=allocate_pages(shape),
-        slots=slots,
-        programs=programs,
-    )
+    try:
+        plan = decide(free_bytes=free_device_bytes(device))
+        say(_capacity_line(plan))
+        make_slots = partial(
+            empty_slots,
+            max_slots=plan.max_slots,
+            pages_per_slot=plan.pages_per_slot,
+            vocab_size=model.vocab_size,
+        )
+        shape = pages_shape(
+            model, num_pages=plan.num_pages, page_size=plan.page_size, dtype=plan.dtype
+        )
+        slots = jax.eval_shape(make_slots)
+        programs = _compile(plan, model, params, shape, slots, config.progress, say)
+        return Loaded(
+            model=model,
+            defaults=defaults,
+            tokenizer=tokenizer,
+            plan=plan,
+            params=params,
+            pages=allocate_pages(shape),
+            slots=make_slots(),
+            programs=programs,
+        )
+    except BaseException:
+        free_arrays(params)  # a notebook keeps the traceback, and that the weights
+        raise
+
+
+def free_arrays(*trees: Any) -> None:
+    """Frees the device memory of every array, whoever else may still refer to it."""
+    for array in jax.tree.leaves(trees):
+        if isinstance(array, jax.Array) and not array.is_deleted():
+            array.delete()
+
+
+def _room_beside_weights(
+    config: EngineConfig, model: ModelConfig, platform: str, free_bytes: int
+) -> int:
+    dtype = resolve_dtype(config, platform)
+    weight_bytes = model.num_parameters * jnp.dtype(dtype).itemsize
+    if weight_bytes > free_bytes:
+        raise ValueError(
+            f"the weights must fit into free memory; got {weight_bytes / 2**30:,.3f} GiB of "
+            f"{dtype} with {free_bytes / 2**30:,.3f} GiB free. Choose a smaller model, or free "
+            "the device."
+        )
+    return free_bytes - weight_bytes
+
+
+def _folder_of(name: str | Path) -> Path:
+    return find_shipped(name) or resolve_model(name)
 
 
 def _load_weights(
@@ -106,11 +146,6 @@ def _load_weights(
         params = dummy_params(model, dtype=dtype, layer_loop=layer_loop, seed=config.seed)
         say(f"made {model.num_parameters:,} random parameters, {dtype}")
         return params
-    if config.load_format not in ("auto", "safetensors"):
-        raise ValueError(
-            "load_format must be 'auto', 'safetensors' or 'dummy'; "
-            f"got load_format={config.load_format!r}."
-        )
     params, report = load_params(folder, model, dtype=dtype, layer_loop=layer_loop)
     say(report)
     return params

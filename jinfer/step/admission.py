@@ -6,6 +6,7 @@ from collections.abc import Sequence as Seq
 import jax
 import numpy as np
 
+from jinfer.errors import RequestError
 from jinfer.request.params import SamplingParams
 from jinfer.schedule.sequence import Sequence
 from jinfer.step import masks
@@ -67,12 +68,19 @@ def check_row(
     """Refuses what a slot's row cannot hold, before the request is queued.
 
     Raises:
-      RequestError: as `sampling_row` would.
+      RequestError: as `sampling_row` would; or nothing is left to draw before min_tokens.
     """
     masks.pad_stop_ids(stop_ids, vocab_size)
+    allowed = params.allowed_token_ids
+    if params.min_tokens and allowed is not None and set(allowed) <= set(stop_ids):
+        raise RequestError(
+            "allowed_token_ids must allow a token that does not stop while min_tokens forbids "
+            f"stopping; got allowed_token_ids={list(allowed)}, min_tokens={params.min_tokens}, and "
+            f"stop tokens {sorted(stop_ids)}. Allow one more token, or set min_tokens=0."
+        )
     if params.logit_bias:
         masks.pad_bias(params.logit_bias, vocab_size)
-    if params.allowed_token_ids is not None or bad_words:
+    if allowed is not None or bad_words:
         banned_ids = [word[0] for word in bad_words if len(word) == 1]
-        masks.allowed_bits(vocab_size, allowed_ids=params.allowed_token_ids, banned_ids=banned_ids)
+        masks.allowed_bits(vocab_size, allowed_ids=allowed, banned_ids=banned_ids)
         masks.pad_bad_words([w for w in bad_words if len(w) > 1], vocab_size)

@@ -37,7 +37,7 @@ class CompileReport:
 
 
 def compile_all(
-    programs: list[Program], *, on_done: Callable[[str], None] = lambda name: None
+    programs: list[Program], *, on_done: Callable[[str], object] = lambda name: None
 ) -> tuple[dict[str, jax.stages.Compiled], CompileReport]:
     """Compiles every program ahead of time, as many at once as there are processors.
 
@@ -77,7 +77,7 @@ class CompileGuard:
         self._seen = 0
         jax.monitoring.register_event_duration_secs_listener(self._listen)
 
-    def _listen(self, event: str, duration_s: float, **_: Any) -> None:
+    def _listen(self, event: str, duration_secs: float, **_: Any) -> None:
         if event == _COMPILE_EVENT and getattr(self._watching, "on", False):
             self.num_late += 1
 

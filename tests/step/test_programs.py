@@ -1,0 +1,92 @@
+"""Programs compile ahead of time; whatever compiles later is noticed."""
+
+import threading
+import warnings
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jinfer.step.programs import CompileGuard, Program, compile_all
+
+VECTOR_4 = jax.ShapeDtypeStruct((4,), jnp.float32)
+
+
+@pytest.fixture(params=["warn", "error"])
+def guard(request: pytest.FixtureRequest) -> Iterator[CompileGuard]:
+    guard = CompileGuard(request.param)
+    yield guard
+    guard.close()
+
+
+def compile_something() -> None:
+    jax.jit(lambda a: a * 2.0 + 1.0).lower(VECTOR_4).compile()
+
+
+def test_every_program_is_compiled_under_its_name() -> None:
+    done: list[str] = []
+    programs = [
+        Program(name=f"add {i}", function=lambda a, i=i: a + i, shapes=(VECTOR_4,), donate=())
+        for i in range(3)
+    ]
+    compiled, report = compile_all(programs, on_done=done.append)
+    assert sorted(done) == sorted(compiled) == ["add 0", "add 1", "add 2"]
+    assert report.num_programs == 3 and report.elapsed_s > 0.0
+    for i in range(3):
+        np.testing.assert_array_equal(compiled[f"add {i}"](np.zeros(4, np.float32)), [i] * 4)
+
+
+def test_a_donated_argument_is_consumed() -> None:
+    program = Program(name="p", function=lambda a: a + 1, shapes=(VECTOR_4,), donate=(0,))
+    given = jnp.zeros(4)
+    given.block_until_ready()
+    program.compile()(given)
+    assert given.is_deleted()
+
+
+def test_an_error_while_compiling_is_raised() -> None:
+    def broken(a):
+        raise ValueError("no such program")
+
+    with pytest.raises(ValueError, match="no such program"):
+        compile_all([Program(name="p", function=broken, shapes=(VECTOR_4,), donate=())])
+
+
+def test_a_late_compilation_is_told(guard: CompileGuard) -> None:
+    message = "nothing may compile after warm-up; got 1 compilations in one step"
+    told = pytest.warns(UserWarning, match=message)
+    if guard._action == "error":
+        told = pytest.raises(RuntimeError, match=message)
+    with told, guard.watch():
+        compile_something()
+    assert guard.num_late == 1
+
+
+def test_compiling_outside_or_elsewhere_is_not_late(guard: CompileGuard) -> None:
+    compile_something()
+    with guard.watch():
+        thread = threading.Thread(target=compile_something)
+        thread.start()
+        thread.join()
+    assert guard.num_late == 0
+
+
+def test_an_error_inside_comes_before_a_late_compilation(guard: CompileGuard) -> None:
+    with pytest.raises(ZeroDivisionError), guard.watch():
+        compile_something()
+        _ = 1 / 0
+
+
+def test_a_closed_guard_hears_nothing() -> None:
+    guard = CompileGuard("error")
+    guard.close()
+    with warnings.catch_warnings(), guard.watch():
+        compile_something()
+    assert guard.num_late == 0
+
+
+def test_an_unknown_action_is_refused() -> None:
+    with pytest.raises(ValueError, match="late_compile must be 'warn' or 'error'; got 'ignore'"):
+        CompileGuard("ignore")
