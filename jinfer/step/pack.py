@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
+from typing import Any
 
 import jax
 import numpy as np
@@ -36,29 +38,26 @@ class BucketShape:
         """A batch of padding only. Its numpy arrays may be filled in."""
         T, R, J = self.num_tokens, self.num_rows, self.num_page_writes
 
-        def zeros(count: int) -> np.ndarray:
-            return np.zeros(count, np.int32)
-
-        def bins(count: int) -> np.ndarray:
-            return np.full(count, self.bin_slot, np.int32)
+        def full(count: int, value: int = 0, dtype: type = np.int32) -> Any:
+            return np.full(count, value, dtype)
 
         return StepBatch(
-            token_T=zeros(T),
-            drawn_T=np.zeros(T, np.bool_),
-            slot_T=bins(T),
-            position_T=zeros(T),
-            slot_B=bins(R),
-            query_start_B=np.full(R, T, np.int32),
-            query_len_B=zeros(R),
-            kv_len_B=zeros(R),
-            write_slot_J=bins(J),
-            write_index_J=zeros(J),
-            write_page_J=zeros(J),
-            read_token_R=zeros(R),
-            read_slot_R=bins(R),
-            draws_R=np.zeros(R, np.bool_),
-            target_R=zeros(R),
-            wants_logprobs_R=np.zeros(R, np.bool_),
+            token_T=full(T),
+            drawn_T=full(T, dtype=np.bool_),
+            slot_T=full(T, self.bin_slot),
+            position_T=full(T),
+            slot_B=full(R, self.bin_slot),
+            query_start_B=full(R, T),
+            query_len_B=full(R),
+            kv_len_B=full(R),
+            write_slot_J=full(J, self.bin_slot),
+            write_index_J=full(J),
+            write_page_J=full(J),
+            read_token_R=full(R),
+            read_slot_R=full(R, self.bin_slot),
+            draws_R=full(R, dtype=np.bool_),
+            target_R=full(R),
+            wants_logprobs_R=full(R, dtype=np.bool_),
         )
 
     def shapes(self) -> StepBatch:
