@@ -1,0 +1,179 @@
+"""Paged attention for TPUs (Mosaic Pallas): write the new cells, then stream pages past queries.
+
+Three files: this one packs queries and plans, `tpu_write.py` writes the new keys and values,
+`tpu_attend.py` attends. Nothing here has run on a TPU yet: numbers are proven in interpret
+mode, programs by compiling them ahead of time for v4 to 7x.
+
+Beside the usual axis letters (T N K G H L P Z B M), in these files:
+X  items of a work list              U  query tokens in a block
+I  blocks of query tokens            Q  query rows of one kv head in a block, U * G, padded
+C  pages in a block                  S  key positions in a block, C * Z
+W  cells of a page written at once   O  lanes of a query or an output: H, or 2H if joined
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int32
+
+from kernels_pallas.paged_attention.contract import check_arguments
+from kernels_pallas.paged_attention.tpu_attend import LANES, AttendOptions, attend_rows
+from kernels_pallas.paged_attention.tpu_work import Rows
+from kernels_pallas.paged_attention.tpu_write import write_rows
+
+PAGE_DTYPES = ("float32", "bfloat16")
+# Up to this many tokens, a second pass with wider blocks is not worth its launch.
+FEW_TOKENS = 8
+# Query rows of one kv head in a block: enough work per key read that prefill is not bound by
+# bandwidth. The two limits below keep a kernel within 16 MB, what v5e gives one unasked.
+MAX_QUERY_ROWS = 256
+QUERY_BYTES = 8 * 1024 * 1024  # queries, outputs and online softmax, of all kv heads
+BUFFER_BYTES = 2 * 1024 * 1024  # one of the two buffers that pages stream through
+MAX_BLOCK_TOKENS = 512
+
+
+def paged_attention_tpu(  # noqa: PLR0913 - the contract of every implementation
+    q_TNH: Float[Array, "T N H"],
+    k_TKH: Float[Array, "T K H"],
+    v_TKH: Float[Array, "T K H"],
+    pages_LPKZ2H: Float[Array, "L P K Z 2*H"],
+    layer: int | Int32[Array, ""],
+    page_table_BM: Int32[Array, "B M"],
+    kv_len_B: Int32[Array, "B"],
+    query_start_B: Int32[Array, "B"],
+    query_len_B: Int32[Array, "B"],
+    *,
+    scale: float,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    sinks_N: Float[Array, "N"] | None = None,
+    tile_tokens: int | None = None,
+    block_tokens: int | None = None,
+    interpret: Any = False,
+) -> tuple[Float[Array, "T N H"], Float[Array, "L P K Z 2*H"]]:
+    """Same contract as `paged_attention_xla`, whose docstring explains the shared arguments.
+
+    Rows with one new token attend in a pass of their own, one token per block; all others in
+    a second pass whose blocks are aligned to `tile_tokens` packed tokens, each shared by the
+    rows that have tokens in it. Within a pass whole pages (all kv heads) stream from HBM
+    through two buffers, the next block's, or the next item's first, on its way while one
+    is computed on.
+
+    Args:
+      q_TNH: packed new queries; float32 or bfloat16, and so for k and v.
+      k_TKH: their keys; stored in the pool's dtype.
+      v_TKH: their values; likewise.
+      pages_LPKZ2H: the pool of all layers; float32 or bfloat16.
+      layer: which layer of the pool; may be traced.
+      page_table_BM: page ids of each row. A line at a time is brought to scalar memory, so
+        neither B * M nor the context is limited by its size.
+      kv_len_B: tokens visible to the row, this step's included.
+      query_start_B: the row's first token in T; rows may come in any order.
+      query_len_B: how many it has there; 0 for an empty row, which costs nothing.
+      scale: factor on the scores.
+      window: positions a query sees; pages before it are not read.
+      soft_cap: bound on the scores.
+      sinks_N: an extra logit per head.
+      tile_tokens: query tokens of a block in the second pass; 1 drops that pass, which suits
+        a program that only decodes, and 8 suits one that verifies a few drafted tokens per
+        row. None = 256 query rows per kv head, or what fits 8 MiB.
+      block_tokens: key positions computed on at once, rounded to whole pages. None = what
+        fits 2 MiB, at most 512.
+      interpret: as in `pallas_call`: False, or `pltpu.InterpretParams(...)` to run on a CPU.
+
+    Returns:
+      Outputs in q's dtype, zero for tokens of no row, and the pool. Such tokens are not
+      written at all; page 0 may be rewritten with what it held.
+
+    Raises:
+      ValueError: if shapes or integer dtypes disagree, or a tile size is below 1.
+      NotImplementedError: if a dtype is neither float32 nor bfloat16, or the head width is
+        not a multiple of 64.
+
+    Donates: nothing by itself; inside a jit that donates the pool the update is in place.
+    Cost: reads each visible page once per block of query tokens; writing reads and writes
+      16 cells (8 in float32) around the new ones.
+    Source: online softmax, Milakov and Gimelshein, arXiv:1805.02867; paging, Kwon et al.,
+      arXiv:2309.06180; sinks as in gpt-oss, arXiv:2508.10925.
+    """
+    rows = Rows(kv_len_B, query_start_B, query_len_B)
+    check_arguments(
+        q_TNH,
+        k_TKH,
+        v_TKH,
+        pages_LPKZ2H,
+        page_table_BM,
+        rows._asdict(),
+        window=window,
+        soft_cap=soft_cap,
+        sinks_N=sinks_N,
+    )
+    _check_limits(q=q_TNH, k=k_TKH, v=v_TKH, pages=pages_LPKZ2H)
+    tile_tokens = _fitting_tile(q_TNH, k_TKH.shape[1]) if tile_tokens is None else tile_tokens
+    block_tokens = _fitting_block(pages_LPKZ2H) if block_tokens is None else block_tokens
+    if min(tile_tokens, block_tokens) < 1:
+        raise ValueError(
+            f"tile sizes must be >= 1; got {tile_tokens=}, {block_tokens=}. "
+            "Leave them out for the defaults."
+        )
+    pages_LPKZ2H = write_rows(
+        k_TKH, v_TKH, pages_LPKZ2H, layer, page_table_BM, rows, interpret=interpret
+    )
+    options = AttendOptions(scale, window, soft_cap, block_tokens, interpret)
+
+    def attend(chosen: Rows, tile_tokens: int) -> Float[Array, "T N H"]:
+        where = (pages_LPKZ2H, layer, page_table_BM)
+        return attend_rows(q_TNH, sinks_N, *where, chosen, tile_tokens, options)
+
+    num_tokens = q_TNH.shape[0]
+    if tile_tokens == 1 or num_tokens <= FEW_TOKENS:
+        return _where(_owned(rows, num_tokens), attend(rows, 1), 0), pages_LPKZ2H
+    single_B = query_len_B == 1
+    decoding = rows._replace(query_len_B=jnp.where(single_B, 1, 0))
+    prefilling = rows._replace(query_len_B=jnp.where(single_B, 0, query_len_B))
+    out_TNH = _where(_owned(decoding, num_tokens), attend(decoding, 1), 0)
+    wide_T = _owned(prefilling, num_tokens)
+    return _where(wide_T, attend(prefilling, tile_tokens), out_TNH), pages_LPKZ2H
+
+
+def _check_limits(**arrays: Any) -> None:
+    for name, values in arrays.items():
+        if jnp.dtype(values.dtype).name not in PAGE_DTYPES:
+            raise NotImplementedError(
+                f"on TPU, {name} must be {' or '.join(PAGE_DTYPES)}; "
+                f"got dtype={values.dtype}. Convert it, or choose the xla implementation."
+            )
+    head_width = arrays["q"].shape[-1]
+    if 2 * head_width % LANES:
+        # Compiled all the same, XLA lays the pool out otherwise and copies it on every call.
+        raise NotImplementedError(
+            f"on TPU, the head width must be a multiple of {LANES // 2}; got {head_width=}. "
+            "Pad the heads with zeros, or choose the xla implementation."
+        )
+
+
+def _fitting_tile(q_TNH: Float[Array, "T N H"], num_kv_heads: int) -> int:
+    _, num_q_heads, head_width = q_TNH.shape
+    lanes = head_width if head_width % LANES == 0 else 2 * head_width
+    # Two buffers each of queries, outputs and first peaks; peak, total and weighted values.
+    # A column of float32 takes whole rows of lanes.
+    row_bytes = lanes * (4 * q_TNH.dtype.itemsize + 4) + LANES * 4 * 4
+    num_rows = min(MAX_QUERY_ROWS, QUERY_BYTES // (num_kv_heads * row_bytes))
+    group = num_q_heads // num_kv_heads
+    return max(8, num_rows // group // 8 * 8)
+
+
+def _fitting_block(pages_LPKZ2H: Float[Array, "L P K Z 2*H"]) -> int:
+    _, _, num_kv_heads, page_size, width = pages_LPKZ2H.shape
+    token_bytes = num_kv_heads * width * pages_LPKZ2H.dtype.itemsize
+    return max(page_size, min(MAX_BLOCK_TOKENS, BUFFER_BYTES // token_bytes))
+
+
+def _owned(rows: Rows, num_tokens: int) -> Bool[Array, "T"]:
+    token_T1 = jnp.arange(num_tokens, dtype=jnp.int32)[:, None]
+    end_B = rows.query_start_B + rows.query_len_B
+    return jnp.any((rows.query_start_B <= token_T1) & (token_T1 < end_B), axis=1)
+
+
+def _where(mask_T: Bool[Array, "T"], yes_TNH: Any, no_TNH: Any) -> Float[Array, "T N H"]:
+    return jnp.where(mask_T[:, None, None], yes_TNH, no_TNH)
