@@ -49,7 +49,6 @@ class ModelConfig:
     attention_bias: bool = False  # on the q, k, v and o projections
     mlp_bias: bool = False
     tied_embeddings: bool = False  # the unembedding is the embedding
-    hidden_act: str = "silu"
 
     def __post_init__(self) -> None:
         if self.num_q_heads % self.num_kv_heads:

@@ -2,7 +2,7 @@
 
 import itertools
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -122,7 +122,7 @@ class LLM:
 
     def stream(
         self, prompt: Any, sampling_params: SamplingParams | None = None
-    ) -> Iterator[RequestOutput]:
+    ) -> Generator[RequestOutput, None, None]:
         """Answers one prompt and yields its output so far after every token; the last is final.
 
         Leaving the loop early ends the request.
@@ -135,7 +135,7 @@ class LLM:
 
     def as_completed(
         self, prompts: Any, sampling_params: Params = None, *, on_error: str = "raise"
-    ) -> Iterator[tuple[int, RequestOutput]]:
+    ) -> Generator[tuple[int, RequestOutput], None, None]:
         """Answers prompts and yields (place in `prompts`, output) in the order of completion."""
         outcomes = self._prepare_all(_units(prompts, on_error), sampling_params, on_error)
         places = {o: i for i, o in enumerate(outcomes) if isinstance(o, RunningRequest)}

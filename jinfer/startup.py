@@ -85,6 +85,7 @@ def load(config: EngineConfig) -> Loaded:
     params = _load_weights(config, model, folder, platform, say)
     try:
         plan = decide(free_bytes=free_device_bytes(device))
+        say(_plan_line(plan))
         say(_capacity_line(plan))
         make_slots = partial(
             empty_slots,
@@ -151,6 +152,14 @@ def _load_weights(
     return params
 
 
+def _plan_line(plan: EnginePlan) -> str:
+    sizes = ", ".join(map(str, plan.token_buckets))
+    return (
+        f"{plan.platform}, {plan.dtype}, {plan.attention} attention, {plan.layer_loop} layers; "
+        f"{plan.max_slots} slots, steps of {sizes} tokens"
+    )
+
+
 def _capacity_line(plan: EnginePlan) -> str:
     pool_gib = plan.num_pages * plan.page_bytes / 2**30
     concurrency = min(plan.max_slots, plan.kv_capacity / plan.max_model_len)
@@ -213,7 +222,9 @@ def _compile(
     say: Any,
 ) -> Compiled:
     programs = _programs(plan, model, params, pages, slots)
-    with tqdm(total=len(programs), desc="compiling", disable=not progress, leave=False) as bar:
+    # None: a bar on a terminal, nothing in a file or a pipe.
+    disable = None if progress else True
+    with tqdm(total=len(programs), desc="compiling", disable=disable, leave=False) as bar:
         compiled, report = compile_all(programs, on_done=lambda name: bar.update())
     say(f"{report.num_programs} programs ready in {report.elapsed_s:.1f} s")
     return compiled

@@ -67,7 +67,6 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
         attention_bias=optional(hf, "attention_bias", False, bool),
         mlp_bias=optional(hf, "mlp_bias", False, bool),
         tied_embeddings=optional(hf, "tie_word_embeddings", False, bool),
-        hidden_act=hidden_act,
     )
 
 
