@@ -18,3 +18,13 @@ def target_folder() -> Path:
 def draft_folder() -> Path:
     """Returns the folder of the shipped draft model: same tokenizer, a tenth of the weights."""
     return _HERE / "draft"
+
+
+DEFAULT_MODEL = "fable"
+_FOLDERS = {DEFAULT_MODEL: target_folder, f"{DEFAULT_MODEL}-draft": draft_folder}
+
+
+def find_shipped(name: str | Path) -> Path | None:
+    """Returns the folder of a shipped model by its name, or None if `name` is not one."""
+    folder = _FOLDERS.get(str(name))
+    return folder() if folder is not None else None

@@ -5,7 +5,7 @@ are checked by code that shares nothing with the engine. Axis letters are those 
 `jinfer/axes.py`, except that B counts sequences and T counts positions in each of them.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -58,6 +58,32 @@ def init_params(key: jax.Array, shape: Shape) -> Params:
         "layers": [layer(key) for key in layer_keys],
         "final_norm_D": jnp.ones(d),
     }
+
+
+def grow(params: Params, shape: Shape, num_layers: int) -> tuple[Params, Shape]:
+    """Deepens a trained model without changing what it computes.
+
+    Each old layer is followed by copies of itself whose projections back into the residual are
+    zero, so that a copy adds nothing until training makes it.
+
+    Source: block expansion, Wu et al., arXiv:2401.02415, section 3.1.
+    """
+    if num_layers % shape.num_layers:
+        raise ValueError(
+            f"a model grows to a multiple of its {shape.num_layers} layers; got {num_layers=}."
+        )
+
+    def silent(layer: Params) -> Params:
+        zeros = {name: jnp.zeros_like(layer[name]) for name in ("o_CD", "down_FD")}
+        return {**jax.tree.map(jnp.copy, layer), **zeros}
+
+    copies = num_layers // shape.num_layers - 1
+    layers = [
+        each
+        for layer in params["layers"]
+        for each in (layer, *(silent(layer) for _ in range(copies)))
+    ]
+    return {**params, "layers": layers}, replace(shape, num_layers=num_layers)
 
 
 def num_params(params: Params) -> int:
