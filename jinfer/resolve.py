@@ -11,7 +11,7 @@ import jax
 
 from jinfer.config import EngineConfig, EnginePlan, ModelConfig
 from jinfer.schedule.capacity import plan_pages, token_buckets
-from jinfer.step.attention import ATTENTION
+from jinfer.step.attention import ATTENTION, default_attention
 from jinfer.step.kv_cache import page_bytes
 
 Check = Callable[[str, Any], None]
@@ -153,7 +153,7 @@ def resolve_plan(
         token_buckets=token_buckets(max_step_tokens, max_slots, defaults.bucket_growth),
         max_logprobs=min(max(config.max_logprobs, 1), model.vocab_size),
         layer_loop=resolve_layer_loop(config, platform),
-        attention=config.attention or "xla",
+        attention=config.attention or default_attention(model, platform=platform, dtype=dtype),
     )
 
 

@@ -169,7 +169,7 @@ def _capacity_line(plan: EnginePlan) -> str:
     )
 
 
-def _programs(
+def step_programs(
     plan: EnginePlan, model: ModelConfig, params: Params, pages: Any, slots: SlotState
 ) -> list[Program]:
     """One step per token bucket, and the two writers of slots."""
@@ -221,7 +221,7 @@ def _compile(
     progress: bool,
     say: Any,
 ) -> Compiled:
-    programs = _programs(plan, model, params, pages, slots)
+    programs = step_programs(plan, model, params, pages, slots)
     # None: a bar on a terminal, nothing in a file or a pipe.
     disable = None if progress else True
     with tqdm(total=len(programs), desc="compiling", disable=disable, leave=False) as bar:

@@ -1,0 +1,40 @@
+"""Which attention is chosen, and that switching it changes no token."""
+
+from pathlib import Path
+
+import pytest
+from engine_runs import make_engine, run_jobs, tokens_of
+from random_checkpoint import write_llama_checkpoint
+
+from jinfer.request.params import SamplingParams
+from jinfer.step.attention import ATTENTION, default_attention
+from jinfer.weights.load import read_model_config
+
+
+@pytest.mark.parametrize(
+    ("platform", "head_width", "want"),
+    [("cpu", 64, "xla"), ("gpu", 64, "xla_wide"), ("tpu", 128, "tpu"), ("tpu", 96, "xla_wide")],
+)
+def test_default(platform: str, head_width: int, want: str, tmp_path: Path) -> None:
+    model = read_model_config(write_llama_checkpoint(tmp_path, seed=0, head_dim=head_width))
+    assert default_attention(model, platform=platform, dtype="bfloat16") == want
+
+
+@pytest.mark.slow
+# The simulator of the TPU kernel compiles its steps when it meets them.
+@pytest.mark.filterwarnings("ignore:nothing may compile after warm-up")
+@pytest.mark.parametrize("attention", [name for name in ATTENTION if name not in ("xla", "tpu")])
+def test_switching_changes_no_token(attention: str, tmp_path: Path) -> None:
+    folder = write_llama_checkpoint(tmp_path, seed=1, head_dim=64)
+    jobs = [
+        (list(range(3, 3 + length)), SamplingParams(temperature=t, seed=1, max_tokens=6))
+        for length, t in ((20, 0.0), (5, 0.9), (33, 0.0))
+    ]
+    tokens = {}
+    for name in ("xla", attention):
+        settings = {"max_num_seqs": 2, "max_num_batched_tokens": 8, "late_compile": "warn"}
+        engine = make_engine(folder, attention=name, **settings)
+        outputs = run_jobs(engine, jobs, may_compile=name == "tpu_interpret")
+        tokens[name] = [tokens_of(output) for output in outputs]
+        engine.close()
+    assert tokens[attention] == tokens["xla"]
