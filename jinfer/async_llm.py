@@ -54,7 +54,6 @@ class AsyncLLM:
         self,
         prompt: Any,
         sampling_params: SamplingParams | None = None,
-        *,
         request_id: str | None = None,
     ) -> AsyncIterator[RequestOutput]:
         """Yields the output so far whenever it grew; the last one is finished.

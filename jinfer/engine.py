@@ -88,6 +88,7 @@ class Engine:
           RuntimeError: the engine is closed or broken.
         """
         self.require_alive()
+        arrival_time = time.monotonic()  # tokenizing, and waiting to be queued, count as well
         params.check_against(
             vocab_size=self.model.vocab_size,
             max_logprobs=self.plan.max_logprobs,
@@ -111,6 +112,7 @@ class Engine:
             max_model_len=self.plan.max_model_len,
             tokenizer=self.tokenizer,
         )
+        request.metrics.arrival_time = arrival_time
         check_row(request.params, request.stop_ids, request.bad_words, self.model.vocab_size)
         num_room = self.plan.max_model_len - len(prompt_ids)
         if params.min_tokens > num_room:
@@ -136,7 +138,6 @@ class Engine:
         if request.params.seed is None:
             request.seed = self._draw_seed()
         self._requests[request.request_id] = request
-        request.metrics.arrival_time = time.monotonic()
         for continuation in request.continuations:
             self._continuations[continuation.sequence] = continuation
             self.scheduler.add(continuation.sequence)

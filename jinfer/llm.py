@@ -21,6 +21,7 @@ from jinfer.request.params import SamplingParams
 from jinfer.request.prompt import Prompt, as_prompt, split_prompts
 from jinfer.running import RunningRequest
 from jinfer.shipped import DEFAULT_MODEL
+from jinfer.vllm_arguments import translated
 
 Params = SamplingParams | Sequence[SamplingParams] | None
 Message = Mapping[str, Any]
@@ -37,12 +38,14 @@ class LLM:
     Args:
       model: a Hugging Face folder, a hub name "org/name", or the name of a shipped model.
       **engine_args: fields of `jinfer.config.EngineConfig`, such as `max_model_len`,
-        `max_num_seqs`, `dtype`, `load_format`, `seed`.
+        `max_num_seqs`, `dtype`, `load_format`, `seed`; and those of vLLM's that say what jinfer
+        does anyway, such as `tensor_parallel_size=1` (see `jinfer.vllm_arguments`).
 
     Raises:
       CheckpointError: the folder is not a model's, or is damaged.
       ValueError: an argument is out of range, or there is no room for the KV cache.
-      NotImplementedError: the architecture is not supported.
+      NotImplementedError: the architecture is not supported, or an argument of vLLM's asks for
+        what jinfer does not do.
       TypeError: an argument has no such name.
     """
 
@@ -189,7 +192,7 @@ class LLM:
             chat_template = choose_template(
                 tokenizer.chat_templates, name=chat_template, tools=tools
             )
-        named = {"bos_token": tokenizer.bos_token or "", "eos_token": tokenizer.eos_token or ""}
+        named = {"bos_token": "", "eos_token": "", **tokenizer.template_variables}
         text = self._renderer.render(
             chat_template,
             messages,
@@ -311,6 +314,7 @@ class _ProgressLine:
 
 def engine_config(model: str | Path, engine_args: Mapping[str, Any]) -> EngineConfig:
     """An EngineConfig of keyword arguments; an unknown one is refused with the nearest name."""
+    engine_args = translated(engine_args)
     known = [field.name for field in fields(EngineConfig)]
     for name in engine_args:
         if name not in known:

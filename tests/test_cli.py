@@ -338,6 +338,7 @@ def test_an_engine_is_made_to_measure() -> None:
     assert sizes([short, ids]) == (2, 128)
     assert sizes([short], n=3) == (3, 8)
     assert sizes([Prompt("a" * 10**6, None)]) == (1, 512)
+    assert sizes([short], "--prompt-logprobs", "0") == (32, 32)
     assert sizes([short] * 9) == ()
     assert sizes([short], "--max-num-seqs", "2") == ()
     assert sizes([short], "--max-num-batched-tokens", "64") == ()

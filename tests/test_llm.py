@@ -91,7 +91,7 @@ def test_as_completed_yields_each_once_the_short_ones_first(llm: LLM) -> None:
 
 def test_defaults_are_those_of_the_checkpoint(llm: LLM) -> None:
     params = llm.get_default_sampling_params()
-    assert (params.temperature, params.top_p) == (0.8, 0.95)
+    assert (params.temperature, params.top_p) == (0.6, 0.95)
 
 
 def test_chat_answers_what_the_template_renders(llm: LLM) -> None:
@@ -107,6 +107,8 @@ def test_chat_answers_what_the_template_renders(llm: LLM) -> None:
     assert llm.chat(messages, GREEDY, chat_template="{{ messages[0].content }}")[0].prompt == (
         "Tell me of a fox."
     )
+    named = "{{ bos_token }}{{ eos_token }}{{ unk_token }}"
+    assert llm.render(messages, chat_template=named).text == "<s></s><unk>"
 
 
 def test_the_progress_line_counts_tokens(

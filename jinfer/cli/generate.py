@@ -19,6 +19,8 @@ from jinfer.request.prompt import Prompt
 
 # Up to here the engine is made to measure: every program that is not compiled starts sooner.
 FEW_SEQUENCES = 8
+# A step scores at most one prompt token per slot.
+SCORING_SLOTS = 32
 MIN_STEP_TOKENS, MAX_STEP_TOKENS = 8, 512
 
 
@@ -51,8 +53,10 @@ def made_to_measure(prompts: Sequence[Prompt], n: int, args: Namespace) -> dict[
         return {}
     # English has three to five characters per token; a longer prompt goes in chunks.
     longest = max(len(p.token_ids) if p.token_ids else len(p.text or "") // 3 for p in prompts)
-    step_tokens = min(max(MIN_STEP_TOKENS, 1 << longest.bit_length()), MAX_STEP_TOKENS)
-    return {"max_num_seqs": num_sequences, "max_num_batched_tokens": step_tokens}
+    num_slots = SCORING_SLOTS if "prompt_logprobs" in args else num_sequences
+    least = max(MIN_STEP_TOKENS, num_slots)
+    step_tokens = min(max(least, 1 << longest.bit_length()), MAX_STEP_TOKENS)
+    return {"max_num_seqs": num_slots, "max_num_batched_tokens": step_tokens}
 
 
 def as_json(output: RequestOutput) -> dict[str, Any]:

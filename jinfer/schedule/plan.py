@@ -29,9 +29,11 @@ class Chunk:
         Empty unless the sequence scores its prompt. The prompt's last position is never among
         them: it has no next prompt token, and serves the draw.
         """
-        end = min(self.stop, self.sequence.num_prompt_tokens - 1)
         num_scored = self.num_readouts - self.samples
-        return range(end - num_scored, end) if num_scored else range(0)
+        if not num_scored:
+            return range(0)
+        end = min(self.stop, self.sequence.num_prompt_tokens - 1)
+        return range(end - num_scored, end)
 
     @property
     def readout_positions(self) -> list[int]:

@@ -168,6 +168,8 @@ class Scheduler:
                 self._schedule(sequence, draft.num_readouts_left - num_rows_after, draft)
 
     def _admit_waiting(self, draft: "_Draft") -> None:
+        if not (self._waiting and self._free_slots):  # most steps of a long answer
+            return
         num_spare_pages = self.num_free_pages - sum(map(self._num_pages_owed, self._running))
         while self._waiting and self._free_slots:
             sequence = self._waiting[0]

@@ -50,6 +50,8 @@ def allowed_bits(
       RequestError: if an id lies outside the vocabulary, or no token is left.
     """
     everything_W = np.full(num_words(vocab_size), 0xFFFFFFFF, dtype=np.uint32)
+    if allowed_ids is None and not len(banned_ids):
+        return everything_W
     bits_W = everything_W if allowed_ids is None else pack_bits(allowed_ids, vocab_size)
     bits_W = bits_W & ~pack_bits(banned_ids, vocab_size)
     if not (bits_W & pack_bits(np.arange(vocab_size), vocab_size)).any():
