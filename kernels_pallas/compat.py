@@ -5,7 +5,6 @@ from typing import Any
 
 import jax
 from jax._src.mesh import AbstractDevice
-from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 
 
 def told_the_chip(device: Any) -> AbstractContextManager[Any]:
@@ -19,18 +18,3 @@ def told_the_chip(device: Any) -> AbstractContextManager[Any]:
     )
     mesh = jax.sharding.AbstractMesh((1,), ("tensor",), abstract_device=abstract)
     return jax.sharding.use_abstract_mesh(mesh)
-
-
-def races_found() -> bool:
-    """Whether the last TPU kernel interpreted with `detect_races=True` had any.
-
-    Raises:
-      RuntimeError: if none has been interpreted that way.
-    """
-    races = interpret_pallas_call.races
-    if races is None:
-        raise RuntimeError(
-            "no kernel has been interpreted with race detection. "
-            "Run one with InterpretParams(detect_races=True), and wait for its result, first."
-        )
-    return races.races_found

@@ -1,8 +1,9 @@
 """Paged attention for TPUs (Mosaic Pallas): write the new cells, then stream pages past queries.
 
-Three files: this one packs queries and plans, `tpu_write.py` writes the new keys and values,
-`tpu_attend.py` attends. Nothing here has run on a TPU yet: numbers are proven in interpret
-mode, programs by compiling them ahead of time for v4 to 7x.
+This file checks, chooses tile sizes and puts the passes together; `tpu_work.py` cuts rows into
+work lists, `tpu_write.py` writes the new cells, `tpu_attend.py` attends with the pages that
+`tpu_stream.py` brings. None of it has run on a TPU yet: numbers are proven in interpret mode,
+programs by compiling them ahead of time for v4 to 7x.
 
 Beside the usual axis letters (T N K G H L P Z B M), in these files:
 X  items of a work list              U  query tokens in a block
@@ -91,6 +92,7 @@ def paged_attention_tpu(  # noqa: PLR0913 - the contract of every implementation
         not a multiple of 64.
 
     Donates: nothing by itself; inside a jit that donates the pool the update is in place.
+    Sharding: call it inside `jax.shard_map(..., check_vma=False)` with all heads cut along K.
     Cost: reads each visible page once per block of query tokens; writing reads and writes
       16 cells (8 in float32) around the new ones.
     Source: online softmax, Milakov and Gimelshein, arXiv:1805.02867; paging, Kwon et al.,

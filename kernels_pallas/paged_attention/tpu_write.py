@@ -4,7 +4,6 @@ A DMA cannot address one row of a tiled array, so each item reads the slab of ce
 its new ones, puts them in, and writes the slab back: the tile's height in the pool's dtype.
 """
 
-from functools import partial
 from typing import Any
 
 import jax
@@ -44,7 +43,7 @@ def write_rows(
     slab_block = pl.BlockSpec((1, 1, num_kv_heads, slab, width), slab_of)
     scalars = (jnp.asarray(layer, jnp.int32).reshape(1), num_used.reshape(1), *items)
     return pl.pallas_call(
-        partial(_write_kernel),
+        _write_kernel,
         out_shape=jax.ShapeDtypeStruct(pages_LPKZ2H.shape, pages_LPKZ2H.dtype),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars),

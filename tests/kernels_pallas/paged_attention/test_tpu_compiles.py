@@ -13,6 +13,8 @@ import pytest
 from jax import lax
 from jax.experimental import topologies
 from jax.experimental.compilation_cache import compilation_cache
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as Spec
 
 from kernels_pallas.compat import told_the_chip
 from kernels_pallas.paged_attention.tpu import paged_attention_tpu
@@ -40,9 +42,13 @@ def chip(request):
 
 
 def describe(target):
+    return chips_of(target)[0]
+
+
+def chips_of(target):
     # Else the compiler asks the cloud what machine this is, and locks it for one process.
     os.environ.update(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="true")
-    return topologies.get_topology_desc(platform="tpu", topology_name=target).devices[0]
+    return topologies.get_topology_desc(platform="tpu", topology_name=target).devices
 
 
 def memory_of(
@@ -57,10 +63,10 @@ def memory_of(
     page_size=64,
     dtype="bfloat16",
     sinks=False,
-    scanned=False,
+    looped=False,
     **options,
 ):
-    """Compiles one call, or one per layer in a scan, and returns (memory, pool's bytes)."""
+    """Compiles one call, or one per layer and step, and returns (memory, the pool's bytes)."""
     num_q_heads = num_kv_heads * group
     sharding = jax.sharding.SingleDeviceSharding(chip)
 
@@ -75,14 +81,6 @@ def memory_of(
             **options,
         )
 
-    def all_layers(pages, q_TNH, k_TKH, v_TKH, sinks_N, layer, rows):
-        def body(carry, layer):
-            q_TNH, pages = carry
-            out_TNH, pages = one(pages, q_TNH, k_TKH, v_TKH, sinks_N, layer, rows)
-            return (q_TNH + out_TNH, pages), None
-
-        return lax.scan(body, (q_TNH, pages), jnp.arange(NUM_LAYERS, dtype=jnp.int32))[0]
-
     per_row = shaped((num_rows,), jnp.int32)
     num_pages = NUM_CELLS // page_size
     pages = shaped((NUM_LAYERS, num_pages, num_kv_heads, page_size, 2 * head_width), dtype)
@@ -96,8 +94,30 @@ def memory_of(
         (shaped((num_rows, table_width), jnp.int32), per_row, per_row, per_row),
     )
     with told_the_chip(chip):
-        program = jax.jit(all_layers if scanned else one, donate_argnums=0).lower(*args).compile()
+        program = jax.jit(in_loops(one) if looped else one, donate_argnums=0).lower(*args).compile()
     return program.memory_analysis(), int(np.prod(pages.shape)) * pages.dtype.itemsize
+
+
+def in_loops(one):
+    """As a decoder does it: steps in a loop, layers in a scan, the pool carried by both."""
+
+    def all_layers(pages, q_TNH, k_TKH, v_TKH, sinks_N, rows):
+        def body(carry, layer):
+            q_TNH, pages = carry
+            out_TNH, pages = one(pages, q_TNH, k_TKH, v_TKH, sinks_N, layer, rows)
+            return (q_TNH + out_TNH, pages), None
+
+        return lax.scan(body, (q_TNH, pages), jnp.arange(NUM_LAYERS, dtype=jnp.int32))[0]
+
+    def steps(pages, q_TNH, k_TKH, v_TKH, sinks_N, num_steps, rows):
+        def step(i, carry):
+            table_BM, kv_len_B, *rest = rows
+            q_TNH, pages = carry
+            return all_layers(pages, q_TNH, k_TKH, v_TKH, sinks_N, (table_BM, kv_len_B + i, *rest))
+
+        return lax.fori_loop(0, num_steps, step, (q_TNH, pages))
+
+    return steps
 
 
 def check(chip, **shape):
@@ -125,6 +145,7 @@ V5E_SHAPES = {
     "decode_only": {"num_tokens": 16, "tile_tokens": 1},
     "full_step": {"num_tokens": 2048, "num_rows": 256, "num_kv_heads": 8, "page_size": 16},
     "table_past_scalar_memory": {"num_rows": 64, "table_width": 8192, "page_size": 16},
+    "bfloat16_page_of_8": {"page_size": 8},
     "group_1": {"num_kv_heads": 8, "group": 1},
     "group_3": {"num_kv_heads": 4, "group": 3, "head_width": 64},
     "group_16_of_8_heads": {"num_kv_heads": 8, "group": 16},
@@ -140,5 +161,37 @@ def test_compiles_for_the_chip_with_the_least_memory(shape):
     check(describe("v5e:2x2"), **shape)
 
 
-def test_a_scan_over_layers_copies_nothing(chip):
-    check(chip, num_kv_heads=8, page_size=16, scanned=True)
+def test_a_loop_of_steps_over_scanned_layers_copies_nothing(chip):
+    check(chip, num_kv_heads=8, page_size=16, looped=True)
+
+
+@pytest.mark.parametrize("target", ["v5e:2x2", "tpu7x:2x2x1"])
+def test_shards_along_kv_heads_without_a_collective(target):
+    chips = np.array(chips_of(target)).reshape(1, -1)
+    mesh = jax.sharding.Mesh(chips, ("data", "tensor"), axis_types=(AxisType.Explicit,) * 2)
+    pool, heads, rest = Spec(None, None, "tensor"), Spec(None, "tensor"), Spec()
+
+    def shaped(shape, spec, dtype=jnp.int32):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+
+    def sharded(pages, q_TNH, k_TKH, v_TKH, *rest_of_step):
+        attend = jax.shard_map(
+            lambda *args: paged_attention_tpu(*args, scale=0.1),
+            in_specs=(heads, heads, heads, pool, *[rest] * 5),
+            out_specs=(heads, pool),
+            check_vma=False,
+        )
+        return attend(q_TNH, k_TKH, v_TKH, pages, *rest_of_step)
+
+    pages = shaped((NUM_LAYERS, 1024, 8, 64, 256), pool, jnp.bfloat16)
+    kv_TKH = shaped((64, 8, 128), heads, jnp.bfloat16)
+    step = (shaped((), rest), shaped((16, 64), rest), *[shaped((16,), rest)] * 3)
+    q_TNH = shaped((64, 32, 128), heads, jnp.bfloat16)
+    with jax.set_mesh(mesh):
+        program = jax.jit(sharded, donate_argnums=0).lower(pages, q_TNH, kv_TKH, kv_TKH, *step)
+        program = program.compile()
+    share_bytes = int(np.prod(pages.shape)) * 2 // chips.size
+    assert program.memory_analysis().alias_size_in_bytes >= share_bytes
+    assert program.memory_analysis().temp_size_in_bytes < share_bytes // NUM_LAYERS // 2
+    for collective in ("all-gather", "all-reduce", "all-to-all", "collective-permute"):
+        assert collective not in program.as_text()
