@@ -25,6 +25,6 @@ _FOLDERS = {DEFAULT_MODEL: target_folder, f"{DEFAULT_MODEL}-draft": draft_folder
 
 
 def find_shipped(name: str | Path) -> Path | None:
-    """Returns the folder of a shipped model by its name, or None if `name` is not one."""
-    folder = _FOLDERS.get(str(name))
+    """Returns the folder of a shipped model by its name, or None; a Path is never a name."""
+    folder = _FOLDERS.get(name) if isinstance(name, str) else None
     return folder() if folder is not None else None
