@@ -1,0 +1,244 @@
+"""Paged attention for Hopper GPUs (Mosaic GPU Pallas): tiles of queries over pages brought by TMA.
+
+Two files: this one writes the new cells, cuts the work and combines its parts; `gpu_attend.py`
+holds the kernel. Nothing here has run on a GPU yet: numbers are proven in interpret mode,
+programs by compiling them ahead of time for H200. Needs jax 0.11 or newer.
+
+Beside the usual axis letters (T N K G H L P Z B M), in these files:
+X  tiles in the work list          U  query tokens in a tile
+C  parts of a tile's context       Q  query rows of one kv head in a tile, U * G, in whole eights
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend import backend
+from jaxtyping import Array, Float, Int32
+
+from kernels_pallas.paged_attention.contract import check_arguments
+from kernels_pallas.paged_attention.xla import _cut, _Rows, _write
+
+DTYPES = ("bfloat16", "float16")
+QUERY_ROWS = 64  # of one wgmma
+BLOCK_TOKENS = 64  # keys in a stage of the ring
+# 128 kB of keys and values on their way, or 64 at width 64: untuned, as no chip was at hand.
+STAGES_OF_HEAD_WIDTH = {64: 4, 128: 4, 256: 2}
+# A part below this many tokens is not worth a block of its own and a share of the combine.
+MIN_PART_TOKENS = 512
+NUM_MULTIPROCESSORS = 132
+
+
+def paged_attention_gpu(  # noqa: PLR0913 - the contract of every implementation
+    q_TNH: Float[Array, "T N H"],
+    k_TKH: Float[Array, "T K H"],
+    v_TKH: Float[Array, "T K H"],
+    pages_LPKZ2H: Float[Array, "L P K Z 2*H"],
+    layer: int | Int32[Array, ""],
+    page_table_BM: Int32[Array, "B M"],
+    kv_len_B: Int32[Array, "B"],
+    query_start_B: Int32[Array, "B"],
+    query_len_B: Int32[Array, "B"],
+    *,
+    scale: float,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    sinks_N: Float[Array, "N"] | None = None,
+    tile_tokens: int | None = None,
+    num_parts: int | None = None,
+    interpret: Any = False,
+) -> tuple[Float[Array, "T N H"], Float[Array, "L P K Z 2*H"]]:
+    """Same contract as `paged_attention_xla`, whose docstring explains the shared arguments.
+
+    XLA writes the new cells and lays the queries out tile by tile. Each block of the kernel
+    then attends for one kv head from one tile over its row's context, or over a part of it.
+
+    Args:
+      q_TNH: packed new queries; bfloat16 or float16, the pool's own, and so for k and v.
+      k_TKH: their keys.
+      v_TKH: their values.
+      pages_LPKZ2H: the pool of all layers; bfloat16 or float16.
+      layer: which layer of the pool; may be traced.
+      page_table_BM: page ids of each row; entries past the length are not looked at.
+      kv_len_B: tokens visible to the row, this step's included.
+      query_start_B: the row's first token in T; rows may come in any order.
+      query_len_B: how many it has there; 0 for an empty row.
+      scale: factor on the scores.
+      window: positions a query sees; blocks of 64 keys before it are not read.
+      soft_cap: bound on the scores.
+      sinks_N: an extra logit per head.
+      tile_tokens: query tokens of a tile, at most 64 / G. None = 1 if there are no more tokens
+        than rows, as in a step that only decodes, else 64 / G.
+      num_parts: blocks that share a tile's context, their results combined by their weights.
+        None = enough of them to occupy the chip, none below 512 tokens of the table's width.
+      interpret: as in `plgpu.kernel`: False, or `plgpu.InterpretGPUParams(...)` for a CPU.
+
+    Returns:
+      Outputs in q's dtype, zero for tokens of no row, and the pool. Such tokens are written
+      to page 0.
+
+    Raises:
+      ValueError: if shapes or integer dtypes disagree, or a tile size is out of range.
+      NotImplementedError: for a chip other than Hopper, jax before 0.11, a dtype, head width,
+        page size or group that the kernel does not take.
+
+    Donates: as `paged_attention_xla`.
+    Cost: reads each visible page once per tile; the queries' and outputs' copies are 8 rows
+      per token and kv head at least.
+    Source: online softmax, Milakov and Gimelshein, arXiv:1805.02867; splitting the context,
+      Hong et al., arXiv:2311.01282; a warpgroup that only copies, Shah et al., arXiv:2407.08608.
+    """
+    rows = _Rows(kv_len_B, query_start_B, query_len_B)
+    check_arguments(
+        q_TNH,
+        k_TKH,
+        v_TKH,
+        pages_LPKZ2H,
+        page_table_BM,
+        rows._asdict(),
+        window=window,
+        soft_cap=soft_cap,
+        sinks_N=sinks_N,
+    )
+    _check_arrays(q_TNH, k_TKH, v_TKH, pages_LPKZ2H)
+    if not interpret:
+        _check_chip()
+    # Jax before 0.11 lacks what that file imports.
+    from kernels_pallas.paged_attention.gpu_attend import AttendOptions, attend_tiles
+
+    num_tokens, num_rows, num_kv_heads = q_TNH.shape[0], page_table_BM.shape[0], k_TKH.shape[1]
+    head_width, group = q_TNH.shape[2], q_TNH.shape[1] // num_kv_heads
+    tile_tokens = _tile_tokens(tile_tokens, group, num_tokens, num_rows)
+    num_tiles = min(num_tokens, (num_tokens + num_rows * (tile_tokens - 1)) // tile_tokens)
+    context_tokens = page_table_BM.shape[1] * pages_LPKZ2H.shape[3]
+    num_parts = _num_parts(num_parts, num_tiles * num_kv_heads, context_tokens)
+
+    pages_LPKZ2H = _write(pages_LPKZ2H, k_TKH, v_TKH, layer, page_table_BM, rows)
+    tiles, _ = _cut(rows, num_tokens, tile_tokens, num_tiles, window)
+    columns = (tiles.row_X, tiles.first_X, tiles.last_X, tiles.position_XU[:, 0])
+    out_XCKQH, log_XCKQ = attend_tiles(
+        jnp.stack(columns, axis=1),
+        page_table_BM + layer * pages_LPKZ2H.shape[1],
+        _tiled(q_TNH, tiles.token_XU, num_kv_heads),
+        pages_LPKZ2H.reshape(-1, *pages_LPKZ2H.shape[3:]),
+        AttendOptions(
+            group=group,
+            scale=scale,
+            window=window,
+            soft_cap=soft_cap,
+            num_parts=num_parts,
+            num_stages=STAGES_OF_HEAD_WIDTH[head_width],
+            interpret=interpret or None,
+        ),
+    )
+    num_used = tile_tokens * group
+    out_XCKQH, log_XCKQ = out_XCKQH[:, :, :, :num_used], log_XCKQ[..., :num_used]
+    out_XKQH = _combined(out_XCKQH, log_XCKQ, sinks_N)
+    return _untiled(out_XKQH, tiles.token_XU, q_TNH), pages_LPKZ2H
+
+
+def _check_arrays(q_TNH: Any, k_TKH: Any, v_TKH: Any, pages_LPKZ2H: Any) -> None:
+    dtypes = {str(array.dtype) for array in (q_TNH, k_TKH, v_TKH, pages_LPKZ2H)}
+    if len(dtypes) > 1 or not dtypes <= set(DTYPES):
+        raise NotImplementedError(
+            f"on GPU, q, k, v and pages must all be {' or all '.join(DTYPES)}; "
+            f"got {', '.join(sorted(dtypes))}. Convert them, or choose the xla implementation."
+        )
+    _, num_q_heads, head_width = q_TNH.shape
+    num_kv_heads, page_size = pages_LPKZ2H.shape[2:4]
+    if head_width not in STAGES_OF_HEAD_WIDTH:
+        raise NotImplementedError(
+            f"on GPU, the head width must be one of {sorted(STAGES_OF_HEAD_WIDTH)}; "
+            f"got {head_width=}. Pad the heads with zeros, or choose the xla implementation."
+        )
+    if page_size % 8 or (BLOCK_TOKENS % page_size and page_size % BLOCK_TOKENS):
+        raise NotImplementedError(
+            f"on GPU, the page size must be 8, 16, 32 or a multiple of {BLOCK_TOKENS} tokens; "
+            f"got {page_size=}. Choose another one, or the xla implementation."
+        )
+    if num_q_heads > QUERY_ROWS * num_kv_heads:
+        raise NotImplementedError(
+            f"on GPU, a kv head serves at most {QUERY_ROWS} query heads; "
+            f"got {num_q_heads // num_kv_heads}. Choose the xla implementation."
+        )
+
+
+def _check_chip() -> None:
+    if jax.__version_info__ < (0, 11):
+        raise NotImplementedError(
+            f"paged attention on GPU needs jax >= 0.11; got {jax.__version__}. "
+            "Update jax, or choose the xla implementation."
+        )
+    # Of what is compiled for: the mesh may name a chip that is not here.
+    device = jax.sharding.get_abstract_mesh().abstract_device or backend.get_default_device()
+    # A chip that does not say is taken for a Hopper, as Mosaic does.
+    capability = getattr(device, "compute_capability", "9.0")
+    if device.platform not in ("gpu", "cuda") or not capability.startswith("9."):
+        raise NotImplementedError(
+            "paged attention on GPU needs a Hopper chip (compute capability 9.0); "
+            f"got {device.device_kind}. Choose the xla implementation."
+        )
+
+
+def _tile_tokens(asked: int | None, group: int, num_tokens: int, num_rows: int) -> int:
+    most = QUERY_ROWS // group
+    if asked is None:
+        return 1 if num_tokens <= num_rows else most
+    if not 1 <= asked <= most:
+        raise ValueError(
+            f"tile_tokens must be from 1 to {most}, {QUERY_ROWS} query rows of {group} heads "
+            f"per token; got tile_tokens={asked}. Leave it out for the default."
+        )
+    return asked
+
+
+def _num_parts(asked: int | None, num_blocks: int, context_tokens: int) -> int:
+    if asked is None:
+        wanted = 2 * NUM_MULTIPROCESSORS // num_blocks
+        return max(1, min(wanted, context_tokens // MIN_PART_TOKENS))
+    if asked < 1:
+        raise ValueError(
+            f"num_parts must be >= 1; got num_parts={asked}. Leave it out for the default."
+        )
+    return asked
+
+
+def _tiled(
+    q_TNH: Float[Array, "T N H"], token_XU: Int32[Array, "X U"], num_kv_heads: int
+) -> Float[Array, "X K Q H"]:
+    num_tiles, tile_tokens = token_XU.shape
+    q_XUNH = q_TNH.at[token_XU].get(mode="fill", fill_value=0)
+    q_XUKGH = q_XUNH.reshape(num_tiles, tile_tokens, num_kv_heads, -1, q_TNH.shape[2])
+    q_XKQH = q_XUKGH.swapaxes(1, 2).reshape(num_tiles, num_kv_heads, -1, q_TNH.shape[2])
+    return jnp.pad(q_XKQH, ((0, 0), (0, 0), (0, -q_XKQH.shape[2] % 8), (0, 0)))
+
+
+def _untiled(
+    out_XKQH: Float[Array, "X K Q H"], token_XU: Int32[Array, "X U"], q_TNH: Any
+) -> Float[Array, "T N H"]:
+    (num_tiles, tile_tokens), num_kv_heads = token_XU.shape, out_XKQH.shape[1]
+    out_XKUGH = out_XKQH.reshape(num_tiles, num_kv_heads, tile_tokens, -1, q_TNH.shape[2])
+    out_XUNH = out_XKUGH.swapaxes(1, 2).reshape(num_tiles, tile_tokens, *q_TNH.shape[1:])
+    return jnp.zeros_like(q_TNH).at[token_XU].set(out_XUNH, mode="drop")
+
+
+def _combined(
+    out_XCKQH: Float[Array, "X C K Q H"],
+    log_XCKQ: Float[Array, "X C K Q"],
+    sinks_N: Float[Array, "N"] | None,
+) -> Float[Array, "X K Q H"]:
+    """Averages the parts' outputs by their total weights, whose log2 are given."""
+    _, num_parts, num_kv_heads, num_rows = log_XCKQ.shape
+    if num_parts == 1 and sinks_N is None:
+        return out_XCKQH[:, 0]
+    peak_XKQ = jnp.max(log_XCKQ, axis=1)
+    if sinks_N is not None:
+        sinks_KG = sinks_N.astype(jnp.float32).reshape(num_kv_heads, -1) * jnp.log2(jnp.e)
+        sinks_KQ = jnp.tile(sinks_KG, (1, num_rows // sinks_KG.shape[1]))
+        peak_XKQ = jnp.maximum(peak_XKQ, sinks_KQ)
+    weight_XCKQ = jnp.exp2(log_XCKQ - peak_XKQ[:, None])
+    total_XKQ = jnp.sum(weight_XCKQ, axis=1)
+    if sinks_N is not None:
+        total_XKQ += jnp.exp2(sinks_KQ - peak_XKQ)
+    out_XKQH = jnp.sum(out_XCKQH * weight_XCKQ[..., None], axis=1) / total_XKQ[..., None]
+    return out_XKQH.astype(out_XCKQH.dtype)

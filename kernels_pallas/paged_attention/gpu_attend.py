@@ -1,0 +1,283 @@
+"""The Mosaic GPU kernel of paged attention: one block per (tile, part of its context, kv head).
+
+Axis letters: see `gpu.py`.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float, Int32
+
+from kernels_pallas.paged_attention.gpu import BLOCK_TOKENS, QUERY_ROWS
+
+LANES = 64  # of 16 bits: the 128 bytes that a swizzled row holds
+COMPUTE, COPY = 0, 1  # the two warpgroups
+LOG2E = math.log2(math.e)
+# Finite, so that a block in which a query sees nothing never computes inf - inf.
+MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttendOptions:
+    """What is fixed while tracing; hashable."""
+
+    group: int  # query heads per kv head
+    scale: float
+    window: int | None
+    soft_cap: float | None
+    num_parts: int
+    num_stages: int
+    interpret: Any
+
+
+def attend_tiles(
+    tile_X4: Int32[Array, "X 4"],
+    table_BM: Int32[Array, "B M"],
+    q_XKQH: Float[Array, "X K Q H"],
+    pages: Float[Array, "P*K Z 2*H"],
+    options: AttendOptions,
+) -> tuple[Float[Array, "X C K Q H"], Float[Array, "X C K 64"]]:
+    """Attends from each tile over its row's pages, or a part of them.
+
+    A warpgroup copies pages by TMA, found through the table, into a ring of stages of 64 keys;
+    another computes on them: two wgmma of 64 query rows, of which a tile may use fewer, with an
+    online softmax in registers between them. Its weights go through shared memory, which is
+    what interpret mode can follow; taken from registers, they would save a trip on the chip.
+
+    Args:
+      tile_X4: of each tile its row, the positions of the first and last key that it sees, and
+        the position of its first query. A last of -1 marks a tile that is not used.
+      table_BM: page ids, of the pages of one layer.
+      q_XKQH: query rows, `group` of them per token; Q is a multiple of 8, at most 64.
+      pages: the pool with leading axes merged.
+      options: see there.
+
+    Returns:
+      Of each part of each tile's context, the outputs and log2 of the total weights they were
+      divided by, which is very low where nothing is seen.
+
+    Cost: reads each page from the first to the last key once per tile. Shared memory: 64
+      tokens' keys and values per stage, 64 rows of queries (later outputs) and of weights.
+      For sm_90a: 80 kB and 150 registers at width 64, 152 kB and 220 at 128, both without
+      spills; 168 kB and 255 at 256, with 428 bytes spilled. One block per multiprocessor.
+    """
+    num_tiles, num_kv_heads, num_rows, head_width = q_XKQH.shape
+    grid = (num_tiles, options.num_parts, num_kv_heads)
+    scratch = _scratch(q_XKQH.dtype, head_width, pages.shape[1], options.num_stages)
+    attend = plgpu.kernel(
+        # A fresh object: JAX 0.11 caches a kernel's jaxpr by the identity of its function.
+        partial(_kernel, options=options),
+        out_type=(
+            jax.ShapeDtypeStruct((*grid, num_rows, head_width), q_XKQH.dtype),
+            jax.ShapeDtypeStruct((*grid, QUERY_ROWS), jnp.float32),
+        ),
+        scratch_types=scratch,
+        grid=grid,
+        grid_names=("tile", "part", "kv_head"),
+        num_threads=2,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        interpret=options.interpret,
+        kernel_name="paged_attention",
+    )
+    return attend(tile_X4, table_BM, q_XKQH, pages)
+
+
+def _scratch(dtype: Any, head_width: int, page_size: int, num_stages: int) -> list[Any]:
+    def tiled(*shape: int) -> Any:
+        # wgmma reads 8 rows of 128 bytes at a time.
+        transforms = (
+            plgpu.TilingTransform((8, 64)),  # pyright: ignore[reportAbstractUsage]
+            plgpu.SwizzleTransform(128),  # pyright: ignore[reportAbstractUsage]
+        )
+        return plgpu.SMEM(shape, dtype, transforms=transforms)
+
+    copies = BLOCK_TOKENS // min(BLOCK_TOKENS, page_size)
+    return [
+        tiled(QUERY_ROWS, head_width),  # queries, then outputs
+        tiled(num_stages, BLOCK_TOKENS, 2 * head_width),
+        tiled(QUERY_ROWS, BLOCK_TOKENS),  # softmax weights
+        plgpu.SMEM((QUERY_ROWS,), jnp.float32),
+        plgpu.Barrier(),  # queries are here
+        plgpu.Barrier(num_arrivals=copies, num_barriers=num_stages),  # a stage is full
+        plgpu.Barrier(num_barriers=num_stages),  # a stage may be filled again
+    ]
+
+
+def _kernel(tile_ref, table_ref, q_ref, pages_ref, out_ref, log_ref, *scratch, options):
+    #       [X, 4]    [B, M]     [X,K,Q,H] [P*K,Z,2H] [X,C,K,Q,H] [X,C,K,64]
+    tile, part, kv_head = (lax.axis_index(name) for name in ("tile", "part", "kv_head"))
+    warpgroup = lax.axis_index("warpgroup")
+    row, *span = (tile_ref[tile, i] for i in range(4))
+    first_block, num_blocks = _part(span, part, options.num_parts)
+    q_smem, kv_smem, weight_smem, log_smem, q_here, full, free = scratch
+    used_smem = q_smem.at[pl.ds(0, q_ref.shape[2])]
+
+    @pl.when((warpgroup == COPY) & (num_blocks > 0))
+    def _():
+        plgpu.copy_gmem_to_smem(q_ref.at[tile, kv_head], used_smem, q_here)
+        head = (q_ref.shape[1], kv_head)
+        copy = partial(_copy_block, pages_ref, table_ref.at[row], kv_smem, full, head, span[1])
+
+        @pl.loop(0, num_blocks)
+        def _(j):
+            stage = lax.rem(j, options.num_stages)
+
+            @pl.when(j >= options.num_stages)
+            def _():
+                plgpu.barrier_wait(free.at[stage])
+
+            copy(first_block + j, stage)
+
+    @pl.when(warpgroup == COMPUTE)
+    def _():
+        @pl.when(num_blocks > 0)
+        def _():
+            plgpu.barrier_wait(q_here)
+
+        buffers = (q_smem, kv_smem, weight_smem, full, free)
+        blocks = (first_block, num_blocks)
+        step = partial(_accumulate, buffers, span, blocks, options)
+        weighted, peak, total = lax.fori_loop(0, num_blocks, step, _start(q_ref.shape[3]))
+        # Where no key is seen, the output is 0 and the total weight next to nothing.
+        total = jnp.maximum(total, 1e-30)
+        for i, lanes in enumerate(weighted):
+            out_smem = q_smem.at[:, pl.ds(i * LANES, LANES)]
+            out_smem[...] = (lanes / _along_rows(total)).astype(q_smem.dtype)
+        log_smem[...] = peak + jnp.log(total) * LOG2E
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(used_smem, out_ref.at[tile, part, kv_head])
+        plgpu.copy_smem_to_gmem(log_smem, log_ref.at[tile, part, kv_head])
+        plgpu.wait_smem_to_gmem(0)
+
+
+def _part(span, part, num_parts: int):
+    """The first and the number of the blocks of keys that belong to a part."""
+    first, last, _ = span
+    first_block = lax.div(first, BLOCK_TOKENS)
+    num_blocks = lax.select(last < 0, 0, lax.div(last, BLOCK_TOKENS) + 1 - first_block)
+    start = lax.div(num_blocks * part, num_parts)
+    return first_block + start, lax.div(num_blocks * (part + 1), num_parts) - start
+
+
+def _copy_block(pages_ref, line_ref, kv_smem, full, head, last, block, stage):
+    """Asks for 64 tokens' keys and values. Past the last page, it comes again, to be masked."""
+    (num_kv_heads, kv_head), page_size = head, pages_ref.shape[1]
+    copied = min(page_size, BLOCK_TOKENS)  # tokens at once
+    for start in range(0, BLOCK_TOKENS, copied):
+        token = block * BLOCK_TOKENS + start
+        page = lax.div(lax.min(token, last), page_size)
+        offset = lax.rem(token, page_size) if page_size > copied else 0
+        plgpu.copy_gmem_to_smem(
+            pages_ref.at[line_ref[page] * num_kv_heads + kv_head, pl.ds(offset, copied)],
+            kv_smem.at[stage, pl.ds(start, copied)],
+            full.at[stage],
+        )
+
+
+def _start(head_width: int):
+    """The online softmax before its first key: weighted values, peak score, total weight."""
+    rows, tile = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA
+    lanes = plgpu.layout_cast(jnp.zeros((QUERY_ROWS, LANES), jnp.float32), tile)
+    return (
+        (lanes,) * (head_width // LANES),
+        plgpu.layout_cast(jnp.full((QUERY_ROWS,), MASKED, jnp.float32), rows),
+        plgpu.layout_cast(jnp.zeros((QUERY_ROWS,), jnp.float32), rows),
+    )
+
+
+def _accumulate(buffers, span, blocks, options, j, carry):
+    """One block's step of the online softmax, in powers of two."""
+    q_smem, kv_smem, weight_smem, full, free = buffers
+    (first, last, position), (first_block, num_blocks) = span, blocks
+    weighted, peak, total = carry
+    head_width = q_smem.shape[1]
+    stage = lax.rem(j, options.num_stages)
+    start = (first_block + j) * BLOCK_TOKENS
+    plgpu.barrier_wait(full.at[stage])
+
+    key_smem = kv_smem.at[stage, :, pl.ds(0, head_width)]
+    value_smem = kv_smem.at[stage, :, pl.ds(head_width, head_width)]
+    score = _scaled(_multiply(q_smem, key_smem.transpose((1, 0))), options)
+
+    def mask(score):
+        # A weight of 0 is not enough where a cell that is not the row's holds NaN.
+        _clear(value_smem, first - start, last - start)
+        return jnp.where(_visible(start, position, last, options), score, MASKED)
+
+    at_edge = start + BLOCK_TOKENS - 1 > position
+    if options.window is not None:
+        at_edge |= start <= last - options.window
+    score = lax.cond(at_edge, mask, lambda score: score, score)
+    new_peak = jnp.maximum(peak, jnp.max(score, axis=1))
+    fade = jnp.exp2(peak - new_peak)
+    weight = jnp.exp2(score - _along_rows(new_peak))
+    total = total * fade + jnp.sum(weight, axis=1)
+    weight_smem[...] = weight.astype(weight_smem.dtype)
+    plgpu.commit_smem()
+    # Lanes go 64 at a time: one such product in registers at once.
+    new_weighted = []
+    for i, lanes in enumerate(weighted):
+        update = _multiply(weight_smem, value_smem.at[:, pl.ds(i * LANES, LANES)])
+        new_weighted.append(lanes * _along_rows(fade) + update)
+
+    # Only here have all wgmma read the stage. Nobody waits for the last ones to be freed.
+    @pl.when(j + options.num_stages < num_blocks)
+    def _():
+        plgpu.barrier_arrive(free.at[stage])
+
+    return tuple(new_weighted), new_peak, total
+
+
+def _multiply(left_smem, right_smem):
+    def multiply(product):
+        plgpu.wgmma(product, left_smem, right_smem)
+        return product[...]  # waits
+
+    shape = (left_smem.shape[0], right_smem.shape[1])
+    return pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef(shape, jnp.float32))
+
+
+def _clear(value_smem, first, last):
+    """Zeroes all rows but those from first to last."""
+    key = _iota(0, (BLOCK_TOKENS, LANES))
+    owned = (first <= key) & (key <= last)
+    for lane in range(0, value_smem.shape[1], LANES):
+        part_smem = value_smem.at[:, pl.ds(lane, LANES)]
+        # Checked against jax 0.10, where `idx` is not optional yet.
+        value = plgpu.load(part_smem, layout=plgpu.Layout.WGMMA)  # pyright: ignore[reportCallIssue]
+        part_smem[...] = jnp.where(owned, value, 0)
+
+
+def _scaled(score, options: AttendOptions):
+    if options.soft_cap is None:
+        return score * (options.scale * LOG2E)
+    # tanh(x) = 1 - 2 / (1 + exp(2x)): the chip's own tanh keeps only 11 bits.
+    doubled = jnp.exp2(score * (2 * LOG2E * options.scale / options.soft_cap))
+    return (1 - 2 / (1 + doubled)) * (options.soft_cap * LOG2E)
+
+
+def _visible(start, position, last, options: AttendOptions):
+    """Which keys from `start` on each query row sees; row r is of token r // group."""
+    shape = (QUERY_ROWS, BLOCK_TOKENS)
+    # r // group >= m exactly if r >= m * group, which needs no division per element.
+    row, key = _iota(0, shape), start + _iota(1, shape)
+    sees = (row >= (key - position) * options.group) & (key <= last)
+    if options.window is not None:
+        sees &= row < (key - position + options.window) * options.group
+    return sees
+
+
+def _iota(axis: int, shape: tuple[int, int]):
+    return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA)
+
+
+def _along_rows(values_Q):
+    return lax.broadcast_in_dim(values_Q, (QUERY_ROWS, LANES), (0,))

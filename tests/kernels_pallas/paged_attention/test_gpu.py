@@ -1,0 +1,156 @@
+"""paged_attention_gpu: its numbers in interpret mode, and its manners."""
+
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kernels_pallas.paged_attention.cases import CASES, LAYER, Case, build
+from kernels_pallas.paged_attention.gpu import _num_parts, paged_attention_gpu
+from kernels_pallas.paged_attention.reference import paged_attention_reference
+
+OLD_JAX = jax.__version_info__ < (0, 11)
+interpreted_only_on_new_jax = pytest.mark.skipif(
+    OLD_JAX, reason="jax before 0.11 cannot interpret Mosaic GPU kernels"
+)
+TOLERANCE = {"bfloat16": 2e-2, "float16": 5e-3}
+# More keys than the ring has stages for, so that stages are used again.
+LONG = Case(name="long", kv_len=(700, 0, 65, 64), query_len=(1, 0, 1, 1), page_size=32)
+LONG_CHUNK = Case(name="long_chunk", kv_len=(600,), query_len=(40,), page_size=16, window=300)
+# Each takes seconds to interpret. These have every option, reuse stages, and split contexts.
+FAST = ("window_soft_cap_sinks-parts_1", "long-parts_3")
+REFUSED = ("width_96",)  # see test_refuses_what_it_cannot_do
+
+RUNS = [
+    pytest.param(
+        replace(case, dtype="bfloat16" if case.dtype == "float32" else case.dtype),
+        num_parts,
+        id=(name := f"{case.name}-parts_{num_parts}"),
+        marks=() if name in FAST else pytest.mark.slow,
+    )
+    for case, num_parts in (
+        *((case, 1) for case in CASES if case.name not in REFUSED),
+        *((case, 3) for case in CASES if case.name in ("empty_rows", "bfloat16_sinks")),
+        *((case, num_parts) for case in (LONG, LONG_CHUNK) for num_parts in (1, 3)),
+        (replace(LONG, name="pages_of_128", page_size=128, head_width=128), 1),
+        (replace(LONG_CHUNK, name="width_256_long", head_width=256), 2),
+    )
+]
+
+
+def interpreted(inputs, **tiling):
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    interpret = plgpu.InterpretGPUParams(detect_races=True)
+    fn = partial(paged_attention_gpu, **inputs.options, **tiling, interpret=interpret)
+    return jax.jit(fn, static_argnums=4)
+
+
+def races_found():
+    from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call  # no public way
+
+    return interpret_pallas_call.get_races().races_found
+
+
+def same_bits(a, b):
+    return np.array_equal(*(np.ascontiguousarray(x).view(np.uint8) for x in (a, b)))
+
+
+@interpreted_only_on_new_jax
+@pytest.mark.parametrize(("case", "num_parts"), RUNS)
+def test_equals_the_reference(case, num_parts):
+    inputs = build(case)
+    expected_TNH, expected_pages = paged_attention_reference(*inputs.args, **inputs.options)
+    attend = interpreted(inputs, num_parts=num_parts)
+    out_TNH, pages = map(np.asarray, attend(*inputs.args))
+    assert not races_found()
+
+    tolerance, owned_T = TOLERANCE[case.dtype], inputs.owned_T
+    np.testing.assert_allclose(
+        out_TNH[owned_T].astype(np.float32), expected_TNH[owned_T], rtol=tolerance, atol=tolerance
+    )
+    np.testing.assert_array_equal(out_TNH[~owned_T], 0)
+    assert out_TNH.dtype == inputs.args[0].dtype
+    # Page 0 is the bin; everything else is bit-exact: written where asked, else untouched.
+    assert same_bits(pages[:, 1:], expected_pages[:, 1:])
+    assert same_bits(np.delete(pages, LAYER, 0), np.delete(expected_pages, LAYER, 0))
+
+    again_TNH, pages_again = map(np.asarray, attend(*inputs.args))
+    assert same_bits(out_TNH, again_TNH)
+    assert same_bits(pages[:, 1:], pages_again[:, 1:])
+
+
+@interpreted_only_on_new_jax
+@pytest.mark.slow
+@pytest.mark.parametrize("tile_tokens", [1, 5])
+def test_any_tile_gives_the_same_answer(tile_tokens):
+    case = next(case for case in CASES if case.name == "window_soft_cap_sinks")
+    inputs = build(replace(case, dtype="bfloat16"))
+    expected_TNH, _ = paged_attention_reference(*inputs.args, **inputs.options)
+    out_TNH, _ = interpreted(inputs, tile_tokens=tile_tokens)(*inputs.args)
+    got_TNH = np.asarray(out_TNH)[inputs.owned_T].astype(np.float32)
+    np.testing.assert_allclose(got_TNH, expected_TNH[inputs.owned_T], rtol=2e-2, atol=2e-2)
+
+
+def test_parts_fill_the_chip_and_are_not_tiny():
+    assert _num_parts(None, num_blocks=8, context_tokens=1 << 20) == 33  # of 8 makes 264 = 2 * 132
+    assert _num_parts(None, num_blocks=8, context_tokens=4096) == 8
+    assert _num_parts(None, num_blocks=1000, context_tokens=1 << 20) == 1
+    assert _num_parts(None, num_blocks=1, context_tokens=16) == 1
+
+
+def arrays(**changes):
+    case = Case(name="refused", kv_len=(9,), query_len=(1,), dtype="bfloat16", **changes)
+    inputs = build(case)
+    return inputs.args, inputs.options
+
+
+REFUSALS = (
+    ({"head_width": 96}, r"must be one of \[64, 128, 256\]; got head_width=96\. Pad the heads"),
+    ({"page_size": 24}, r"8, 16, 32 or a multiple of 64 tokens; got page_size=24\. Choose"),
+    ({"num_q_heads": 130}, r"at most 64 query heads; got 65\. Choose the xla implementation"),
+)
+
+
+@pytest.mark.parametrize(("changes", "message"), REFUSALS)
+def test_refuses_what_it_cannot_do(changes, message):
+    args, options = arrays(**changes)
+    with pytest.raises(NotImplementedError, match=message):
+        paged_attention_gpu(*args, **options)
+
+
+def test_refuses_mixed_dtypes():
+    (q_TNH, *others), options = arrays()
+    with pytest.raises(NotImplementedError, match="got bfloat16, float32. Convert them"):
+        paged_attention_gpu(q_TNH.astype(jnp.float32), *others, **options)
+
+
+@pytest.mark.skipif(OLD_JAX, reason="jax before 0.11 is refused first")
+def test_refuses_other_chips():
+    args, options = arrays()
+    with pytest.raises(NotImplementedError, match=r"needs a Hopper chip .*; got cpu\. Choose"):
+        paged_attention_gpu(*args, **options)
+
+
+@pytest.mark.skipif(not OLD_JAX, reason="needs jax before 0.11")
+def test_refuses_old_jax():
+    args, options = arrays()
+    with pytest.raises(NotImplementedError, match=r"needs jax >= 0.11; got 0.*Update jax"):
+        paged_attention_gpu(*args, **options)
+
+
+@pytest.mark.parametrize("tile_tokens", [0, 33])
+def test_refuses_impossible_tiles(tile_tokens):
+    args, options = arrays()
+    message = f"from 1 to 32, 64 query rows of 2 heads per token; got tile_tokens={tile_tokens}. L"
+    with pytest.raises(ValueError, match=message):
+        paged_attention_gpu(*args, **options, tile_tokens=tile_tokens, interpret=True)
+
+
+def test_refuses_no_parts():
+    args, options = arrays()
+    with pytest.raises(ValueError, match="num_parts must be >= 1; got num_parts=0. Leave it out"):
+        paged_attention_gpu(*args, **options, num_parts=0, interpret=True)

@@ -1,0 +1,143 @@
+"""paged_attention_gpu compiled ahead of time for H200, which is not needed.
+
+The compiler comes with the CUDA plugin (`pip install jax-cuda13-plugin jax-cuda13-pjrt`);
+without it these are skipped. What is read off a program: the pool is aliased whole, nothing of
+its size is temporary; and off the assembler: the architecture, and that no register spills.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.experimental import topologies
+
+from kernels_pallas.paged_attention.gpu import paged_attention_gpu
+
+pytestmark = pytest.mark.slow
+pytest.importorskip(
+    "jax_plugins.xla_cuda13", reason="the GPU compiler is not here; pip install jax-cuda13-plugin"
+)
+if jax.__version_info__ < (0, 11):
+    pytest.skip("paged attention on GPU needs jax >= 0.11", allow_module_level=True)
+
+H200 = """
+gpu_device_info {
+  cuda_compute_capability { major: 9 minor: 0 }
+  threads_per_block_limit: 1024  threads_per_warp: 32
+  shared_memory_per_block: 49152  shared_memory_per_core: 233472
+  shared_memory_per_block_optin: 232448
+  threads_per_core_limit: 2048  core_count: 132  fpus_per_core: 128
+  block_dim_limit_x: 2147483647  block_dim_limit_y: 65535  block_dim_limit_z: 65535
+  memory_bandwidth: 4800000000000  l2_cache_size: 62914560  clock_rate_ghz: 1.98
+  device_memory_size: 150000000000
+  registers_per_core_limit: 65536  registers_per_block_limit: 65536
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 10 }
+device_description_str: "NVIDIA H200"
+"""
+NUM_LAYERS, NUM_PAGES = 4, 4096
+
+
+def compiled(
+    *,
+    num_tokens=32,
+    num_rows=32,
+    table_width=64,
+    num_kv_heads=8,
+    group=4,
+    head_width=128,
+    page_size=16,
+    dtype="bfloat16",
+    sinks=False,
+    scanned=False,
+    **options,
+):
+    """Compiles one call, or one per layer in a scan; returns it and the pool's bytes."""
+    topology = {"target_config": H200, "topology": "1x1x1"}
+    chip = topologies.get_topology_desc(topology_name="", platform="cuda", **topology).devices[0]
+    sharding = jax.sharding.SingleDeviceSharding(chip)
+
+    def shaped(shape, dtype):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    def one(pages, q_TNH, k_TKH, v_TKH, sinks_N, layer, rows):
+        return paged_attention_gpu(
+            *(q_TNH, k_TKH, v_TKH, pages, layer, *rows),
+            scale=head_width**-0.5,
+            sinks_N=sinks_N if sinks else None,
+            **options,
+        )
+
+    def all_layers(pages, q_TNH, k_TKH, v_TKH, sinks_N, layer, rows):
+        def body(carry, layer):
+            q_TNH, pages = carry
+            # As in a decoder, a layer's keys depend on the output of the one before.
+            k_new_TKH = k_TKH + q_TNH[:, :num_kv_heads]
+            out_TNH, pages = one(pages, q_TNH, k_new_TKH, v_TKH, sinks_N, layer, rows)
+            return (q_TNH + out_TNH, pages), None
+
+        return lax.scan(body, (q_TNH, pages), jnp.arange(NUM_LAYERS, dtype=jnp.int32))[0]
+
+    per_row = shaped((num_rows,), jnp.int32)
+    pages = shaped((NUM_LAYERS, NUM_PAGES, num_kv_heads, page_size, 2 * head_width), dtype)
+    kv_TKH = shaped((num_tokens, num_kv_heads, head_width), dtype)
+    args = (
+        pages,
+        shaped((num_tokens, num_kv_heads * group, head_width), dtype),
+        *(kv_TKH, kv_TKH),
+        shaped((num_kv_heads * group,), jnp.float32),
+        shaped((), jnp.int32),
+        (shaped((num_rows, table_width), jnp.int32), per_row, per_row, per_row),
+    )
+    abstract = jax.sharding.AbstractDevice(
+        device_kind=chip.device_kind, num_cores=chip.core_count, platform="cuda"
+    )
+    mesh = jax.sharding.AbstractMesh((1,), ("tensor",), abstract_device=abstract)
+    with jax.sharding.use_abstract_mesh(mesh):
+        program = jax.jit(all_layers if scanned else one, donate_argnums=0).lower(*args).compile()
+    return program, int(np.prod(pages.shape)) * pages.dtype.itemsize
+
+
+SHAPES = {
+    "decode_8b": {},
+    "prefill_8b": {"num_tokens": 256, "num_rows": 8},
+    "few_rows_long_context": {"num_tokens": 2, "num_rows": 2, "table_width": 512},
+    "one_token": {"num_tokens": 1, "num_rows": 1, "table_width": 4},
+    "width_64": {"head_width": 64},
+    "width_64_pages_of_64": {"head_width": 64, "page_size": 64},
+    "pages_of_8": {"page_size": 8},
+    "pages_of_32": {"page_size": 32},
+    "pages_of_64": {"page_size": 64},
+    "pages_of_256": {"page_size": 256},
+    "group_1": {"group": 1, "num_tokens": 128},
+    "group_3": {"group": 3, "num_tokens": 128},
+    "group_16_of_1_head": {"group": 16, "num_kv_heads": 1},
+    "all_options": {"window": 100, "soft_cap": 30.0, "sinks": True},
+    "float16": {"dtype": "float16"},
+    "scanned": {"scanned": True},
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_compiles_without_spills_or_copies(shape, monkeypatch, capfd):
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
+    program, pool_bytes = compiled(**shape)
+    report = "".join(capfd.readouterr())
+    assert "'sm_90a'" in report, report
+    assert "bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in report, report
+    assert "Registers are spilled" not in report, report
+    check_memory(program, pool_bytes)
+
+
+def test_width_256_compiles():
+    # It spills 428 bytes per thread, which costs time and no more.
+    check_memory(*compiled(head_width=256))
+
+
+def check_memory(program, pool_bytes):
+    memory = program.memory_analysis()
+    assert memory.alias_size_in_bytes >= pool_bytes
+    # Queries and outputs laid out in tiles; not a layer of the pool.
+    assert memory.temp_size_in_bytes < pool_bytes // NUM_LAYERS // 2
