@@ -17,8 +17,8 @@ interpreted_only_on_new_jax = pytest.mark.skipif(
     OLD_JAX, reason="jax before 0.11 cannot interpret Mosaic GPU kernels"
 )
 TOLERANCE = {"bfloat16": 2e-2, "float16": 5e-3}
-# More keys than the ring has stages for, so that stages are used again.
-LONG = Case(name="long", kv_len=(700, 0, 65, 64), query_len=(1, 0, 1, 1), page_size=32)
+# More keys than the ring has stages for, even in three parts, so that stages are used again.
+LONG = Case(name="long", kv_len=(1200, 0, 65, 64), query_len=(1, 0, 1, 1), page_size=32)
 LONG_CHUNK = Case(name="long_chunk", kv_len=(600,), query_len=(40,), page_size=16, window=300)
 # Each takes seconds to interpret. These have every option, reuse stages, and split contexts.
 FAST = ("window_soft_cap_sinks-parts_1", "long-parts_3")
