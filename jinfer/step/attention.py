@@ -7,6 +7,7 @@ from typing import Any
 from jax.experimental.pallas import tpu as pltpu
 
 from jinfer.config import ModelConfig
+from kernels_pallas.paged_attention.gpu import paged_attention_gpu
 from kernels_pallas.paged_attention.tpu import paged_attention_tpu
 from kernels_pallas.paged_attention.xla import paged_attention_xla
 
@@ -15,6 +16,7 @@ ATTENTION: dict[str, Callable[..., Any]] = {
     "xla": paged_attention_xla,  # portable; one query tile at a time suits a CPU
     "xla_wide": partial(paged_attention_xla, tiles_at_once=32),  # the same for wider devices
     "tpu": paged_attention_tpu,
+    "gpu": paged_attention_gpu,  # Hopper only; by name until it has run on one
     # The TPU kernel simulated on a CPU: slow, for finding out which of the two is wrong.
     "tpu_interpret": partial(paged_attention_tpu, interpret=pltpu.InterpretParams()),
 }
