@@ -19,7 +19,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from jinfer import LLM, SamplingParams
+from jinfer.llm import LLM
+from jinfer.request.params import SamplingParams
 
 # A Llama of 125 million parameters and its embeddings.
 SHAPE_125M = {
