@@ -1,4 +1,4 @@
-"""The small story model that ships inside the package, and the code that made it.
+"""The small story models that ship inside the package, and the code that made them.
 
 `corpus.py` cleans the texts and trains the tokenizer, `model.py` is the training forward pass,
 `train.py` fits the weights, `export.py` writes and reads Hugging Face folders, and
@@ -16,7 +16,7 @@ def target_folder() -> Path:
 
 
 def draft_folder() -> Path:
-    """Returns the folder of the shipped draft model: same tokenizer, a tenth of the weights."""
+    """Returns the folder of the shipped draft model: same tokenizer, few weights."""
     return _HERE / "draft"
 
 

@@ -23,7 +23,7 @@ ATTENTION: dict[str, Callable[..., Any]] = {
 
 
 def default_attention(model: ModelConfig, *, platform: str, dtype: str) -> str:
-    """The name of the fastest implementation that serves this model on this platform."""
+    """The name of the implementation that serves this model here unless the user names one."""
     if platform == "cpu":
         return "xla"
     tpu_serves = model.head_width % 64 == 0 and dtype in ("float32", "bfloat16")
