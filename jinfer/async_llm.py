@@ -108,6 +108,7 @@ class AsyncLLM:
         request = await asyncio.to_thread(
             lambda: self._llm.prepare(make_prompt(), params, request_id)
         )
+        request.streams = True
         stream = _Stream(asyncio.get_running_loop())
         if not self._submit(lambda: self._add(request, stream)):
             raise self._why_stopped() from self._failure

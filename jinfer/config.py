@@ -103,6 +103,7 @@ class EngineConfig:
     max_model_len: int | None = None  # tokens of prompt and output together
     max_num_seqs: int | None = None  # slots: sequences that run at the same time
     max_num_batched_tokens: int | None = None  # token budget of one step
+    max_decode_steps: int | None = None  # decode steps of one dispatch at most; 1 = always one
     long_prefill_token_threshold: int | None = None  # longest prefill chunk; None = the budget
     page_size: int | None = None  # tokens per KV page
     num_pages: int | None = None  # KV pages in the pool, the bin page included
@@ -131,7 +132,9 @@ class EnginePlan:
     num_pages: int  # page 0, the bin, included
     page_bytes: int
     pages_per_slot: int  # M
-    token_buckets: tuple[int, ...]  # T, ascending; one program each
+    token_buckets: tuple[int, ...]  # T of a step, ascending; one program each
+    decode_buckets: tuple[int, ...]  # B of several decode steps, likewise; none if one at most
+    max_decode_steps: int
     max_logprobs: int  # J of the top-logprob lists
     layer_loop: str
     attention: str

@@ -2,8 +2,9 @@
 
 import hashlib
 import time
+from collections.abc import Iterator
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import numpy as np
@@ -19,25 +20,55 @@ from jinfer.schedule.scheduler import Scheduler
 from jinfer.schedule.sequence import Sequence, Status
 from jinfer.startup import free_arrays, load
 from jinfer.step.admission import check_row, sampling_row
-from jinfer.step.batch import StepOutput
-from jinfer.step.pack import BucketShape, pack
+from jinfer.step.batch import DecodeOutput, StepOutput
+from jinfer.step.pack import BucketShape, DecodeShape, pack, pack_decode
 from jinfer.step.programs import CompileGuard
 from jinfer.step.slots import ADMISSION_ROWS, RESTORED_TOKENS, admission_rows
+
+# Decode steps of one dispatch while a stop string is looked for: what comes after it is in vain.
+STEPS_WITH_STOP_STRINGS = 4
 
 
 @dataclass(frozen=True, slots=True)
 class Dispatched:
-    """A step that the device is computing, or has computed, and the host has not read."""
+    """What the device is computing, or has computed, and the host has not read."""
 
     plan: StepPlan
-    output: StepOutput
+    output: StepOutput | DecodeOutput  # its logprobs None where nobody wants them
+
+    def read(self) -> Iterator[tuple[StepOutput, list[tuple[Chunk, range]]]]:
+        """Waits, and yields each step's output with its chunks and their readouts."""
+        output = jax.device_get(self.output)  # the wait
+        if isinstance(output, StepOutput):
+            yield output, list(self._readouts())
+            return
+        chunks_of_rows = [list(chunk.steps()) for chunk in self.plan.chunks]
+        for i in range(max(output.num_drawn_B, default=0)):
+            chunks = [
+                (chunks_of_rows[row][i], range(row, row + 1))
+                for row in range(len(chunks_of_rows))
+                if i < output.num_drawn_B[row]
+            ]
+            logprobs = jax.tree.map(lambda a_IB, i=i: a_IB[i], output.logprobs)
+            yield StepOutput(token_R=output.token_IB[i], logprobs=logprobs), chunks
+        for chunk, num_drawn in zip(self.plan.chunks, output.num_drawn_B, strict=False):
+            assert num_drawn == chunk.num_steps or chunk.sequence.status is Status.FINISHED, (
+                f"the device stopped, the host did not: {chunk.sequence.request_id=}, {num_drawn=}"
+            )
+
+    def _readouts(self) -> Iterator[tuple[Chunk, range]]:
+        start = 0
+        for chunk in self.plan.chunks:
+            yield chunk, range(start, start + chunk.num_readouts)
+            start += chunk.num_readouts
 
 
 class Engine:
     """Continuous batching over one model. Not thread-safe: one thread at a time calls it.
 
-    The loop keeps one step ahead: `step` dispatches step n+1, then reads step n, so that the
-    host's work hides behind the device's. The unread step is a value, `_pending`.
+    The loop keeps one dispatch ahead: `step` dispatches n+1, then reads n, so that the host's
+    work hides behind the device's. The unread dispatch is a value, `_pending`. Where every row
+    decodes, a dispatch is several steps long.
     """
 
     def __init__(self, config: EngineConfig) -> None:
@@ -49,6 +80,7 @@ class Engine:
         self._params, self._pages, self._slots = loaded.params, loaded.pages, loaded.slots
         self._programs = loaded.programs
         self._shapes = {size: BucketShape.of(size, self.plan) for size in self.plan.token_buckets}
+        self._decode_shapes = {n: DecodeShape.of(n, self.plan) for n in self.plan.decode_buckets}
         self._guard = CompileGuard(config.late_compile)
         self.scheduler = Scheduler(
             max_slots=self.plan.max_slots,
@@ -61,6 +93,8 @@ class Engine:
         self._pending: Dispatched | None = None
         self._requests: dict[str, RunningRequest] = {}
         self._continuations: dict[Sequence, Continuation] = {}
+        self._num_streams = 0  # requests here whose tokens somebody watches as they come
+        self._num_with_stop_strings = 0
         self._num_seeds_drawn = 0
         self._why_stopped: str | None = None
 
@@ -138,6 +172,8 @@ class Engine:
         if request.params.seed is None:
             request.seed = self._draw_seed()
         self._requests[request.request_id] = request
+        self._num_streams += request.streams
+        self._num_with_stop_strings += bool(request.params.stop)
         for continuation in request.continuations:
             self._continuations[continuation.sequence] = continuation
             self.scheduler.add(continuation.sequence)
@@ -188,15 +224,30 @@ class Engine:
         self._why_stopped = _CLOSED
 
     def _dispatch(self) -> Dispatched | None:
-        plan = self.scheduler.plan()  # host: who runs, and on which pages
+        plan = self.scheduler.plan(self._max_steps())  # host: who runs, and on which pages
         if plan is None:
             return None
         self._admit(plan.admitted)
-        size = bucket_for(self.plan.token_buckets, plan.num_tokens)
-        batch = pack(plan, self._shapes[size], wants_logprobs=self._wants_logprobs)
-        run_step = self._programs[f"step of {size} tokens"]
-        self._pages, self._slots, output = run_step(self._params, self._pages, self._slots, batch)
+        if plan.num_steps == 1:
+            size = bucket_for(self.plan.token_buckets, plan.num_tokens)
+            batch = pack(plan, self._shapes[size], wants_logprobs=self._wants_logprobs)
+            run = self._programs[f"step of {size} tokens"]
+        else:
+            size = bucket_for(self.plan.decode_buckets, len(plan.chunks))
+            shape = self._decode_shapes[size]
+            batch = pack_decode(plan, shape, wants_logprobs=self._wants_logprobs)
+            run = self._programs[f"decode of {size} rows"]
+        self._pages, self._slots, output = run(self._params, self._pages, self._slots, batch)
+        if not any(map(self._wants_logprobs, plan.chunks)):
+            output = replace(output, logprobs=None)  # spares bringing them up
         return Dispatched(plan, output)
+
+    def _max_steps(self) -> int:
+        """Many where only the device looks at the tokens, few where the host must as well."""
+        if self._num_streams:
+            return 1
+        limit = self.plan.max_decode_steps
+        return min(limit, STEPS_WITH_STOP_STRINGS) if self._num_with_stop_strings else limit
 
     def _admit(self, admitted: Seq[Sequence]) -> None:
         now = time.monotonic()
@@ -241,23 +292,30 @@ class Engine:
         return params.logprobs is not None or bool(chunk.scored_positions)
 
     def _read(self, dispatched: Dispatched) -> list[RunningRequest]:
-        output = jax.device_get(dispatched.output)  # the wait
-        now = time.monotonic()
         advanced: dict[str, RunningRequest] = {}
-        readout = 0
-        for chunk in dispatched.plan.chunks:
-            readouts = range(readout, readout + chunk.num_readouts)
-            readout += chunk.num_readouts
-            token_id = int(output.token_R[readouts[-1]]) if chunk.samples else None
-            continuation = self._continuations.get(chunk.sequence)
-            self.scheduler.commit(chunk, token_id)
-            if continuation is None or chunk.sequence.status is Status.FINISHED:
-                continue  # it ended while this step was in flight
-            self._publish(continuation, chunk, readouts, output, now)
-            request = continuation.request
-            if chunk.samples or request.finished:
-                advanced[request.request_id] = request
+        for output, chunks in dispatched.read():
+            now = time.monotonic()
+            for chunk, readouts in chunks:
+                self._read_chunk(chunk, readouts, output, now, advanced)
         return list(advanced.values())
+
+    def _read_chunk(
+        self,
+        chunk: Chunk,
+        readouts: range,
+        output: StepOutput,
+        now: float,
+        advanced: dict[str, RunningRequest],
+    ) -> None:
+        token_id = int(output.token_R[readouts[-1]]) if chunk.samples else None
+        continuation = self._continuations.get(chunk.sequence)
+        self.scheduler.commit(chunk, token_id)
+        if continuation is None or chunk.sequence.status is Status.FINISHED:
+            return  # it ended while this was in flight
+        self._publish(continuation, chunk, readouts, output, now)
+        request = continuation.request
+        if chunk.samples or request.finished:
+            advanced[request.request_id] = request
 
     def _publish(
         self,
@@ -287,7 +345,9 @@ class Engine:
 
     def _retire(self, request: RunningRequest) -> None:
         request.metrics.finished_time = time.monotonic()
-        self._requests.pop(request.request_id, None)
+        if self._requests.pop(request.request_id, None) is not None:
+            self._num_streams -= request.streams
+            self._num_with_stop_strings -= bool(request.params.stop)
 
     def _encode(self, prompt: Prompt) -> Seq[int]:
         if not prompt.text:

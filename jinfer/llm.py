@@ -131,6 +131,7 @@ class LLM:
         Leaving the loop early ends the request.
         """
         request = self.prepare(as_prompt(prompt), sampling_params)
+        request.streams = True
         with self._running([request]) as steps:
             for _ in steps:
                 self._raise_failure(request)

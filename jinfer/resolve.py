@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from jinfer.config import EngineConfig, EnginePlan, ModelConfig
-from jinfer.schedule.capacity import plan_pages, token_buckets
+from jinfer.schedule.capacity import plan_pages, row_buckets, token_buckets
 from jinfer.step.attention import ATTENTION, default_attention
 from jinfer.step.kv_cache import page_bytes
 
@@ -35,6 +35,7 @@ class PlatformDefaults:
     max_slots: int
     max_step_tokens: int
     page_size: int
+    max_decode_steps: int
     layer_loop: str
     bucket_growth: int  # ratio of neighbouring step sizes
     memory_share: float  # of the free memory that the pool may take beside the user's share
@@ -50,6 +51,7 @@ _DEFAULTS = {
         max_slots=32,
         max_step_tokens=512,
         page_size=16,
+        max_decode_steps=8,
         layer_loop="unrolled",
         bucket_growth=4,
         memory_share=0.5,
@@ -59,6 +61,7 @@ _DEFAULTS = {
         max_slots=256,
         max_step_tokens=2048,
         page_size=16,
+        max_decode_steps=32,
         layer_loop="unrolled",
         bucket_growth=2,
         memory_share=1.0,
@@ -68,6 +71,7 @@ _DEFAULTS = {
         max_slots=128,
         max_step_tokens=2048,
         page_size=64,
+        max_decode_steps=32,
         layer_loop="scan",
         bucket_growth=2,
         memory_share=1.0,
@@ -124,6 +128,7 @@ def resolve_plan(
     dtype = resolve_dtype(config, platform)
     max_slots = config.max_num_seqs or defaults.max_slots
     max_step_tokens = config.max_num_batched_tokens or max(defaults.max_step_tokens, max_slots)
+    max_decode_steps = config.max_decode_steps or defaults.max_decode_steps
     page_size = config.page_size or defaults.page_size
     one_page_bytes = page_bytes(model, page_size=page_size, dtype=dtype)
     share = config.gpu_memory_utilization * defaults.memory_share
@@ -151,6 +156,8 @@ def resolve_plan(
         page_bytes=one_page_bytes,
         pages_per_slot=-(-max_model_len // page_size),
         token_buckets=token_buckets(max_step_tokens, max_slots, defaults.bucket_growth),
+        decode_buckets=row_buckets(max_slots) if max_decode_steps > 1 else (),
+        max_decode_steps=max_decode_steps,
         max_logprobs=min(max(config.max_logprobs, 1), model.vocab_size),
         layer_loop=resolve_layer_loop(config, platform),
         attention=config.attention or default_attention(model, platform=platform, dtype=dtype),
@@ -242,6 +249,7 @@ _CHECKS: dict[str, Check] = {
     "max_model_len": _integer(2),
     "max_num_seqs": _integer(1),
     "max_num_batched_tokens": _integer(1),
+    "max_decode_steps": _integer(1, 128),
     "long_prefill_token_threshold": _integer(1),
     "page_size": _integer(1),
     "num_pages": _integer(2),

@@ -40,6 +40,7 @@ class RunningRequest:
         self.stop_ids = tuple(dict.fromkeys((*own_eos_ids, *params.stop_token_ids)))
         self.eos_ids = frozenset(own_eos_ids)
         self.bad_words = bad_word_ids(params.bad_words, tokenizer)
+        self.streams = False  # somebody looks at every token as it comes
         self.metrics = RequestMetrics(num_prompt_tokens=len(prompt_ids))
         self.error: Exception | None = None
         # The first prompt token follows nothing, so nothing scores it.

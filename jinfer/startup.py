@@ -24,8 +24,9 @@ from jinfer.resolve import (
 from jinfer.shipped import find_shipped
 from jinfer.step.attention import ATTENTION
 from jinfer.step.compile_cache import use_compilation_cache
+from jinfer.step.decode import run_decode
 from jinfer.step.kv_cache import KVPages, allocate_pages, pages_shape
-from jinfer.step.pack import BucketShape
+from jinfer.step.pack import BucketShape, DecodeShape
 from jinfer.step.programs import Program, compile_all
 from jinfer.step.slots import (
     ADMISSION_ROWS,
@@ -156,7 +157,7 @@ def _plan_line(plan: EnginePlan) -> str:
     sizes = ", ".join(map(str, plan.token_buckets))
     return (
         f"{plan.platform}, {plan.dtype}, {plan.attention} attention, {plan.layer_loop} layers; "
-        f"{plan.max_slots} slots, steps of {sizes} tokens"
+        f"{plan.max_slots} slots, steps of {sizes} tokens, up to {plan.max_decode_steps} at once"
     )
 
 
@@ -172,9 +173,8 @@ def _capacity_line(plan: EnginePlan) -> str:
 def step_programs(
     plan: EnginePlan, model: ModelConfig, params: Params, pages: Any, slots: SlotState
 ) -> list[Program]:
-    """One step per token bucket, and the two writers of slots."""
-    step = partial(
-        run_step,
+    """One step per token bucket, several per row bucket, and the two writers of slots."""
+    options = dict(
         decoder=Decoder(model),
         paged_attention=ATTENTION[plan.attention],
         max_logprobs=plan.max_logprobs,
@@ -182,21 +182,33 @@ def step_programs(
         precision="highest" if plan.dtype == "float32" else "default",
     )
     shapes = partial(jax.tree.map, lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype))
+    state = (shapes(params), pages, shapes(slots))
     vocab_size = model.vocab_size
     int32 = partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
     steps = [
         Program(
             name=f"step of {size} tokens",
-            function=step,
-            shapes=(shapes(params), pages, shapes(slots), BucketShape.of(size, plan).shapes()),
+            function=partial(run_step, **options),
+            shapes=(*state, BucketShape.of(size, plan).shapes()),
             donate=(1, 2),
         )
         # The largest take longest to compile, so they go first.
         for size in reversed(plan.token_buckets)
     ]
+    decode = partial(run_decode, **options, max_steps=plan.max_decode_steps)
+    decodes = [
+        Program(
+            name=f"decode of {size} rows",
+            function=decode,
+            shapes=(*state, DecodeShape.of(size, plan).shapes()),
+            donate=(1, 2),
+        )
+        for size in reversed(plan.decode_buckets)
+    ]
     rows = shapes(admission_rows([], vocab_size))
     return [
         *steps,
+        *decodes,
         Program(
             name="write_slots",
             function=write_slots,

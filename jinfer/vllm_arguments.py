@@ -7,7 +7,11 @@ does anyway is accepted, and any other is refused with the reason. None is ignor
 from collections.abc import Mapping
 from typing import Any
 
-_RENAMED = {"block_size": "page_size", "num_gpu_blocks_override": "num_pages"}
+_RENAMED = {
+    "block_size": "page_size",
+    "num_gpu_blocks_override": "num_pages",
+    "num_scheduler_steps": "max_decode_steps",
+}
 
 _ONE_DEVICE = "jinfer runs on one device so far."
 _NO_OFFLOAD = "Weights and KV pages stay on the device."

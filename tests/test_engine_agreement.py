@@ -1,5 +1,6 @@
 """The engine agrees with Hugging Face and, however its work is cut, with itself."""
 
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,22 @@ def random_jobs(rng: np.random.Generator, count: int) -> list[Job]:
             params |= {"repetition_penalty": 1.3, "min_p": 0.02, "frequency_penalty": 0.2}
         jobs.append((random_prompt(rng), free_run(int(rng.integers(1, 30)), **params)))
     return jobs
+
+
+def count_calls(engine: Engine) -> Counter[str]:
+    """Counts the dispatches of each program from here on."""
+    calls: Counter[str] = Counter()
+
+    def counted(name: str, run: Any) -> Any:
+        def call(*args: Any) -> Any:
+            calls[name] += 1
+            return run(*args)
+
+        return call
+
+    for name, run in engine._programs.items():
+        engine._programs[name] = counted(name, run)
+    return calls
 
 
 @pytest.mark.parametrize("layer_loop", ["scan", "unrolled"])
@@ -105,6 +122,34 @@ def test_each_continuation_is_the_same_for_any_n(engine: Engine) -> None:
     }
     assert runs[10][:3] == runs[3] and runs[3][:1] == runs[1]
     assert len(set(map(tuple, runs[10]))) == 10
+
+
+def test_many_steps_a_dispatch_equal_one(checkpoint: Path) -> None:
+    rng = np.random.default_rng(9)
+    jobs = random_jobs(rng, 24)
+    for i, stop_ids in enumerate(rng.integers(3, 128, size=(8, 6)).tolist()):
+        params = {"temperature": 1.5, "seed": i, "n": 1 + i % 3, "logprobs": 2, "min_tokens": i}
+        asked = SamplingParams(max_tokens=40, stop_token_ids=stop_ids, **params)
+        jobs.append((random_prompt(rng), asked))
+    gaps = rng.integers(0, 4, size=len(jobs)).tolist()
+    runs, num_dispatches = [], []
+    for max_decode_steps in (1, 5):
+        settings = {"max_num_seqs": 8, "max_num_batched_tokens": 32, "num_pages": 40}
+        engine = make_engine(checkpoint, max_decode_steps=max_decode_steps, **settings)
+        calls = count_calls(engine)
+        runs.append(run_jobs(engine, jobs, gaps))
+        num_dispatches.append(calls.total())
+        assert engine.scheduler.num_free_pages == 39
+        engine.close()
+    for one, many in zip(*runs, strict=True):
+        assert tokens_of(one) == tokens_of(many)
+        reasons = [[(o.finish_reason, o.stop_reason) for o in out.outputs] for out in (one, many)]
+        assert reasons[0] == reasons[1]
+        for index in range(len(one.outputs)):
+            np.testing.assert_allclose(logprobs_of(one, index), logprobs_of(many, index), atol=1e-5)
+    finishes = [o.finish_reason for output in runs[0] for o in output.outputs]
+    assert {"stop", "length"} <= set(finishes)
+    assert num_dispatches[1] < 0.7 * num_dispatches[0]
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 16, 64])

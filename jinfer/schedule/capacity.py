@@ -5,7 +5,8 @@ from collections.abc import Sequence
 
 from jinfer.schedule.page_pool import pages_for
 
-MAX_TOKEN_BUCKETS = 12  # each is one compiled program, and start-up pays for all of them
+MAX_TOKEN_BUCKETS = 9  # each is one compiled program, and start-up pays for all of them
+_ROW_GROWTH = 4  # of decode programs: a padding row costs next to nothing beside the weights
 
 
 def plan_pages(
@@ -87,6 +88,19 @@ def token_buckets(max_step_tokens: int, max_slots: int, growth: int = 2) -> tupl
     droppable = sorted(powers - kept)
     num_surplus = max(0, len(powers | kept) - MAX_TOKEN_BUCKETS)
     return tuple(sorted(kept | set(droppable[num_surplus:])))
+
+
+def row_buckets(max_slots: int) -> tuple[int, ...]:
+    """Decides the row counts B that get a program of several decode steps, ascending.
+
+    1, then from 8 on by four, and `max_slots`.
+    """
+    rows = {1, max_slots}
+    size = 8
+    while size < max_slots:
+        rows.add(size)
+        size *= _ROW_GROWTH
+    return tuple(sorted(rows))
 
 
 def bucket_for(buckets: Sequence[int], num_tokens: int) -> int:

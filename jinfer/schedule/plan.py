@@ -1,6 +1,7 @@
 """What one step computes: the scheduler's answer, and all that packing a batch needs."""
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 from jinfer.axes import PageId, Slot
 from jinfer.schedule.sequence import Sequence
@@ -16,11 +17,17 @@ class Chunk:
     num_tokens: int  # >= 1
     samples: bool  # the chunk ends at the newest token, so the next one is drawn from it
     num_readouts: int  # places that want logits: the scored prompt positions, and the draw
+    num_steps: int = 1  # more: that many decode steps, each computing the token drawn before
 
     @property
     def stop(self) -> int:
         """First position after the chunk; also the row's number of visible tokens."""
         return self.start + self.num_tokens
+
+    def steps(self) -> Iterator["Chunk"]:
+        """The chunk of each of its steps, in order."""
+        for i in range(self.num_steps):
+            yield replace(self, start=self.start + i, num_steps=1)
 
     @property
     def scored_positions(self) -> range:
@@ -52,7 +59,7 @@ class PageWrite:
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """Everything that happens in one step.
+    """Everything that happens in one dispatch: one step, or several that only decode.
 
     `chunks` holds decoding rows first, then prefills, each oldest first.
     """
@@ -61,5 +68,9 @@ class StepPlan:
     admitted: tuple[Sequence, ...]  # their slot's row must be written before the step
     page_writes: tuple[PageWrite, ...]
     preempted: tuple[Sequence, ...]  # lost slot and pages since the plan before; none has a chunk
-    num_tokens: int
+    num_tokens: int  # of the first step
     num_readouts: int
+
+    @property
+    def num_steps(self) -> int:
+        return max(chunk.num_steps for chunk in self.chunks)

@@ -2,12 +2,15 @@
 
 import heapq
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from jinfer.axes import Slot
+from jinfer.axes import PageId, Slot
 from jinfer.schedule.page_pool import PagePool, pages_for
 from jinfer.schedule.plan import Chunk, PageWrite, StepPlan
 from jinfer.schedule.sequence import Sequence, Status
+
+# Steps of one dispatch while somebody waits: a slot or pages may come free at any of them.
+STEPS_WHILE_WAITING = 4
 
 
 class Scheduler:
@@ -111,10 +114,13 @@ class Scheduler:
         if sequence.status is not Status.FINISHED:
             self.finish(sequence)
 
-    def plan(self) -> StepPlan | None:
-        """Decides the next step and takes its pages and slots; None if nothing can run.
+    def plan(self, max_steps: int = 1) -> StepPlan | None:
+        """Decides the next dispatch and takes its pages and slots; None if nothing can run.
 
         With nothing in flight, None means that there is no work.
+
+        Args:
+          max_steps: where every row decodes, the dispatch may take up to so many steps.
         """
         draft = _Draft(self._max_step_tokens, self._max_readouts)
         num_untold = len(self._preempted)
@@ -128,14 +134,47 @@ class Scheduler:
                 f"stuck: {self.num_running=}, {self.num_waiting=}"
             )
             return None
+        if max_steps > 1:
+            self._prolong(
+                draft, min(max_steps, STEPS_WHILE_WAITING) if self._waiting else max_steps
+            )
         for sequence, chunk in draft.chunks.items():
-            sequence.num_scheduled += chunk.num_tokens
-            sequence.num_unread += chunk.samples
-            sequence.num_in_flight += 1
+            sequence.num_scheduled += chunk.num_tokens + chunk.num_steps - 1
+            sequence.num_unread += chunk.samples * chunk.num_steps
+            sequence.num_in_flight += chunk.num_steps
         # One that lost its place in a plan of None may be back by now, or have ended.
         preempted = tuple(s for s in self._preempted if s.status is Status.WAITING)
         self._preempted.clear()
         return draft.seal(preempted)
+
+    def _prolong(self, draft: "_Draft", max_steps: int) -> None:
+        """Lets a draft in which every row decodes go on for more steps, as far as pages are free.
+
+        No one is preempted for it: a step too few costs a dispatch, not somebody's work.
+        """
+        chunks = draft.chunks.values()
+        if any(c.num_tokens > 1 or c.num_readouts > 1 or not c.samples for c in chunks):
+            return
+        while max_steps > 1:
+            longer = [
+                replace(c, num_steps=min(max_steps, c.sequence.max_length - c.sequence.length))
+                for c in chunks
+            ]
+            missing = [self._num_missing_pages(c) for c in longer]
+            page_ids = self._pool.allocate(sum(missing))
+            if page_ids is not None:
+                break
+            max_steps //= 2
+        else:
+            return
+        for chunk, num_missing in zip(longer, missing, strict=True):
+            draft.chunks[chunk.sequence] = chunk
+            taken, page_ids = page_ids[:num_missing], page_ids[num_missing:]
+            self._enter_pages(chunk, taken, draft)
+
+    def _num_missing_pages(self, chunk: Chunk) -> int:
+        num_tokens = chunk.stop + chunk.num_steps - 1
+        return pages_for(num_tokens, self._page_size) - len(chunk.sequence.pages)
 
     def commit(self, chunk: Chunk, token_id: int | None) -> None:
         """Records that a chunk was computed and its token read; in the order of the plans.
@@ -196,13 +235,17 @@ class Scheduler:
 
     def _schedule(self, sequence: Sequence, num_readouts_left: int, draft: "_Draft") -> None:
         chunk = self._cut_chunk(sequence, draft.num_tokens_left, num_readouts_left)
-        index = len(sequence.pages)
-        if not self._grow(sequence, chunk.stop, draft):
+        page_ids = self._take_pages(sequence, self._num_missing_pages(chunk), draft)
+        if page_ids is None:
             return
-        for page_id in sequence.pages[index:]:
-            draft.page_writes.append(PageWrite(chunk.slot, index, page_id))
-            index += 1
+        self._enter_pages(chunk, page_ids, draft)
         draft.add(chunk)
+
+    def _enter_pages(self, chunk: Chunk, page_ids: list[PageId], draft: "_Draft") -> None:
+        pages = chunk.sequence.pages
+        for page_id in page_ids:
+            draft.page_writes.append(PageWrite(chunk.slot, len(pages), page_id))
+            pages.append(page_id)
 
     def _cut_chunk(self, sequence: Sequence, num_tokens_left: int, num_readouts_left: int) -> Chunk:
         assert sequence.slot is not None, f"runs without a slot: {sequence.request_id=}"
@@ -222,14 +265,14 @@ class Scheduler:
             sequence, sequence.slot, start, stop - start, samples, num_readouts=num_scores + samples
         )
 
-    def _grow(self, sequence: Sequence, num_tokens: int, draft: "_Draft") -> bool:
-        """Takes the pages that the first `num_tokens` tokens still lack; False if preempted."""
-        num_missing = pages_for(num_tokens, self._page_size) - len(sequence.pages)
-        while (page_ids := self._pool.allocate(num_missing)) is None:
+    def _take_pages(
+        self, sequence: Sequence, num_pages: int, draft: "_Draft"
+    ) -> list[PageId] | None:
+        """Takes pages, from the youngest if need be; None if that was the sequence itself."""
+        while (page_ids := self._pool.allocate(num_pages)) is None:
             if self._preempt_youngest(draft) is sequence:
-                return False
-        sequence.pages += page_ids
-        return True
+                return None
+        return page_ids
 
     def _preempt_youngest(self, draft: "_Draft") -> Sequence:
         sequence = self._running.pop()

@@ -1,4 +1,4 @@
-"""The two values that cross the border: StepBatch down to the device, StepOutput back up."""
+"""The values that cross the border: a batch down to the device, its output back up."""
 
 from dataclasses import dataclass
 from typing import no_type_check
@@ -48,3 +48,36 @@ class StepOutput:
 
     token_R: Int32[Array, "R"]  # drawn, or the target where none was drawn
     logprobs: Logprobs  # of token_R under the raw logits, for the rows that want them
+
+
+@no_type_check
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class DecodeBatch:
+    """What the device needs for several decode steps of the same rows.
+
+    Row b reads its newest token at position_B[b] and draws num_draws_B[b] tokens, one a step, or
+    fewer if it draws a stop token. Padding rows stand on the bin slot and draw none.
+    """
+
+    slot_B: Int32[Array, "B"]
+    position_B: Int32[Array, "B"]  # of the first step's input token
+    token_B: Int32[Array, "B"]  # that token
+    drawn_B: Bool[Array, "B"]  # it is the slot's last drawn one; token_B is ignored
+    num_draws_B: Int32[Array, "B"]
+    wants_logprobs_B: Bool[Array, "B"]
+
+    write_slot_J: Int32[Array, "J"]  # page-table entries to set before the first step
+    write_index_J: Int32[Array, "J"]
+    write_page_J: Int32[Array, "J"]
+
+
+@no_type_check
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class DecodeOutput:
+    """What several decode steps bring up. Row b's first num_drawn_B[b] steps hold its tokens."""
+
+    num_drawn_B: Int32[Array, "B"]
+    token_IB: Int32[Array, "I B"]  # I = the most steps of a dispatch
+    logprobs: Logprobs  # each leaf [I, B, ...]

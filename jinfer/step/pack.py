@@ -1,4 +1,4 @@
-"""Turns a plan into the StepBatch of its bucket: numpy arrays, padded on the bin slot."""
+"""Turns a plan into the batch of its bucket: numpy arrays, padded on the bin slot."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ import numpy as np
 
 from jinfer.config import EnginePlan
 from jinfer.schedule.plan import Chunk, StepPlan
-from jinfer.step.batch import StepBatch
+from jinfer.step.batch import DecodeBatch, StepBatch
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,6 +64,66 @@ class BucketShape:
         return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), self.empty())
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DecodeShape:
+    """The static sizes of one row bucket's decode program."""
+
+    num_rows: int  # B
+    num_page_writes: int  # J
+    bin_slot: int
+
+    @classmethod
+    def of(cls, num_rows: int, plan: EnginePlan) -> "DecodeShape":
+        # n tokens from the middle of a page on start at most n / page_size pages, rounded up.
+        pages_per_row = -(-plan.max_decode_steps // plan.page_size)
+        return cls(
+            num_rows=num_rows,
+            num_page_writes=num_rows * pages_per_row,
+            bin_slot=plan.max_slots,
+        )
+
+    def empty(self) -> DecodeBatch:
+        """A batch of padding only. Its numpy arrays may be filled in."""
+        B, J = self.num_rows, self.num_page_writes
+
+        def full(count: int, value: int = 0, dtype: type = np.int32) -> Any:
+            return np.full(count, value, dtype)
+
+        return DecodeBatch(
+            slot_B=full(B, self.bin_slot),
+            position_B=full(B),
+            token_B=full(B),
+            drawn_B=full(B, dtype=np.bool_),
+            num_draws_B=full(B),
+            wants_logprobs_B=full(B, dtype=np.bool_),
+            write_slot_J=full(J, self.bin_slot),
+            write_index_J=full(J),
+            write_page_J=full(J),
+        )
+
+    def shapes(self) -> DecodeBatch:
+        """The batch's shapes and dtypes, to compile for."""
+        return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), self.empty())
+
+
+def pack_decode(
+    plan: StepPlan, shape: DecodeShape, *, wants_logprobs: Callable[[Chunk], bool]
+) -> DecodeBatch:
+    """Lays out a plan of several steps, a row per chunk in the order of the plan."""
+    batch = shape.empty()
+    for row, chunk in enumerate(plan.chunks):
+        batch.slot_B[row] = chunk.slot
+        batch.position_B[row] = chunk.start
+        known = chunk.start < chunk.sequence.num_tokens
+        batch.drawn_B[row] = not known
+        if known:
+            batch.token_B[row] = chunk.sequence.token_at(chunk.start)
+        batch.num_draws_B[row] = chunk.num_steps
+        batch.wants_logprobs_B[row] = wants_logprobs(chunk)
+    _pack_page_writes(batch, plan)
+    return batch
+
+
 def pack(
     plan: StepPlan, shape: BucketShape, *, wants_logprobs: Callable[[Chunk], bool]
 ) -> StepBatch:
@@ -80,18 +140,24 @@ def pack(
         readout = _pack_readouts(batch, readout, token, chunk)
         batch.wants_logprobs_R[start:readout] = wants_logprobs(chunk)
         token += chunk.num_tokens
+    _pack_page_writes(batch, plan)
+    return batch
+
+
+def _pack_page_writes(batch: StepBatch | DecodeBatch, plan: StepPlan) -> None:
     for place, write in enumerate(plan.page_writes):
         batch.write_slot_J[place] = write.slot
         batch.write_index_J[place] = write.index
         batch.write_page_J[place] = write.page_id
-    return batch
 
 
 def _pack_row(batch: StepBatch, row: int, token: int, chunk: Chunk) -> None:
     span = slice(token, token + chunk.num_tokens)
     sequence = chunk.sequence
-    num_known = min(chunk.stop, sequence.num_tokens) - chunk.start
-    batch.token_T[token : token + num_known] = sequence.tokens(chunk.start, chunk.start + num_known)
+    num_known = max(0, min(chunk.stop, sequence.num_tokens) - chunk.start)
+    if num_known:
+        known = sequence.tokens(chunk.start, chunk.start + num_known)
+        batch.token_T[token : token + num_known] = known
     # A token that is still on its way up is read on the device, from where it was drawn.
     batch.drawn_T[token + num_known : span.stop] = True
     batch.slot_T[span] = chunk.slot

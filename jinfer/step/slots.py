@@ -28,6 +28,7 @@ class SlotState:
     """Per-slot state, first axis A = slots + the bin. Donated to every jitted function."""
 
     last_token_A: Int32[Array, "A"]  # drawn last; the next step's input
+    stopped_A: Bool[Array, "A"]  # it drew a stop token: `run_decode` draws no more for it
     page_table_AM: Int32[Array, "A M"]  # entries past a sequence's length are stale but valid
     sampling: SamplingState
 
@@ -37,6 +38,7 @@ def empty_slots(*, max_slots: int, pages_per_slot: int, vocab_size: int) -> Slot
     num_rows = max_slots + 1
     return SlotState(
         last_token_A=jnp.zeros(num_rows, jnp.int32),
+        stopped_A=jnp.zeros(num_rows, bool),
         page_table_AM=jnp.zeros((num_rows, pages_per_slot), jnp.int32),
         sampling=empty_state(num_rows, vocab_size),
     )
@@ -56,12 +58,14 @@ def record_drawn(
     token_R: Int32[Array, "R"],
     draws_R: Bool[Array, "R"],
 ) -> SlotState:
-    """Keeps what was drawn, for the next step's input and for penalties."""
+    """Keeps what was drawn: for the next step's input, for penalties, and whether it stops."""
     bin_slot = slots.last_token_A.shape[0] - 1
     drawn_slot_R = jnp.where(draws_R, slot_R, bin_slot)
+    stops_R = jnp.any(slots.sampling.stop_ids_AJ[drawn_slot_R] == token_R[:, None], axis=-1)
     return dataclasses.replace(
         slots,
         last_token_A=slots.last_token_A.at[drawn_slot_R].set(token_R),
+        stopped_A=slots.stopped_A.at[drawn_slot_R].set(stops_R),
         sampling=record(slots.sampling, slot_R, token_R, draws_R),
     )
 
@@ -78,7 +82,8 @@ def write_slots(slots: SlotState, slot_A: Int32[Array, "A"], rows: SamplingState
     counts_AV = jnp.zeros((num_rows, vocab_size), jnp.int32)
     rows = dataclasses.replace(rows, output_count_AV=counts_AV)
     sampling = jax.tree.map(lambda all_, new: all_.at[slot_A].set(new), slots.sampling, rows)
-    return dataclasses.replace(slots, sampling=sampling)
+    stopped_A = slots.stopped_A.at[slot_A].set(False)
+    return dataclasses.replace(slots, stopped_A=stopped_A, sampling=sampling)
 
 
 def restore_counts(

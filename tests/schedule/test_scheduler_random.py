@@ -7,7 +7,8 @@ missed or a token not recomputed changes the outputs, which must be those of the
 
 import random
 from collections import deque
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import pytest
 from hypothesis import given, settings
@@ -30,6 +31,7 @@ class Limits:
     max_model_len: int = 48
     max_readouts: int = 8
     max_chunk_tokens: int | None = None
+    max_steps: int = 1  # of one dispatch
 
 
 def draw(tokens: tuple[int, ...]) -> int:
@@ -48,7 +50,8 @@ class Simulation:
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
-        self.scheduler = Scheduler(**vars(limits))
+        own = {name: value for name, value in vars(limits).items() if name != "max_steps"}
+        self.scheduler = Scheduler(**own)
         self.sequences: list[Sequence] = []  # all there ever were, in order of arrival
         self.alive: list[Sequence] = []
         self.first_admitted: list[Sequence] = []
@@ -56,7 +59,9 @@ class Simulation:
         self.table: dict[int, dict[int, int]] = {i: {} for i in range(limits.max_slots)}
         self.cells: dict[tuple[int, int], tuple[Sequence, int, int]] = {}
         self.last_token: dict[int, int] = {}  # of each slot
-        self.in_flight: deque[tuple[StepPlan, list[int | None]]] = deque()
+        self.in_flight: deque[tuple[StepPlan, list[list[int | None]]]] = deque()
+        self.stopped: set[int] = set()  # slots that drew the end token
+        self.num_long = 0  # dispatches of several steps
 
     # The moves.
 
@@ -86,10 +91,11 @@ class Simulation:
         decoding = [s for s in running if s.num_unscheduled == 1]
         growing = [s for s in running if s.num_unscheduled]
         starts = {s: s.num_scheduled for s in self.alive}
-        plan = self.scheduler.plan()
+        plan = self.scheduler.plan(self.limits.max_steps)
         if plan is None:
             assert self.in_flight or not self.alive
             return False
+        self.num_long += plan.num_steps > 1
         self.check_budgets(plan)
         chunks = {chunk.sequence: chunk for chunk in plan.chunks}
         assert len(chunks) == len(plan.chunks)
@@ -108,17 +114,23 @@ class Simulation:
         return True
 
     def settle(self) -> None:
-        plan, tokens = self.in_flight.popleft()
-        for chunk, token_id in zip(plan.chunks, tokens, strict=True):
-            sequence = chunk.sequence
-            self.scheduler.commit(chunk, token_id)
-            if sequence.status is Status.FINISHED:
-                continue
-            self.scored[sequence] += chunk.scored_positions
-            if token_id == STOP or sequence.num_tokens == sequence.max_length:
-                self.end(sequence, by_abort=False)
-                self.check_answer(sequence)
-            self.check_ownership()
+        plan, tokens_of_chunks = self.in_flight.popleft()
+        for whole, token_ids in zip(plan.chunks, tokens_of_chunks, strict=True):
+            for chunk, token_id in zip(whole.steps(), token_ids, strict=False):
+                self.settle_chunk(chunk, token_id)
+            ended = whole.sequence.status is Status.FINISHED
+            assert ended or len(token_ids) == whole.num_steps
+
+    def settle_chunk(self, chunk: Chunk, token_id: int | None) -> None:
+        sequence = chunk.sequence
+        self.scheduler.commit(chunk, token_id)
+        if sequence.status is Status.FINISHED:
+            return
+        self.scored[sequence] += chunk.scored_positions
+        if token_id == STOP or sequence.num_tokens == sequence.max_length:
+            self.end(sequence, by_abort=False)
+            self.check_answer(sequence)
+        self.check_ownership()
 
     def drain(self, depth: int = 0) -> None:
         num_steps = 0
@@ -130,20 +142,33 @@ class Simulation:
 
     # The device.
 
-    def execute(self, plan: StepPlan) -> list[int | None]:
+    def execute(self, plan: StepPlan) -> list[list[int | None]]:
         for sequence in plan.admitted:
             assert sequence.slot is not None
             self.table[sequence.slot].clear()
+            self.stopped.discard(sequence.slot)
             if sequence not in self.first_admitted:
                 self.first_admitted.append(sequence)
         for write in plan.page_writes:
             self.table[write.slot][write.index] = write.page_id
-        for chunk in plan.chunks:
-            for position in range(chunk.start, chunk.stop):
-                known = position < chunk.sequence.num_tokens
-                token = chunk.sequence.token_at(position) if known else self.last_token[chunk.slot]
-                self.cells[self.cell(chunk.slot, position)] = (chunk.sequence, position, token)
-        return [self.attend(chunk) for chunk in plan.chunks]
+        if plan.num_steps == 1:
+            for chunk in plan.chunks:
+                self.write(chunk)
+            return [[self.attend(chunk)] for chunk in plan.chunks]
+        return [list(self.decode(chunk)) for chunk in plan.chunks]
+
+    def decode(self, whole: Chunk) -> Iterator[int | None]:
+        for chunk in whole.steps():
+            if whole.slot in self.stopped:
+                return
+            self.write(chunk)
+            yield self.attend(chunk)
+
+    def write(self, chunk: Chunk) -> None:
+        for position in range(chunk.start, chunk.stop):
+            known = position < chunk.sequence.num_tokens
+            token = chunk.sequence.token_at(position) if known else self.last_token[chunk.slot]
+            self.cells[self.cell(chunk.slot, position)] = (chunk.sequence, position, token)
 
     def attend(self, chunk: Chunk) -> int | None:
         found = [self.cells[self.cell(chunk.slot, p)] for p in range(chunk.stop)]
@@ -152,6 +177,8 @@ class Simulation:
         if not chunk.samples:
             return None
         self.last_token[chunk.slot] = draw(tuple(token for _, _, token in found))
+        if self.last_token[chunk.slot] == STOP:
+            self.stopped.add(chunk.slot)
         return self.last_token[chunk.slot]
 
     def cell(self, slot: int, position: int) -> tuple[int, int]:
@@ -170,9 +197,12 @@ class Simulation:
         for chunk in plan.chunks:
             assert 1 <= chunk.num_tokens <= (limits.max_chunk_tokens or limits.max_step_tokens)
             assert chunk.slot == chunk.sequence.slot
-            assert chunk.stop == chunk.sequence.num_scheduled
+            assert 1 <= chunk.num_steps <= limits.max_steps
+            assert chunk.num_steps == 1 or all(c.samples and c.num_tokens == 1 for c in plan.chunks)
+            *_, last = chunk.steps()
+            assert last.stop == chunk.sequence.num_scheduled
             # A draw in flight was added to the length by planning it.
-            assert chunk.samples == (chunk.stop == chunk.sequence.length - chunk.samples)
+            assert chunk.samples == (last.stop == chunk.sequence.length - chunk.samples)
             assert chunk.num_readouts == len(chunk.scored_positions) + chunk.samples
         assert not {s for s in plan.preempted if s.slot is not None}
         assert all(s.num_scheduled for s in plan.admitted)
@@ -280,7 +310,16 @@ def test_random_requests(name: str, depth: int) -> None:
         assert num_preemptions > 10
 
 
+@pytest.mark.parametrize("depth", [0, 1], ids=["read_at_once", "one_dispatch_ahead"])
+@pytest.mark.parametrize("name", CASES)
+def test_random_requests_that_decode_several_steps_at_once(name: str, depth: int) -> None:
+    limits = replace(CASES[name], max_steps=6)
+    sim = run_randomly(limits, num_requests=150, depth=depth, seed=depth + 2)
+    assert sim.num_long > 10
+
+
 @given(
+    max_steps=st.integers(1, 9),
     max_slots=st.integers(1, 6),
     num_more_tokens=st.integers(0, 20),
     page_size=st.integers(1, 9),
@@ -292,8 +331,8 @@ def test_random_requests(name: str, depth: int) -> None:
 )
 @settings(max_examples=60, deadline=None, derandomize=True, database=None)
 def test_any_limits(
-    *, max_slots, num_more_tokens, page_size, num_more_pages, num_more_readouts, max_chunk_tokens,
-    depth, seed,
+    *, max_steps, max_slots, num_more_tokens, page_size, num_more_pages, num_more_readouts,
+    max_chunk_tokens, depth, seed,
 ) -> None:  # fmt: skip
     limits = Limits(
         max_slots=max_slots,
@@ -303,6 +342,7 @@ def test_any_limits(
         max_model_len=24,
         max_readouts=max_slots + num_more_readouts,
         max_chunk_tokens=max_chunk_tokens,
+        max_steps=max_steps,
     )
     run_randomly(limits, num_requests=12, depth=depth, seed=seed)
 

@@ -30,6 +30,8 @@ def shape_of(num_tokens: int, max_slots: int, page_size: int) -> BucketShape:
         page_bytes=1,
         pages_per_slot=50,
         token_buckets=(num_tokens,),
+        decode_buckets=(),
+        max_decode_steps=1,
         max_logprobs=1,
         layer_loop="scan",
         attention="xla",
