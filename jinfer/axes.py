@@ -7,6 +7,7 @@ Z  tokens per page                               S  key/value positions
 D  model width    F  feed-forward width          V  vocabulary
 N  query heads    K  key/value heads             G  query heads per kv head
 H  head width     L  layers                      E  experts
+Q  query heads side by side, N * H    C  kv heads side by side, K * H
 W  32-bit words of a vocabulary mask, ceil(V / 32)
 J  entries of a short per-slot or per-step list, padded (stop ids, biases, top logprobs)
 

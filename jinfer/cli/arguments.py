@@ -201,6 +201,7 @@ def _add_engine(parser: _Parser) -> None:
     add("max_model_len", **count, help="tokens of prompt and output together")
     add("max_num_seqs", **count, help="sequences that run at the same time")
     add("max_num_batched_tokens", **count, help="tokens of one step")
+    add("max_decode_steps", **count, help="decode steps of one dispatch at most")
     add("long_prefill_token_threshold", **count, help="most tokens of one prompt in one step")
     add("page_size", **count, help="tokens per page of the KV cache")
     add("num_pages", **count, help="pages of the KV cache")

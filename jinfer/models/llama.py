@@ -12,10 +12,10 @@ from jinfer.models.weight_map import HFTensor, WeightMap, axis_sizes
 
 BLOCK = {
     "attn_norm_D": HFTensor("input_layernorm.weight", "D"),
-    "w_q_DNH": HFTensor("self_attn.q_proj.weight", "NH D"),
-    "w_k_DKH": HFTensor("self_attn.k_proj.weight", "KH D"),
-    "w_v_DKH": HFTensor("self_attn.v_proj.weight", "KH D"),
-    "w_o_NHD": HFTensor("self_attn.o_proj.weight", "D NH"),
+    "w_q_DQ": HFTensor("self_attn.q_proj.weight", "Q D"),
+    "w_k_DC": HFTensor("self_attn.k_proj.weight", "C D"),
+    "w_v_DC": HFTensor("self_attn.v_proj.weight", "C D"),
+    "w_o_QD": HFTensor("self_attn.o_proj.weight", "D Q"),
     "mlp_norm_D": HFTensor("post_attention_layernorm.weight", "D"),
     "w_gate_DF": HFTensor("mlp.gate_proj.weight", "F D"),
     "w_up_DF": HFTensor("mlp.up_proj.weight", "F D"),

@@ -1,8 +1,9 @@
 """Where each parameter lies in a Hugging Face checkpoint, written with axis letters.
 
-A parameter's own name ends in its axes (`w_q_DNH`). Beside it stands the stored tensor's name and
-its axes as stored, one group of letters for each stored axis: "NH D" is a matrix of N*H rows and
-D columns. The two spellings say everything: split the groups, then permute letters.
+A parameter's own name ends in its axes (`w_q_DQ`). Beside it stands the stored tensor's name and
+its axes as stored, one group of letters for each stored axis: "Q D" is a matrix of Q rows and D
+columns, "NH" a vector of N*H numbers. The two spellings say everything: split the groups, then
+permute letters.
 """
 
 import math
@@ -61,6 +62,8 @@ def axis_sizes(config: ModelConfig) -> dict[str, int]:
         "N": config.num_q_heads,
         "K": config.num_kv_heads,
         "H": config.head_width,
+        "Q": config.num_q_heads * config.head_width,
+        "C": config.num_kv_heads * config.head_width,
     }
 
 

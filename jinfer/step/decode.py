@@ -50,7 +50,6 @@ def run_decode(
     """
     step = partial(
         run_step,
-        params,
         decoder=decoder,
         paged_attention=paged_attention,
         max_logprobs=max_logprobs,
@@ -58,7 +57,8 @@ def run_decode(
     )
     slots = _enter(slots, batch)
     num_rows = batch.slot_B.shape[0]
-    nothing = jax.eval_shape(step, pages, slots, _step_batch(batch, slots, 0, batch.drawn_B))[2]
+    first = _step_batch(batch, slots, 0, batch.drawn_B)
+    _, _, nothing = jax.eval_shape(step, params, pages, slots, first)
     room = jax.tree.map(lambda a: jnp.zeros((max_steps, *a.shape), a.dtype), nothing)
 
     def draws_at(i: Int32[Array, ""], slots: SlotState) -> Bool[Array, "B"]:
@@ -71,7 +71,7 @@ def run_decode(
     def one_step(carry: Any) -> Any:
         i, pages, slots, num_drawn_B, room = carry
         drawing_B = draws_at(i, slots)
-        pages, slots, output = step(pages, slots, _step_batch(batch, slots, i, drawing_B))
+        pages, slots, output = step(params, pages, slots, _step_batch(batch, slots, i, drawing_B))
         room = jax.tree.map(lambda all_, new: all_.at[i].set(new), room, output)
         return i + 1, pages, slots, num_drawn_B + drawing_B, room
 

@@ -1,5 +1,6 @@
 """One jitted step: any mix of prefill chunks, decoding rows and rows to score."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -34,6 +35,7 @@ def run_step(
     Recompiles: once per token bucket; nothing else may vary between steps.
     """
     slots = write_pages(slots, batch)
+    batch = _without_stopped(batch, slots)
     token_T = jnp.where(batch.drawn_T, slots.last_token_A[batch.slot_T], batch.token_T)
     attend = _attend(batch, slots, decoder, paged_attention)
     with jax.default_matmul_precision(precision):
@@ -41,6 +43,19 @@ def run_step(
         logits_RV = decoder.logits(params, hidden_TD[batch.read_token_R])
     slots, output = _read(logits_RV, slots, batch, max_logprobs)
     return pages, slots, output
+
+
+def _without_stopped(batch: StepBatch, slots: SlotState) -> StepBatch:
+    """Empties the rows that stopped in a dispatch which the host had not read when it sent this.
+
+    Their place in the pool may have gaps by now, and nobody waits for what they would draw.
+    """
+    stopped_B = slots.stopped_A[batch.slot_B]
+    return dataclasses.replace(
+        batch,
+        query_len_B=jnp.where(stopped_B, 0, batch.query_len_B),
+        draws_R=batch.draws_R & ~slots.stopped_A[batch.read_slot_R],
+    )
 
 
 def _attend(

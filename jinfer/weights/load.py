@@ -74,7 +74,7 @@ def load_params(
       dtype: of the parameters: "float32", "bfloat16" or "float16", whatever is stored.
       layer_loop: "unrolled" gives a dict per layer, "scan" one dict with a leading L axis.
       put: moves one parameter to its device or devices, given its path in the tree, such as
-        "blocks.3.w_q_DNH" or, stacked, "blocks.w_q_DNH"; None = whole, to the first device.
+        "blocks.3.w_q_DQ" or, stacked, "blocks.w_q_DQ"; None = whole, to the first device.
         For a sharding, `jax.make_array_from_callback(tensor.shape, sharding, tensor.read)`
         reads every shard straight from the file.
 

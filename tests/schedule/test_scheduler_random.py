@@ -152,9 +152,12 @@ class Simulation:
         for write in plan.page_writes:
             self.table[write.slot][write.index] = write.page_id
         if plan.num_steps == 1:
-            for chunk in plan.chunks:
+            alive = [chunk for chunk in plan.chunks if chunk.slot not in self.stopped]
+            for chunk in alive:
                 self.write(chunk)
-            return [[self.attend(chunk)] for chunk in plan.chunks]
+            drawn = {chunk.slot: self.attend(chunk) for chunk in alive}
+            # What a stopped row gives is nobody's.
+            return [[drawn.get(chunk.slot, STOP)] for chunk in plan.chunks]
         return [list(self.decode(chunk)) for chunk in plan.chunks]
 
     def decode(self, whole: Chunk) -> Iterator[int | None]:

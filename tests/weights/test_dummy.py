@@ -33,8 +33,8 @@ def test_scale_is_the_inverse_root_of_the_inputs(folder) -> None:
     for array, fan_in in (
         (params["embed_VD"], 64),
         (params["unembed_VD"], 64),
-        (blocks["w_q_DNH"], 64),
-        (blocks["w_o_NHD"], 4 * 16),
+        (blocks["w_q_DQ"], 64),
+        (blocks["w_o_QD"], 4 * 16),
         (blocks["w_gate_DF"], 64),
         (blocks["w_down_FD"], 96),
     ):

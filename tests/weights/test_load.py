@@ -49,10 +49,10 @@ def expected_block(tensors, layer):
     bias = {x: tensors[f"{at}self_attn.{x}_proj.bias"] for x in "qkvo"}
     return {
         "attn_norm_D": tensors[f"{at}input_layernorm.weight"],
-        "w_q_DNH": attention["q"].T.reshape(64, 4, 16),
-        "w_k_DKH": attention["k"].T.reshape(64, 2, 16),
-        "w_v_DKH": attention["v"].T.reshape(64, 2, 16),
-        "w_o_NHD": attention["o"].T.reshape(4, 16, 64),
+        "w_q_DQ": attention["q"].T,
+        "w_k_DC": attention["k"].T,
+        "w_v_DC": attention["v"].T,
+        "w_o_QD": attention["o"].T,
         "mlp_norm_D": tensors[f"{at}post_attention_layernorm.weight"],
         "w_gate_DF": w["mlp.gate_proj"].T,
         "w_up_DF": w["mlp.up_proj"].T,
@@ -134,23 +134,23 @@ def test_put_sees_every_path_and_may_read_any_shard(folder, layer_loop) -> None:
     assert len(seen) == len(jax.tree.leaves(params))
     assert seen["embed_VD"] == "VD"
     if layer_loop == "scan":
-        assert seen["blocks.w_q_DNH"] == "LDNH"
+        assert seen["blocks.w_q_DQ"] == "LDQ"
     else:
-        assert seen["blocks.1.w_q_DNH"] == "DNH"
+        assert seen["blocks.1.w_q_DQ"] == "DQ"
 
 
 def test_loading_straight_into_a_sharding(folder) -> None:
     mesh = jax.make_mesh((1,), ("tensor",), axis_types=(jax.sharding.AxisType.Explicit,))
 
     def put(path, tensor):
-        spec = ["tensor" if letter in "NKFV" else None for letter in tensor.axes]
+        spec = ["tensor" if letter in "QCNKFV" else None for letter in tensor.axes]
         sharding = jax.NamedSharding(mesh, jax.P(*spec))
         return jax.make_array_from_callback(tensor.shape, sharding, tensor.read)
 
     params, _ = load(folder, layer_loop="scan", put=put)
     want, _ = load(folder, layer_loop="scan")
     jax.tree.map(np.testing.assert_array_equal, params, want)
-    assert params["blocks"]["w_q_DNH"].sharding.spec == jax.P(None, None, "tensor", None)
+    assert params["blocks"]["w_q_DQ"].sharding.spec == jax.P(None, None, "tensor")
 
 
 def test_tied_embeddings_have_no_unembedding(tmp_path) -> None:
