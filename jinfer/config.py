@@ -105,6 +105,7 @@ class EngineConfig:
     max_num_batched_tokens: int | None = None  # token budget of one step
     max_decode_steps: int | None = None  # decode steps of one dispatch at most; 1 = always one
     long_prefill_token_threshold: int | None = None  # longest prefill chunk; None = the budget
+    enable_prefix_caching: bool = True  # prompts that begin alike are computed once
     page_size: int | None = None  # tokens per KV page
     num_pages: int | None = None  # KV pages in the pool, the bin page included
     gpu_memory_utilization: float = 0.9  # share of the device's free memory the engine may use

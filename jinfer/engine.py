@@ -16,6 +16,7 @@ from jinfer.request.prompt import Prompt, check_prompt_ids
 from jinfer.running import Continuation, RunningRequest
 from jinfer.schedule.capacity import bucket_for
 from jinfer.schedule.plan import Chunk, StepPlan
+from jinfer.schedule.prefix_cache import root_key
 from jinfer.schedule.scheduler import Scheduler
 from jinfer.schedule.sequence import Sequence, Status
 from jinfer.startup import free_arrays, load
@@ -89,6 +90,7 @@ class Engine:
             num_pages=self.plan.num_pages,
             max_model_len=self.plan.max_model_len,
             max_chunk_tokens=self.plan.max_chunk_tokens,
+            prefix_caching=config.enable_prefix_caching,
         )
         self._pending: Dispatched | None = None
         self._requests: dict[str, RunningRequest] = {}
@@ -145,6 +147,7 @@ class Engine:
             eos_token_ids=self.defaults.eos_token_ids,
             max_model_len=self.plan.max_model_len,
             tokenizer=self.tokenizer,
+            root_key=root_key(str(self.config.model), self.plan.dtype, prompt.cache_salt),
         )
         request.metrics.arrival_time = arrival_time
         check_row(request.params, request.stop_ids, request.bad_words, self.model.vocab_size)
@@ -210,6 +213,11 @@ class Engine:
                 self._why_stopped = f"a step failed with {type(error).__name__}: {error}"
                 raise
 
+    def reset_prefix_cache(self) -> None:
+        """Forgets every cached prefix; what runs goes on."""
+        self.require_alive()
+        self.scheduler.forget_prefixes()
+
     def close(self) -> None:
         """Frees everything on the device. Idempotent; the engine cannot be used afterwards."""
         if self._why_stopped == _CLOSED:
@@ -256,8 +264,11 @@ class Engine:
             rows = [self._slot_row(sequence) for sequence in group]
             slot_A = np.full(ADMISSION_ROWS, self.plan.max_slots, np.int32)
             slot_A[: len(group)] = [sequence.slot for sequence in group]  # pyright: ignore
+            page_table_AM = np.zeros((ADMISSION_ROWS, self.plan.pages_per_slot), np.int32)
+            for row, sequence in enumerate(group):
+                page_table_AM[row, : len(sequence.pages)] = sequence.pages
             self._slots = self._programs["write_slots"](
-                self._slots, slot_A, admission_rows(rows, self.model.vocab_size)
+                self._slots, slot_A, admission_rows(rows, self.model.vocab_size), page_table_AM
             )
         for sequence in admitted:
             metrics = self._continuations[sequence].request.metrics

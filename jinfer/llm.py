@@ -65,6 +65,10 @@ class LLM:
         self._renderer.close()
         self.engine.close()
 
+    def reset_prefix_cache(self) -> None:
+        """Forgets every cached prefix, so that the next prompts are computed whole."""
+        self.engine.reset_prefix_cache()
+
     def get_tokenizer(self) -> Any:
         """The tokenizer, or None under skip_tokenizer_init."""
         return self.engine.tokenizer

@@ -251,6 +251,7 @@ _CHECKS: dict[str, Check] = {
     "max_num_batched_tokens": _integer(1),
     "max_decode_steps": _integer(1, 128),
     "long_prefill_token_threshold": _integer(1),
+    "enable_prefix_caching": _flag,
     "page_size": _integer(1),
     "num_pages": _integer(2),
     "gpu_memory_utilization": _share,

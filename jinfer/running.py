@@ -29,6 +29,7 @@ class RunningRequest:
         eos_token_ids: Seq[int],
         max_model_len: int,
         tokenizer: Tokenizer | None,
+        root_key: bytes = b"",
     ) -> None:
         self.request_id = request_id
         self.prompt = prompt
@@ -60,10 +61,16 @@ class RunningRequest:
                     max_length=max_length,
                     # The continuations share their prompt, so one of them scores it for all.
                     scores_prompt=params.prompt_logprobs is not None and index == 0,
+                    root_key=root_key,
                 ),
             )
             for index in range(params.n)
         ]
+
+    @property
+    def num_cached_tokens(self) -> int:
+        """Prompt tokens that its first continuation found in the prefix cache."""
+        return self.continuations[0].sequence.num_cached
 
     @property
     def finished(self) -> bool:
@@ -88,8 +95,8 @@ class RunningRequest:
             prompt_logprobs=None if self.prompt_logprobs is None else list(self.prompt_logprobs),
             outputs=[continuation.output() for continuation in self.continuations],
             finished=self.finished,
-            metrics=replace(self.metrics),  # as they stand now
-            num_cached_tokens=0,
+            metrics=replace(self.metrics, num_cached_tokens=self.num_cached_tokens),
+            num_cached_tokens=self.num_cached_tokens,
             error=self.error,
         )
 

@@ -212,7 +212,12 @@ def step_programs(
         Program(
             name="write_slots",
             function=write_slots,
-            shapes=(shapes(slots), int32((ADMISSION_ROWS,)), rows),
+            shapes=(
+                shapes(slots),
+                int32((ADMISSION_ROWS,)),
+                rows,
+                int32((ADMISSION_ROWS, plan.pages_per_slot)),
+            ),
             donate=(0,),
         ),
         Program(

@@ -22,7 +22,6 @@ _SETTLED: dict[str, tuple[tuple[Any, ...], str]] = {
     "pipeline_parallel_size": ((1,), _ONE_DEVICE),
     "data_parallel_size": ((1,), _ONE_DEVICE),
     "distributed_executor_backend": ((None, "uni"), _ONE_DEVICE),
-    "enable_prefix_caching": ((None, False), "Prefixes are not cached yet."),
     "enable_chunked_prefill": ((None, True), "Long prompts always come in chunks."),
     "enforce_eager": ((None, False), "Every step is compiled at start-up."),
     "trust_remote_code": ((False, True), "No code of a checkpoint is ever run."),

@@ -14,7 +14,7 @@ from jinfer.vllm_arguments import translated
         {"tensor_parallel_size": 1, "pipeline_parallel_size": 1},
         {"trust_remote_code": True},
         {"trust_remote_code": False},
-        {"enable_prefix_caching": False, "enable_chunked_prefill": True, "enforce_eager": False},
+        {"enable_prefix_caching": True, "enable_chunked_prefill": True, "enforce_eager": False},
         {"tokenizer_mode": "auto", "quantization": None, "kv_cache_dtype": "auto"},
         {"disable_log_stats": True, "revision": None, "swap_space": 0},
     ],
@@ -27,7 +27,6 @@ def test_what_jinfer_does_anyway_is_accepted(usual: dict[str, Any]) -> None:
     ("name", "value", "message"),
     [
         ("tensor_parallel_size", 2, "must be 1; got tensor_parallel_size=2. jinfer runs on one"),
-        ("enable_prefix_caching", True, "must be None or False; got .*=True. Prefixes are not"),
         ("enforce_eager", True, "got enforce_eager=True. Every step is compiled .* Leave it out"),
         ("quantization", "awq", "must be None; got quantization='awq'. Weights are floating point"),
         ("kv_cache_dtype", "fp8", "must be 'auto'; got kv_cache_dtype='fp8'. KV pages have"),

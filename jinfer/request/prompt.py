@@ -18,6 +18,7 @@ class Prompt:
 
     text: str | None
     token_ids: tuple[int, ...] | None
+    cache_salt: str = ""  # only prompts of the same salt share cached prefixes
 
 
 def split_prompts(prompts: Any) -> tuple[list[Prompt], bool]:
@@ -103,10 +104,10 @@ def _is_number(value: Any) -> bool:
 
 
 def _from_mapping(prompt: Mapping[str, Any]) -> Prompt:
-    unknown = set(prompt) - {"prompt", "prompt_token_ids"}
+    unknown = set(prompt) - {"prompt", "prompt_token_ids", "cache_salt"}
     if unknown or not prompt:
         raise RequestError(
-            'a prompt dict takes the keys "prompt" and "prompt_token_ids"; '
+            'a prompt dict takes the keys "prompt", "prompt_token_ids" and "cache_salt"; '
             f"got {sorted(map(str, prompt))}. {_HOW}"
         )
     text, token_ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
@@ -114,7 +115,11 @@ def _from_mapping(prompt: Mapping[str, Any]) -> Prompt:
         raise RequestError(f'"prompt" must be a string; got {_shown(text)}. {_HOW}')
     if text is None and token_ids is None:
         raise RequestError(f"a prompt dict must hold a prompt; got only None in it. {_HOW}")
-    return Prompt(text=text, token_ids=None if token_ids is None else _as_ids(token_ids))
+    salt = prompt.get("cache_salt", "")
+    if not isinstance(salt, str):
+        raise RequestError(f'"cache_salt" must be a string; got {_shown(salt)}. {_HOW}')
+    ids = None if token_ids is None else _as_ids(token_ids)
+    return Prompt(text=text, token_ids=ids, cache_salt=salt)
 
 
 def _as_ids(token_ids: Any) -> tuple[int, ...]:

@@ -1,7 +1,7 @@
 """Which pages of the KV pool are taken, and by how many."""
 
-from collections import deque
-from collections.abc import Iterable
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable
 
 from jinfer.axes import PageId
 
@@ -14,18 +14,27 @@ def pages_for(num_tokens: int, page_size: int) -> int:
 class PagePool:
     """Reference counts for physical pages. Counts pages, never tokens.
 
-    Invariant: every page but 0 is either in `_free` with count 0, or out of it with count >= 1.
-    Page 0 is the bin, where padding writes: it is never handed out.
+    Invariant: every page but 0 has a count >= 1, or is in `_free`, or is in `_idle`: without an
+    owner, but kept for its content until nothing else is free. Page 0 is the bin, where padding
+    writes: it is never handed out.
     """
 
     def __init__(self, num_pages: int) -> None:
         assert num_pages >= 1, f"a pool has at least the bin page: {num_pages=}"
         self._free = deque(PageId(i) for i in range(1, num_pages))
+        self._idle: OrderedDict[PageId, None] = OrderedDict()  # released longest ago first
+        self._kept: set[PageId] = set()
         self._refs = [0] * num_pages
+        self.on_reuse: Callable[[PageId], object] = lambda page_id: None  # of a kept page
 
     @property
     def num_free_pages(self) -> int:
-        return len(self._free)
+        """Pages without an owner, kept ones included."""
+        return len(self._free) + len(self._idle)
+
+    def num_idle(self, page_ids: Iterable[PageId]) -> int:
+        """How many of these pages count as free until they are shared."""
+        return sum(page_id in self._idle for page_id in page_ids)
 
     def allocate(self, num_pages: int) -> list[PageId] | None:
         """Takes `num_pages` pages, or none at all and returns None.
@@ -34,9 +43,9 @@ class PagePool:
         scheduler answers it by preempting.
         """
         assert num_pages >= 0, f"allocated a negative count: {num_pages=}"
-        if num_pages > len(self._free):
+        if num_pages > self.num_free_pages:
             return None
-        page_ids = [self._free.popleft() for _ in range(num_pages)]
+        page_ids = [self._take_one() for _ in range(num_pages)]
         for page_id in page_ids:
             self._refs[page_id] = 1
         return page_ids
@@ -44,13 +53,37 @@ class PagePool:
     def share(self, page_ids: Iterable[PageId]) -> None:
         """Adds one owner to each page; every owner releases it once."""
         for page_id in page_ids:
-            assert self._refs[page_id] > 0, f"shared a free page: {page_id=}"
+            if self._refs[page_id] == 0:
+                assert page_id in self._idle, f"shared a free page: {page_id=}"
+                del self._idle[page_id]
             self._refs[page_id] += 1
 
     def release(self, page_ids: Iterable[PageId]) -> None:
-        """Takes one owner from each page; a page without owners is free again."""
+        """Takes one owner from each page; a page without owners is free again, or idle."""
         for page_id in page_ids:
             assert self._refs[page_id] > 0, f"released a free page: {page_id=}"
             self._refs[page_id] -= 1
-            if self._refs[page_id] == 0:
+            if self._refs[page_id] == 0 and page_id in self._kept:
+                self._idle[page_id] = None
+            elif self._refs[page_id] == 0:
                 self._free.append(page_id)
+
+    def keep(self, page_id: PageId) -> None:
+        """Keeps an owned page for its content once it is released, as long as others are free."""
+        assert self._refs[page_id] > 0, f"kept a free page: {page_id=}"
+        self._kept.add(page_id)
+
+    def unkeep(self, page_id: PageId) -> None:
+        """Takes `keep` back."""
+        self._kept.remove(page_id)
+        if page_id in self._idle:
+            del self._idle[page_id]
+            self._free.append(page_id)
+
+    def _take_one(self) -> PageId:
+        if self._free:
+            return self._free.popleft()
+        page_id, _ = self._idle.popitem(last=False)
+        self._kept.remove(page_id)
+        self.on_reuse(page_id)
+        return page_id

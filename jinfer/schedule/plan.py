@@ -65,8 +65,8 @@ class StepPlan:
     """
 
     chunks: tuple[Chunk, ...]
-    admitted: tuple[Sequence, ...]  # their slot's row must be written before the step
-    page_writes: tuple[PageWrite, ...]
+    admitted: tuple[Sequence, ...]  # their slot's row, pages included, is written before the step
+    page_writes: tuple[PageWrite, ...]  # of pages newly taken
     preempted: tuple[Sequence, ...]  # lost slot and pages since the plan before; none has a chunk
     num_tokens: int  # of the first step
     num_readouts: int

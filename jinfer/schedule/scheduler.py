@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from jinfer.axes import PageId, Slot
 from jinfer.schedule.page_pool import PagePool, pages_for
 from jinfer.schedule.plan import Chunk, PageWrite, StepPlan
+from jinfer.schedule.prefix_cache import PrefixCache, page_key
 from jinfer.schedule.sequence import Sequence, Status
 
 # Steps of one dispatch while somebody waits: a slot or pages may come free at any of them.
@@ -41,6 +42,7 @@ class Scheduler:
         max_model_len: int,
         max_readouts: int | None = None,
         max_chunk_tokens: int | None = None,
+        prefix_caching: bool = False,
     ) -> None:
         """Starts empty.
 
@@ -53,6 +55,7 @@ class Scheduler:
           max_readouts: places of one step that may want logits, at least `max_slots`; None is
             just that. More lets prompts that are scored come in larger chunks.
           max_chunk_tokens: tokens of one chunk; None means as many as the step holds.
+          prefix_caching: full pages are kept for sequences that begin with the same tokens.
         """
         max_readouts = max_slots if max_readouts is None else max_readouts
         # Every running row can then decode in every step, and the oldest can always grow.
@@ -66,6 +69,7 @@ class Scheduler:
         self._max_model_len = max_model_len
         self._page_size = page_size
         self._pool = PagePool(num_pages)
+        self._cache = PrefixCache(self._pool) if prefix_caching else None
         self._free_slots = [Slot(i) for i in range(max_slots)]  # a heap: the lowest goes first
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
@@ -135,13 +139,14 @@ class Scheduler:
             )
             return None
         if max_steps > 1:
-            self._prolong(
-                draft, min(max_steps, STEPS_WHILE_WAITING) if self._waiting else max_steps
-            )
+            most = STEPS_WHILE_WAITING if self._waiting else max_steps
+            self._prolong(draft, min(max_steps, most))
         for sequence, chunk in draft.chunks.items():
             sequence.num_scheduled += chunk.num_tokens + chunk.num_steps - 1
             sequence.num_unread += chunk.samples * chunk.num_steps
             sequence.num_in_flight += chunk.num_steps
+            # A prompt's pages will hold what they are named for before any later step reads them.
+            self._publish(sequence, min(chunk.stop, sequence.num_prompt_tokens))
         # One that lost its place in a plan of None may be back by now, or have ended.
         preempted = tuple(s for s in self._preempted if s.status is Status.WAITING)
         self._preempted.clear()
@@ -194,6 +199,12 @@ class Scheduler:
             sequence.output_ids.append(token_id)
         if sequence.status is Status.RUNNING:  # else preempted since: the token holds, its K/V not
             sequence.num_computed += chunk.num_tokens
+            self._publish(sequence, sequence.num_computed)
+
+    def forget_prefixes(self) -> None:
+        """Empties the prefix cache; what runs goes on."""
+        if self._cache is not None:
+            self._cache.clear()
 
     def _schedule_running(self, draft: "_Draft") -> None:
         decodes = [s for s in self._running if s.num_unscheduled == 1]
@@ -212,21 +223,77 @@ class Scheduler:
         num_spare_pages = self.num_free_pages - sum(map(self._num_pages_owed, self._running))
         while self._waiting and self._free_slots:
             sequence = self._waiting[0]
+            # A preempted one waits for its tokens in flight: it must compute them again.
+            if sequence.num_in_flight or not (draft.num_tokens_left and draft.num_readouts_left):
+                break
+            cached = self._cached_pages(sequence)
+            if self._is_coming(sequence, len(cached)):
+                break
             num_pages = pages_for(sequence.num_tokens, self._page_size)
             # One page to grow into, but never more than it can ever fill.
             num_wanted = min(num_pages + 1, pages_for(sequence.max_length, self._page_size))
-            if not (draft.num_tokens_left and draft.num_readouts_left):
+            num_idle = self._pool.num_idle(cached)
+            if num_wanted - len(cached) + num_idle > num_spare_pages:
                 break
-            # A preempted one waits for its tokens in flight: it must compute them again.
-            if sequence.num_in_flight or num_wanted > num_spare_pages:
-                break
-            num_spare_pages -= self._num_pages_owed(sequence)
             self._waiting.popleft()
-            self._running.append(sequence)
-            sequence.status = Status.RUNNING
-            sequence.slot = heapq.heappop(self._free_slots)
-            draft.admitted.append(sequence)
+            self._admit(sequence, cached, draft)
+            num_spare_pages -= num_idle + self._num_pages_owed(sequence)
             self._schedule(sequence, draft.num_readouts_left, draft)
+
+    def _admit(self, sequence: Sequence, cached: list[PageId], draft: "_Draft") -> None:
+        self._running.append(sequence)
+        sequence.status = Status.RUNNING
+        sequence.slot = heapq.heappop(self._free_slots)
+        draft.admitted.append(sequence)
+        self._pool.share(cached)
+        sequence.pages += cached  # entered in the page table when the slot's row is written
+        sequence.num_published = len(cached)
+        sequence.num_computed = sequence.num_scheduled = len(cached) * self._page_size
+        if not sequence.num_preemptions:
+            sequence.num_cached = sequence.num_computed
+
+    def _cached_pages(self, sequence: Sequence) -> list[PageId]:
+        """Pages that hold a prefix of the sequence; its last token must be computed anyhow."""
+        # One that scores its prompt needs the logits of every position.
+        if self._cache is None or sequence.scores_prompt:
+            return []
+        keys = self._keys(sequence, (sequence.num_tokens - 1) // self._page_size)
+        return self._cache.find(keys)
+
+    def _is_coming(self, sequence: Sequence, num_cached: int) -> bool:
+        """Whether another is computing the page that this one lacks first: then it can wait.
+
+        Not for ever: a sequence that runs computes its prompt, or is preempted behind this one.
+        """
+        if self._cache is None or sequence.scores_prompt:
+            return False
+        keys = self._keys(sequence, (sequence.num_tokens - 1) // self._page_size)
+        if num_cached == len(keys):
+            return False
+        return any(
+            num_cached < len(other.page_keys)
+            and other.num_published <= num_cached < other.num_prompt_tokens // self._page_size
+            and other.page_keys[num_cached] == keys[num_cached]
+            for other in self._running
+        )
+
+    def _publish(self, sequence: Sequence, num_tokens: int) -> None:
+        """Names the full pages among the first `num_tokens` tokens, all of them known."""
+        num_pages = num_tokens // self._page_size
+        if self._cache is None or num_pages <= sequence.num_published:
+            return
+        keys = self._keys(sequence, num_pages)
+        for index in range(sequence.num_published, num_pages):
+            self._cache.publish(keys[index], sequence.pages[index])
+        sequence.num_published = num_pages
+
+    def _keys(self, sequence: Sequence, num_pages: int) -> list[bytes]:
+        keys = sequence.page_keys
+        while len(keys) < num_pages:
+            start = len(keys) * self._page_size
+            tokens = sequence.tokens(start, start + self._page_size)
+            keys.append(page_key(keys[-1] if keys else sequence.root_key, tokens))
+        return keys[:num_pages]
 
     def _num_pages_owed(self, sequence: Sequence) -> int:
         # Pages for the tokens it has and the one that comes next, as far as not yet taken.
@@ -287,8 +354,9 @@ class Scheduler:
 
     def _give_back(self, sequence: Sequence) -> None:
         assert sequence.slot is not None, f"runs without a slot: {sequence.request_id=}"
-        self._pool.release(sequence.pages)
+        self._pool.release(reversed(sequence.pages))
         sequence.pages.clear()
+        sequence.num_published = 0
         heapq.heappush(self._free_slots, sequence.slot)
         sequence.slot = None
 

@@ -31,6 +31,7 @@ class Sequence:
     prompt_ids: abc.Sequence[int]
     max_length: int  # tokens of prompt and output at which it stops for length
     scores_prompt: bool = False  # prompt logprobs wanted: each prompt position needs a readout
+    root_key: bytes = b""  # before its first page's key: who may share pages with it
     order: int = -1  # of first arrival at the scheduler, kept when preempted; -1 before it
     output_ids: list[int] = field(default_factory=list)
     num_computed: int = 0  # tokens whose K/V is in the pool
@@ -39,6 +40,9 @@ class Sequence:
     num_in_flight: int = 0  # chunks planned and not yet committed
     num_scored: int = 0  # prompt positions whose logprobs were delivered: 0 .. num_scored - 1
     pages: list[PageId] = field(default_factory=list)  # in order of position
+    page_keys: list[bytes] = field(default_factory=list)  # of full pages of known tokens
+    num_published: int = 0  # leading pages whose content the prefix cache was told
+    num_cached: int = 0  # prompt tokens it found there when first admitted
     slot: Slot | None = None
     status: Status = Status.WAITING
     num_preemptions: int = 0

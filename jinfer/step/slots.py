@@ -70,20 +70,29 @@ def record_drawn(
     )
 
 
-def write_slots(slots: SlotState, slot_A: Int32[Array, "A"], rows: SamplingState) -> SlotState:
+def write_slots(
+    slots: SlotState,
+    slot_A: Int32[Array, "A"],
+    rows: SamplingState,
+    page_table_AM: Int32[Array, "A M"],
+) -> SlotState:
     """Admits up to ADMISSION_ROWS sequences: their parameters in, their output counts to zero.
 
     Args:
       slots: the state; donated.
       slot_A: where each row goes; padding goes to the bin.
       rows: as many rows; their `output_count_AV` is None, to spare sending zeros.
+      page_table_AM: the pages that each sequence starts with, found in the prefix cache or new.
     """
     num_rows, vocab_size = slot_A.shape[0], slots.sampling.output_count_AV.shape[-1]
     counts_AV = jnp.zeros((num_rows, vocab_size), jnp.int32)
     rows = dataclasses.replace(rows, output_count_AV=counts_AV)
     sampling = jax.tree.map(lambda all_, new: all_.at[slot_A].set(new), slots.sampling, rows)
     stopped_A = slots.stopped_A.at[slot_A].set(False)
-    return dataclasses.replace(slots, stopped_A=stopped_A, sampling=sampling)
+    page_table_AM = slots.page_table_AM.at[slot_A].set(page_table_AM)
+    return dataclasses.replace(
+        slots, page_table_AM=page_table_AM, stopped_A=stopped_A, sampling=sampling
+    )
 
 
 def restore_counts(

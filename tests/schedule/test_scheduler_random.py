@@ -31,6 +31,7 @@ class Limits:
     max_model_len: int = 48
     max_readouts: int = 8
     max_chunk_tokens: int | None = None
+    prefix_caching: bool = False
     max_steps: int = 1  # of one dispatch
 
 
@@ -68,6 +69,9 @@ class Simulation:
     def add(self, num_prompt_tokens: int, max_length: int, *, scores_prompt: bool = False) -> None:
         number = len(self.sequences)
         prompt = [1 + (number * 7919 + i * 31) % 97 for i in range(num_prompt_tokens)]
+        if self.limits.prefix_caching:  # prompts of a few families begin alike
+            prompt = [1 + (number % 3 * 7919 + i * 31) % 97 for i in range(num_prompt_tokens)]
+            prompt[-1] = 1 + number % 5
         sequence = Sequence(f"r{number}", 0, prompt, max_length, scores_prompt)
         self.sequences.append(sequence)
         self.alive.append(sequence)
@@ -100,14 +104,15 @@ class Simulation:
         chunks = {chunk.sequence: chunk for chunk in plan.chunks}
         assert len(chunks) == len(plan.chunks)
         for chunk in plan.chunks:
-            assert chunk.start == starts[chunk.sequence]
+            cached = chunk.sequence.num_cached if chunk.sequence in plan.admitted else 0
+            assert chunk.start == starts[chunk.sequence] or cached or chunk.sequence.num_preemptions
             assert self.in_flight or chunk.start == chunk.sequence.num_computed
         assert all(s in chunks or s in plan.preempted for s in decoding)
         if growing:  # the oldest always gets on
             assert growing[0] in chunks
         elif not running and not self.in_flight:
             assert self.alive[0] in chunks
-        if not plan.preempted:
+        if not plan.preempted and not self.limits.prefix_caching:
             self.check_nobody_waits_for_nothing(plan)
         self.in_flight.append((plan, self.execute(plan)))
         self.check_ownership()
@@ -145,7 +150,9 @@ class Simulation:
     def execute(self, plan: StepPlan) -> list[list[int | None]]:
         for sequence in plan.admitted:
             assert sequence.slot is not None
-            self.table[sequence.slot].clear()
+            [start] = [chunk.start for chunk in plan.chunks if chunk.sequence is sequence]
+            cached = sequence.pages[: start // self.limits.page_size]
+            self.table[sequence.slot] = dict(enumerate(cached))
             self.stopped.discard(sequence.slot)
             if sequence not in self.first_admitted:
                 self.first_admitted.append(sequence)
@@ -176,7 +183,8 @@ class Simulation:
     def attend(self, chunk: Chunk) -> int | None:
         found = [self.cells[self.cell(chunk.slot, p)] for p in range(chunk.stop)]
         for position, (owner, written_position, _) in enumerate(found):
-            assert owner is chunk.sequence and written_position == position
+            assert owner is chunk.sequence or self.limits.prefix_caching
+            assert written_position == position
         if not chunk.samples:
             return None
         self.last_token[chunk.slot] = draw(tuple(token for _, _, token in found))
@@ -238,8 +246,9 @@ class Simulation:
         slots = [s.slot for s in running]
         assert len(set(slots)) == len(slots) and set(slots) <= set(range(self.limits.max_slots))
         pages = [page_id for s in running for page_id in s.pages]
-        assert len(set(pages)) == len(pages) and 0 not in pages
-        assert len(pages) + self.scheduler.num_free_pages == self.limits.num_pages - 1
+        assert len(set(pages)) == len(pages) or self.limits.prefix_caching
+        assert 0 not in pages
+        assert len(set(pages)) + self.scheduler.num_free_pages == self.limits.num_pages - 1
         for s in running:
             assert s.slot is not None
             assert len(s.pages) == pages_for(s.num_scheduled, self.limits.page_size)
@@ -260,8 +269,10 @@ class Simulation:
         assert self.scheduler.num_free_pages == self.limits.num_pages - 1
         for _ in range(self.limits.max_slots):
             self.add(1, 2)
-        self.dispatch()  # every slot is free: the lowest go first
-        assert [s.slot for s in self.alive] == list(range(self.limits.max_slots))
+        self.dispatch()  # every slot is free: the lowest go first, as far as pages last
+        num_fitting = (self.limits.num_pages - 1) // pages_for(2, self.limits.page_size)
+        slots = [s.slot for s in self.alive if s.slot is not None]
+        assert slots == list(range(min(self.limits.max_slots, num_fitting)))
         self.drain()
 
 
@@ -321,7 +332,19 @@ def test_random_requests_that_decode_several_steps_at_once(name: str, depth: int
     assert sim.num_long > 10
 
 
+@pytest.mark.parametrize("depth", [0, 1], ids=["read_at_once", "one_dispatch_ahead"])
+@pytest.mark.parametrize("name", CASES)
+def test_random_requests_that_share_prefixes(name: str, depth: int) -> None:
+    limits = replace(CASES[name], max_steps=3, prefix_caching=True)
+    sim = run_randomly(limits, num_requests=150, depth=depth, seed=depth + 4)
+    num_cached = sum(s.num_cached for s in sim.sequences)
+    assert num_cached > 0.05 * sum(s.num_prompt_tokens for s in sim.sequences)
+    sim.scheduler.forget_prefixes()
+    sim.check_empty()
+
+
 @given(
+    prefix_caching=st.booleans(),
     max_steps=st.integers(1, 9),
     max_slots=st.integers(1, 6),
     num_more_tokens=st.integers(0, 20),
@@ -334,8 +357,8 @@ def test_random_requests_that_decode_several_steps_at_once(name: str, depth: int
 )
 @settings(max_examples=60, deadline=None, derandomize=True, database=None)
 def test_any_limits(
-    *, max_steps, max_slots, num_more_tokens, page_size, num_more_pages, num_more_readouts,
-    max_chunk_tokens, depth, seed,
+    *, prefix_caching, max_steps, max_slots, num_more_tokens, page_size, num_more_pages,
+    num_more_readouts, max_chunk_tokens, depth, seed,
 ) -> None:  # fmt: skip
     limits = Limits(
         max_slots=max_slots,
@@ -346,6 +369,7 @@ def test_any_limits(
         max_readouts=max_slots + num_more_readouts,
         max_chunk_tokens=max_chunk_tokens,
         max_steps=max_steps,
+        prefix_caching=prefix_caching,
     )
     run_randomly(limits, num_requests=12, depth=depth, seed=seed)
 

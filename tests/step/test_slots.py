@@ -28,6 +28,8 @@ from jinfer.step.slots import (
 VOCAB_SIZE, MAX_SLOTS, BIN = 70, 4, 4
 SHAPE = BucketShape(num_tokens=4, num_rows=4, num_page_writes=5, bin_slot=BIN)
 
+NO_PAGES = jnp.zeros((ADMISSION_ROWS, 3), jnp.int32)
+
 
 @pytest.fixture
 def slots() -> SlotState:
@@ -55,7 +57,9 @@ def test_admission_writes_its_slot_and_no_other(slots: SlotState) -> None:
     rows = admission_rows([row_of(params, [5, 6, 6], [8])], VOCAB_SIZE)
     slot_A = jnp.full(ADMISSION_ROWS, BIN, jnp.int32).at[0].set(2)
     before = jax.tree.map(jnp.copy, slots)
-    after = write_slots(slots, slot_A, rows)
+    pages_A3 = jnp.zeros((ADMISSION_ROWS, 3), jnp.int32).at[0].set(jnp.array([4, 9, 0]))
+    after = write_slots(slots, slot_A, rows, pages_A3)
+    assert after.page_table_AM[2].tolist() == [4, 9, 0]
     assert all(same(before, after, slot) for slot in (0, 1, 3))
     state = after.sampling
     read = {
@@ -77,10 +81,10 @@ def test_a_slot_taken_again_forgets_who_was_there(slots: SlotState) -> None:
     )
     nothing = row_of(SamplingParams(temperature=0.0), [7], [])
     slot_A = jnp.full(ADMISSION_ROWS, BIN, jnp.int32).at[0].set(1)
-    fresh = write_slots(slots, slot_A, admission_rows([nothing], VOCAB_SIZE))
-    used = write_slots(slots, slot_A, admission_rows([everything], VOCAB_SIZE))
+    fresh = write_slots(slots, slot_A, admission_rows([nothing], VOCAB_SIZE), NO_PAGES)
+    used = write_slots(slots, slot_A, admission_rows([everything], VOCAB_SIZE), NO_PAGES)
     used = record_drawn(used, jnp.array([1]), jnp.array([9]), jnp.array([True]))
-    again = write_slots(used, slot_A, admission_rows([nothing], VOCAB_SIZE))
+    again = write_slots(used, slot_A, admission_rows([nothing], VOCAB_SIZE), NO_PAGES)
     again = dataclasses.replace(again, last_token_A=fresh.last_token_A)  # stale, and not read
     assert same(again, fresh, 1)
 
