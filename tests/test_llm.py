@@ -309,6 +309,7 @@ def test_logprobs_zero_reports_the_chosen_alone_and_none_nothing(llm: LLM) -> No
 
 
 def test_the_metrics_are_ordered(llm: LLM) -> None:
+    llm.reset_prefix_cache()
     outputs = llm.generate([[5 + i] * 20 for i in range(20)], greedy(6))
     for output in outputs:
         m = output.metrics

@@ -50,7 +50,7 @@ def test_split(prompts: object, want: list[Prompt], single: bool) -> None:
         ([True], "token ids must be integers; got True at position 0"),
         ([[1, "a"]], "token ids must be integers; got 'a' at position 1"),
         (["x" * 9, 3], "a prompt must be text or token ids; got 3"),
-        ({}, r'takes the keys "prompt" and "prompt_token_ids"; got \[\]'),
+        ({}, r'takes the keys "prompt", "prompt_token_ids" and "cache_salt"; got \[\]'),
         ({"text": "hi"}, r"got \['text'\]"),
         ({"prompt": 3}, '"prompt" must be a string; got 3'),
         ({"prompt": None}, "must hold a prompt; got only None"),
