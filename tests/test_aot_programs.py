@@ -19,7 +19,6 @@ from jinfer.step.slots import empty_slots
 from kernels_pallas.compat import told_the_chip
 
 pytestmark = pytest.mark.slow
-pytest.importorskip("libtpu", reason='the TPU compiler is not here; pip install "jax[tpu]"')
 
 LLAMA_3_8B = ModelConfig(
     family="llama",
@@ -46,6 +45,23 @@ def no_compilation_cache():
     compilation_cache.reset_cache()
 
 
+CONFIG = EngineConfig(model="-", max_num_seqs=16, max_num_batched_tokens=512)
+H200 = """
+gpu_device_info {
+  cuda_compute_capability { major: 9 minor: 0 }
+  threads_per_block_limit: 1024  threads_per_warp: 32
+  shared_memory_per_block: 49152  shared_memory_per_core: 233472
+  shared_memory_per_block_optin: 232448
+  threads_per_core_limit: 2048  core_count: 132  fpus_per_core: 128
+  block_dim_limit_x: 2147483647  block_dim_limit_y: 65535  block_dim_limit_z: 65535
+  memory_bandwidth: 4800000000000  l2_cache_size: 62914560  clock_rate_ghz: 1.98
+  device_memory_size: 150000000000
+  registers_per_core_limit: 65536  registers_per_block_limit: 65536
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 10 }
+device_description_str: "NVIDIA H200"
+"""
 # HBM left for pool and activations once the weights are in place; v5e holds 16 GB in all, so
 # there the model is cut to the layers that fit.
 TARGETS = {
@@ -63,9 +79,12 @@ def shapes_of(model: ModelConfig, plan: EnginePlan) -> tuple[Any, Any, Any]:
         return jax.ShapeDtypeStruct((*leading, *shape.shape), plan.dtype)
 
     params = {name: of_dtype(shape) for name, shape in decoder.ends_shapes.items()}
-    params["blocks"] = {
-        name: of_dtype(shape, model.num_layers) for name, shape in decoder.block_shapes.items()
-    }
+    if plan.layer_loop == "scan":
+        leading = (model.num_layers,)
+        params["blocks"] = {n: of_dtype(s, *leading) for n, s in decoder.block_shapes.items()}
+    else:
+        block = {name: of_dtype(shape) for name, shape in decoder.block_shapes.items()}
+        params["blocks"] = [block] * model.num_layers
     pages = pages_shape(model, num_pages=plan.num_pages, page_size=plan.page_size, dtype=plan.dtype)
     slots = jax.eval_shape(
         lambda: empty_slots(
@@ -77,16 +96,38 @@ def shapes_of(model: ModelConfig, plan: EnginePlan) -> tuple[Any, Any, Any]:
     return params, pages, slots
 
 
-@pytest.mark.parametrize("name", ["step of 512 tokens", "decode of 16 rows"])
+NAMES = ("step of 512 tokens", "decode of 16 rows")
+
+
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("target", TARGETS)
-def test_8b_programs_copy_neither_weights_nor_pool(target: str, name: str) -> None:
+def test_8b_programs_on_tpus_copy_neither_weights_nor_pool(target: str, name: str) -> None:
+    reason = 'the TPU compiler is not here; pip install "jax[tpu]"'
+    pytest.importorskip("libtpu", reason=reason)
     os.environ.update(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="true")
     chip = topologies.get_topology_desc(platform="tpu", topology_name=target).devices[0]
     num_layers, free_bytes = TARGETS[target]
     model = replace(LLAMA_3_8B, num_layers=num_layers)
-    config = EngineConfig(model="-", max_num_seqs=16, max_num_batched_tokens=512)
-    plan = resolve_plan(config, model, platform="tpu", free_bytes=free_bytes)
+    plan = resolve_plan(CONFIG, model, platform="tpu", free_bytes=free_bytes)
     assert plan.attention == "tpu" and plan.layer_loop == "scan"
+    with told_the_chip(chip):
+        check_program(target, name, chip, model, plan)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_8b_programs_on_h200_copy_neither_weights_nor_pool(name: str) -> None:
+    pytest.importorskip(
+        "jax_plugins.xla_cuda13", reason="the GPU compiler is not here; pip install it"
+    )
+    topology = {"target_config": H200, "topology": "1x1x1"}
+    chip = topologies.get_topology_desc(topology_name="", platform="cuda", **topology).devices[0]
+    plan = resolve_plan(CONFIG, LLAMA_3_8B, platform="gpu", free_bytes=64 << 30)
+    assert plan.attention == "xla_wide" and plan.layer_loop == "unrolled"
+    check_program("H200", name, chip, LLAMA_3_8B, plan)
+
+
+def check_program(target: str, name: str, chip: Any, model: ModelConfig, plan: EnginePlan) -> None:
+    """Compiles one program and reads its memory off it."""
     programs = step_programs(plan, model, *shapes_of(model, plan))
     [program] = [p for p in programs if p.name == name]
     sharding = jax.sharding.SingleDeviceSharding(chip)
@@ -94,9 +135,12 @@ def test_8b_programs_copy_neither_weights_nor_pool(target: str, name: str) -> No
         lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), program.shapes
     )
     start_s = time.perf_counter()
-    with told_the_chip(chip):
-        lowered = jax.jit(program.function, donate_argnums=program.donate).lower(*placed)
-    memory = lowered.compile().memory_analysis()
+    memory = (
+        jax.jit(program.function, donate_argnums=program.donate)
+        .lower(*placed)
+        .compile()
+        .memory_analysis()
+    )
     elapsed_s = time.perf_counter() - start_s
     pool_bytes = plan.num_pages * plan.page_bytes
     weight_bytes = 2 * model.num_parameters
