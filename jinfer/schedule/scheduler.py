@@ -28,6 +28,10 @@ class Scheduler:
     Invariant: orders ascend through `_running` and on through `_waiting`. So the youngest
     running sequence is the last one, and its place when preempted is the head of the queue.
 
+    With prefix caching a sequence starts with the pages that hold its first tokens already, if
+    any, shared with whoever else has them. Nobody writes to them: they are full, and what a
+    sequence computes goes behind them.
+
     The loop may plan step n+1 before it commits step n. Device work runs in order, so pages
     given back while a step in flight still writes to them may be handed out at once.
     """
