@@ -27,8 +27,10 @@ MAX_INPUT_BYTES = 1 << 25
 # Real templates take milliseconds; a worker needs some 60 MiB to start.
 MAX_CPU_S = 1.0
 MAX_MEMORY_BYTES = 1 << 29
-# Only for a worker that is stuck without computing, or a machine that hardly runs it.
+# Only for a worker that is stuck without computing, or a machine that hardly runs it. Counted in
+# short waits, so that a machine that was paused for a minute has lost one of them, not all.
 MAX_WALL_S = 30.0
+_WAIT_S = 0.25
 
 _WORKER = Path(__file__).with_name("chat_worker.py")
 
@@ -320,7 +322,7 @@ class _Worker:
         """One question and its answer; a worker that dies of it is an answer too."""
         try:
             self._line.send_bytes(request)
-            if not self._line.poll(MAX_WALL_S):
+            if not any(self._line.poll(_WAIT_S) for _ in range(int(MAX_WALL_S / _WAIT_S))):
                 return {"error": "limit", "details": f"no answer in {MAX_WALL_S:g} s"}
             return json.loads(self._line.recv_bytes())
         except (EOFError, ConnectionError):
