@@ -6,6 +6,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from kernels_pallas.paged_attention.pages import QuantizedPages, quantize
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Case:
@@ -21,6 +23,8 @@ class Case:
     page_size: int = 8  # tokens
     spare_pages: int = 2  # page-table entries past the longest row
     dtype: str = "float32"
+    pages_dtype: str | None = None  # None = dtype; 8-bit ones come with scales
+    stored_width: int | None = None  # of a head in the pool; None = head_width
     window: int | None = None
     soft_cap: float | None = None
     sinks: bool = False
@@ -76,6 +80,15 @@ CASES = (
     _mixed("bfloat16", dtype="bfloat16"),
     _mixed("bfloat16_sinks", dtype="bfloat16", window=11, sinks=True),
     _mixed("float16", dtype="float16"),
+    _mixed("width_96_stored_as_128", head_width=96, stored_width=128),
+    _mixed("int8_pages", pages_dtype="int8"),
+    _mixed("fp8_pages", pages_dtype="float8_e4m3fn", page_size=32),
+    _mixed("int8_pages_of_width_128", pages_dtype="int8", head_width=128, page_size=32),
+    _mixed(
+        "int8_pages_all_options", pages_dtype="int8", window=11, soft_cap=2.0, sinks=True
+    ),
+    _mixed("bfloat16_int8_pages", dtype="bfloat16", pages_dtype="int8", page_size=64),
+    _mixed("bfloat16_fp8_pages", dtype="bfloat16", pages_dtype="float8_e4m3fn", sinks=True),
 )
 
 
@@ -105,7 +118,7 @@ def build(case: Case, seed: int = 0) -> Inputs:
             draw(case.num_q_heads),
             draw(case.num_kv_heads),
             draw(case.num_kv_heads),
-            jnp.asarray(pages, case.dtype),
+            pages,
             LAYER,
             *(jnp.asarray(a, jnp.int32) for a in (page_table_BM, kv_len_B, start_B, query_len_B)),
         ),
@@ -140,12 +153,22 @@ def _page_table(rng: np.random.Generator, case: Case) -> tuple[np.ndarray, int]:
 
 def _poisoned_pages(
     rng: np.random.Generator, case: Case, page_table_BM: np.ndarray, num_pages: int
-) -> np.ndarray:
-    shape = (NUM_LAYERS, num_pages, case.num_kv_heads, case.page_size, 2 * case.head_width)
+) -> Any:
+    head_width = case.stored_width or case.head_width
+    shape = (NUM_LAYERS, num_pages, case.num_kv_heads, case.page_size, 2 * head_width)
     pages = np.full(shape, np.nan, np.float32)
     for row, (kv_len, query_len) in enumerate(zip(case.kv_len, case.query_len, strict=True)):
         for position in range(kv_len - query_len):
             page = page_table_BM[row, position // case.page_size]
-            old_K2H = rng.standard_normal((case.num_kv_heads, 2 * case.head_width))
+            old_K2H = rng.standard_normal((case.num_kv_heads, 2, case.head_width))
+            old_K2H = np.pad(old_K2H, ((0, 0), (0, 0), (0, head_width - case.head_width)))
+            old_K2H = old_K2H.reshape(case.num_kv_heads, -1)
             pages[LAYER, page, :, position % case.page_size] = old_K2H
-    return pages
+    if case.pages_dtype is None:
+        return jnp.asarray(pages, case.dtype)
+    merged = pages.reshape(-1, 2, head_width)  # (layer, page, head, token), key or value
+    cells, scales = quantize(merged, case.pages_dtype)
+    # What was NaN is garbage now, its scale NaN still.
+    scales = jnp.where(np.isnan(merged).any(-1), np.nan, scales)
+    scales = scales.reshape(*pages.shape[:4], 2).swapaxes(3, 4)
+    return QuantizedPages(cells.reshape(pages.shape), scales)

@@ -8,14 +8,21 @@ from typing import Any
 
 import jax.numpy as jnp
 
-PAGE_DTYPES = ("float32", "bfloat16", "float16")
+from kernels_pallas.paged_attention.pages import (
+    LARGEST,
+    PLAIN_DTYPES,
+    Pages,
+    QuantizedPages,
+    cells_of,
+    scales_of,
+)
 
 
 def check_arguments(
     q_TNH: Any,
     k_TKH: Any,
     v_TKH: Any,
-    pages_LPKZ2H: Any,
+    pages: Pages,
     page_table_BM: Any,
     rows: dict[str, Any],
     *,
@@ -29,7 +36,7 @@ def check_arguments(
       q_TNH: new queries.
       k_TKH: new keys.
       v_TKH: new values.
-      pages_LPKZ2H: the stacked pool.
+      pages: the stacked pool.
       page_table_BM: page ids of each row.
       rows: the per-row int32 arrays (`kv_len_B`, ...) by name.
       window: positions a query may look back over, its own included; None = all.
@@ -38,10 +45,11 @@ def check_arguments(
 
     Raises:
       ValueError: if a shape, an integer dtype, `window` or `soft_cap` is wrong.
-      NotImplementedError: if the pool holds a dtype other than PAGE_DTYPES.
+      NotImplementedError: if the pool's cells are neither of PLAIN_DTYPES nor, with scales, one
+        of the 8-bit dtypes.
     """
     _check_tokens(q_TNH, k_TKH, v_TKH)
-    _check_pages(q_TNH, k_TKH, pages_LPKZ2H)
+    _check_pages(q_TNH, k_TKH, pages)
     _check_rows(page_table_BM, rows)
     num_q_heads = q_TNH.shape[1]
     if sinks_N is not None and sinks_N.shape != (num_q_heads,):
@@ -74,18 +82,29 @@ def _check_tokens(q_TNH: Any, k_TKH: Any, v_TKH: Any) -> None:
         )
 
 
-def _check_pages(q_TNH: Any, k_TKH: Any, pages_LPKZ2H: Any) -> None:
+def _check_pages(q_TNH: Any, k_TKH: Any, pages: Pages) -> None:
     num_kv_heads, width = k_TKH.shape[1], q_TNH.shape[2]
-    shape = pages_LPKZ2H.shape
-    if len(shape) != 5 or shape[2] != num_kv_heads or shape[4] != 2 * width:
+    cells, scales = cells_of(pages), scales_of(pages)
+    shape = cells.shape
+    # A pool may store heads wider than they are, filled up with zeros.
+    if len(shape) != 5 or shape[2] != num_kv_heads or shape[4] < 2 * width or shape[4] % 2:
         raise ValueError(
             f"pages are [L, P, K={num_kv_heads}, Z, 2H={2 * width}]; got shape {shape}. "
             "Allocate the pool for this model and this share of its heads."
         )
-    if jnp.dtype(pages_LPKZ2H.dtype).name not in PAGE_DTYPES:
+    allowed = tuple(LARGEST) if isinstance(pages, QuantizedPages) else PLAIN_DTYPES
+    if jnp.dtype(cells.dtype).name not in allowed:
         raise NotImplementedError(
-            f"pages hold {', '.join(PAGE_DTYPES)}; got dtype={pages_LPKZ2H.dtype}. "
-            "Allocate the pool in one of these."
+            f"pages hold {', '.join(PLAIN_DTYPES)}, or with scales {', '.join(LARGEST)}; "
+            f"got dtype={cells.dtype}. Allocate the pool in one of these."
+        )
+    if scales is None:
+        return
+    expected = (*shape[:3], 2, shape[3])
+    if scales.shape != expected or scales.dtype != jnp.float32:
+        raise ValueError(
+            f"scales are float32 [L, P, K, 2, Z] = {expected}; got {scales.dtype} {scales.shape}. "
+            "Allocate them with the pool."
         )
 
 

@@ -3,12 +3,14 @@
 import numpy as np
 from jaxtyping import Array, Float, Int32
 
+from kernels_pallas.paged_attention.pages import Pages, cells_of, new_cells, scales_of
+
 
 def paged_attention_reference(  # noqa: PLR0913 - the contract of every implementation
     q_TNH: Float[Array, "T N H"],
     k_TKH: Float[Array, "T K H"],
     v_TKH: Float[Array, "T K H"],
-    pages_LPKZ2H: Float[Array, "L P K Z 2*H"],
+    pages: Pages,
     layer: int | Int32[Array, ""],
     page_table_BM: Int32[Array, "B M"],
     kv_len_B: Int32[Array, "B"],
@@ -19,26 +21,37 @@ def paged_attention_reference(  # noqa: PLR0913 - the contract of every implemen
     window: int | None = None,
     soft_cap: float | None = None,
     sinks_N: Float[Array, "N"] | None = None,
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[np.ndarray, Pages]:
     """Writes the new keys and values, then softmax(scale * q k) v over each row's own past.
 
     Takes concrete arrays, returns float32 outputs and the updated pool; what padding does to
     page 0 is not part of the answer. Arguments: see `paged_attention_xla`.
     """
-    pages = np.array(pages_LPKZ2H)
-    new_TK2H = np.concatenate([k_TKH, v_TKH], axis=-1).astype(pages.dtype)
+    cells, scales = np.array(cells_of(pages)), scales_of(pages)
+    page_size, half = cells.shape[3], cells.shape[4] // 2
+    q_TNH, k_TKH, v_TKH = (np.asarray(x) for x in (q_TNH, k_TKH, v_TKH))
     group, (_, _, head_width) = q_TNH.shape[1] // k_TKH.shape[1], q_TNH.shape
+    # The pool may store wider heads than there are: zeros fill them up.
+    more = ((0, 0), (0, 0), (0, half - head_width))
+    new_TK2H, new_scales_TK2 = new_cells(np.pad(k_TKH, more), np.pad(v_TKH, more), pages)
+    if scales is not None:
+        scales = np.array(scales)
     out_TNH = np.zeros(q_TNH.shape, np.float32)
     rows = list(zip(page_table_BM, kv_len_B, query_start_B, query_len_B, strict=True))
     rows = [(np.asarray(page_ids), *map(int, lengths)) for page_ids, *lengths in rows]
     for page_ids, kv_len, start, count in rows:
         position = np.arange(kv_len - count, kv_len)
-        page, offset = page_ids[position // pages.shape[3]], position % pages.shape[3]
-        pages[layer, page, :, offset] = new_TK2H[start : start + count]
+        page, offset = page_ids[position // page_size], position % page_size
+        cells[layer, page, :, offset] = new_TK2H[start : start + count]
+        if scales is not None:
+            scales[layer, page, :, :, offset] = new_scales_TK2[start : start + count]
     for page_ids, kv_len, start, count in rows:
         key = np.arange(kv_len)
-        kv_SK2H = pages[layer, page_ids[key // pages.shape[3]], :, key % pages.shape[3]]
-        kv_SN2H = np.repeat(kv_SK2H.astype(np.float32), group, axis=1)
+        page, offset = page_ids[key // page_size], key % page_size
+        kv_SK2H = cells[layer, page, :, offset].astype(np.float32)
+        if scales is not None:
+            kv_SK2H *= np.repeat(scales[layer, page, :, :, offset], half, axis=-1)
+        kv_SN2H = np.repeat(kv_SK2H, group, axis=1)
         for i in range(count):
             position = kv_len - count + i
             low = 0 if window is None else max(0, position - window + 1)
@@ -53,6 +66,6 @@ def paged_attention_reference(  # noqa: PLR0913 - the contract of every implemen
             peak_1N = np.maximum(score_SN.max(axis=0, keepdims=True), sink_1N)
             weight_SN = np.exp(score_SN - peak_1N)
             total_1N = weight_SN.sum(axis=0, keepdims=True) + np.exp(sink_1N - peak_1N)
-            value_SNH = seen_SN2H[..., head_width:]
+            value_SNH = seen_SN2H[..., half : half + head_width]
             out_TNH[start + i] = np.einsum("SN,SNH->NH", weight_SN / total_1N, value_SNH)
-    return out_TNH, pages
+    return out_TNH, cells if scales is None else type(pages)(cells, scales)

@@ -18,11 +18,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
 from kernels_pallas.paged_attention.contract import check_arguments
+from kernels_pallas.paged_attention.pages import LARGEST, Pages, cells_of, widened
 from kernels_pallas.paged_attention.tpu_attend import LANES, AttendOptions, attend_rows
 from kernels_pallas.paged_attention.tpu_work import Rows
 from kernels_pallas.paged_attention.tpu_write import write_rows
 
-PAGE_DTYPES = ("float32", "bfloat16")
+DTYPES = ("float32", "bfloat16")
 # Up to this many tokens, a second pass with wider blocks is not worth its launch.
 FEW_TOKENS = 8
 # Query rows of one kv head in a block: enough work per key read that prefill is not bound by
@@ -37,7 +38,7 @@ def paged_attention_tpu(  # noqa: PLR0913 - the contract of every implementation
     q_TNH: Float[Array, "T N H"],
     k_TKH: Float[Array, "T K H"],
     v_TKH: Float[Array, "T K H"],
-    pages_LPKZ2H: Float[Array, "L P K Z 2*H"],
+    pages: Pages,
     layer: int | Int32[Array, ""],
     page_table_BM: Int32[Array, "B M"],
     kv_len_B: Int32[Array, "B"],
@@ -51,7 +52,7 @@ def paged_attention_tpu(  # noqa: PLR0913 - the contract of every implementation
     tile_tokens: int | None = None,
     block_tokens: int | None = None,
     interpret: Any = False,
-) -> tuple[Float[Array, "T N H"], Float[Array, "L P K Z 2*H"]]:
+) -> tuple[Float[Array, "T N H"], Pages]:
     """Same contract as `paged_attention_xla`, whose docstring explains the shared arguments.
 
     Rows with one new token attend in a pass of their own, one token per block; all others in
@@ -64,7 +65,7 @@ def paged_attention_tpu(  # noqa: PLR0913 - the contract of every implementation
       q_TNH: packed new queries; float32 or bfloat16, and so for k and v.
       k_TKH: their keys; stored in the pool's dtype.
       v_TKH: their values; likewise.
-      pages_LPKZ2H: the pool of all layers; float32 or bfloat16.
+      pages: the pool of all layers; float32, bfloat16, or with scales int8 or float8_e4m3fn.
       layer: which layer of the pool; may be traced.
       page_table_BM: page ids of each row. A line at a time is brought to scalar memory, so
         neither B * M nor the context is limited by its size.
@@ -88,8 +89,8 @@ def paged_attention_tpu(  # noqa: PLR0913 - the contract of every implementation
 
     Raises:
       ValueError: if shapes or integer dtypes disagree, or a tile size is below 1.
-      NotImplementedError: if a dtype is neither float32 nor bfloat16, or the head width is
-        not a multiple of 64.
+      NotImplementedError: if a dtype is another one, or the pool's head width is not a multiple
+        of 64. The heads' own may be smaller: `stored_head_width` says what to allocate.
 
     Donates: nothing by itself; inside a jit that donates the pool the update is in place.
     Sharding: call it inside `jax.shard_map(..., check_vma=False)` with all heads cut along K.
@@ -103,54 +104,61 @@ def paged_attention_tpu(  # noqa: PLR0913 - the contract of every implementation
         q_TNH,
         k_TKH,
         v_TKH,
-        pages_LPKZ2H,
+        pages,
         page_table_BM,
         rows._asdict(),
         window=window,
         soft_cap=soft_cap,
         sinks_N=sinks_N,
     )
-    _check_limits(q=q_TNH, k=k_TKH, v=v_TKH, pages=pages_LPKZ2H)
+    head_width = q_TNH.shape[2]
+    q_TNH, k_TKH, v_TKH = widened(pages, q_TNH, k_TKH, v_TKH)
+    _check_limits(cells_of(pages), q=q_TNH, k=k_TKH, v=v_TKH)
     tile_tokens = _fitting_tile(q_TNH, k_TKH.shape[1]) if tile_tokens is None else tile_tokens
-    block_tokens = _fitting_block(pages_LPKZ2H) if block_tokens is None else block_tokens
+    block_tokens = _fitting_block(cells_of(pages)) if block_tokens is None else block_tokens
     if min(tile_tokens, block_tokens) < 1:
         raise ValueError(
             f"tile sizes must be >= 1; got {tile_tokens=}, {block_tokens=}. "
             "Leave them out for the defaults."
         )
-    pages_LPKZ2H = write_rows(
-        k_TKH, v_TKH, pages_LPKZ2H, layer, page_table_BM, rows, interpret=interpret
-    )
+    pages = write_rows(k_TKH, v_TKH, pages, layer, page_table_BM, rows, interpret=interpret)
     options = AttendOptions(scale, window, soft_cap, block_tokens, interpret)
 
     def attend(chosen: Rows, tile_tokens: int) -> Float[Array, "T N H"]:
-        where = (pages_LPKZ2H, layer, page_table_BM)
-        return attend_rows(q_TNH, sinks_N, *where, chosen, tile_tokens, options)
+        where = (pages, layer, page_table_BM)
+        out_TNH = attend_rows(q_TNH, sinks_N, *where, chosen, tile_tokens, options)
+        return out_TNH[..., :head_width]
 
     num_tokens = q_TNH.shape[0]
     if tile_tokens == 1 or num_tokens <= FEW_TOKENS:
-        return _where(_owned(rows, num_tokens), attend(rows, 1), 0), pages_LPKZ2H
+        return _where(_owned(rows, num_tokens), attend(rows, 1), 0), pages
     single_B = query_len_B == 1
     decoding = rows._replace(query_len_B=jnp.where(single_B, 1, 0))
     prefilling = rows._replace(query_len_B=jnp.where(single_B, 0, query_len_B))
     out_TNH = _where(_owned(decoding, num_tokens), attend(decoding, 1), 0)
     wide_T = _owned(prefilling, num_tokens)
-    return _where(wide_T, attend(prefilling, tile_tokens), out_TNH), pages_LPKZ2H
+    return _where(wide_T, attend(prefilling, tile_tokens), out_TNH), pages
 
 
-def _check_limits(**arrays: Any) -> None:
-    for name, values in arrays.items():
-        if jnp.dtype(values.dtype).name not in PAGE_DTYPES:
+def stored_head_width(head_width: int) -> int:
+    """The head width to allocate a pool with, so that a cell is whole rows of lanes."""
+    return -(-2 * head_width // LANES) * LANES // 2
+
+
+def _check_limits(cells: Any, **arrays: Any) -> None:
+    for name, values in {"pages": cells, **arrays}.items():
+        allowed = (*DTYPES, *LARGEST) if name == "pages" else DTYPES
+        if jnp.dtype(values.dtype).name not in allowed:
             raise NotImplementedError(
-                f"on TPU, {name} must be {' or '.join(PAGE_DTYPES)}; "
+                f"on TPU, {name} must be {' or '.join(allowed)}; "
                 f"got dtype={values.dtype}. Convert it, or choose the xla implementation."
             )
-    head_width = arrays["q"].shape[-1]
-    if 2 * head_width % LANES:
+    head_width = cells.shape[4] // 2
+    if stored_head_width(head_width) != head_width:
         # Compiled all the same, XLA lays the pool out otherwise and copies it on every call.
         raise NotImplementedError(
-            f"on TPU, the head width must be a multiple of {LANES // 2}; got {head_width=}. "
-            "Pad the heads with zeros, or choose the xla implementation."
+            f"on TPU, the pool's head width must be a multiple of {LANES // 2}; got {head_width=}. "
+            f"Allocate it with {stored_head_width(head_width)}, or choose the xla implementation."
         )
 
 
@@ -165,9 +173,9 @@ def _fitting_tile(q_TNH: Float[Array, "T N H"], num_kv_heads: int) -> int:
     return max(8, num_rows // group // 8 * 8)
 
 
-def _fitting_block(pages_LPKZ2H: Float[Array, "L P K Z 2*H"]) -> int:
-    _, _, num_kv_heads, page_size, width = pages_LPKZ2H.shape
-    token_bytes = num_kv_heads * width * pages_LPKZ2H.dtype.itemsize
+def _fitting_block(cells_LPKZ2H: Array) -> int:
+    _, _, num_kv_heads, page_size, width = cells_LPKZ2H.shape
+    token_bytes = num_kv_heads * width * cells_LPKZ2H.dtype.itemsize
     return max(page_size, min(MAX_BLOCK_TOKENS, BUFFER_BYTES // token_bytes))
 
 

@@ -10,6 +10,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int32
 
+from kernels_pallas.paged_attention.pages import Pages, cells_of, scales_of
 from kernels_pallas.paged_attention.tpu_stream import Stream
 from kernels_pallas.paged_attention.tpu_work import AttendItems, Rows, attend_items
 
@@ -29,7 +30,7 @@ class AttendOptions(NamedTuple):
 def attend_rows(
     q_TNH: Float[Array, "T N H"],
     sinks_N: Float[Array, "N"] | None,
-    pages_LPKZ2H: Float[Array, "L P K Z 2*H"],
+    pages: Pages,
     layer: int | Int32[Array, ""],
     page_table_BM: Int32[Array, "B M"],
     rows: Rows,
@@ -38,7 +39,7 @@ def attend_rows(
 ) -> Float[Array, "T N H"]:
     """Attends for the rows whose `query_len_B` is not 0; other tokens' outputs are garbage."""
     num_tokens, num_q_heads, head_width = q_TNH.shape
-    _, _, num_kv_heads, page_size, _ = pages_LPKZ2H.shape
+    _, _, num_kv_heads, page_size, _ = cells_of(pages).shape
     group = num_q_heads // num_kv_heads
     items, num_used = attend_items(rows, tile_tokens, num_tokens)
     # A half of a cell that is not whole lanes is not worth cutting off: queries get zeros
@@ -72,11 +73,13 @@ def attend_rows(
                 block,
                 pl.BlockSpec(peak_KQ1.shape, lambda *_: (0, 0, 0)),
                 pl.BlockSpec(memory_space=pl.ANY),
-                pl.BlockSpec(memory_space=pl.ANY),
+                jax.tree.map(lambda _: pl.BlockSpec(memory_space=pl.ANY), pages),
             ],
             out_specs=block,
             scratch_shapes=[
-                pltpu.VMEM((2, pages_per_block, *pages_LPKZ2H.shape[2:]), pages_LPKZ2H.dtype),
+                jax.tree.map(
+                    lambda x: pltpu.VMEM((2, pages_per_block, *x.shape[2:]), x.dtype), pages
+                ),
                 pltpu.SMEM((2, *table_B1M.shape[1:]), jnp.int32),
                 softmax,
                 softmax,
@@ -89,7 +92,7 @@ def attend_rows(
         compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",)),
         interpret=options.interpret,
         name=f"paged_attention_{tile_tokens}",
-    )(*scalars, q_IKQO, peak_KQ1, table_B1M, pages_LPKZ2H)
+    )(*scalars, q_IKQO, peak_KQ1, table_B1M, pages)
     return _unpack(out_IKQO, q_TNH.shape, tile_tokens)
 
 
@@ -128,9 +131,9 @@ class _Refs(NamedTuple):
     q: Any  # [1, K, Q, O]
     first_peak: Any  # [K, Q, 1]
     table_hbm: Any  # [B, 1, M]
-    pages_hbm: Any  # [L, P, K, Z, 2H]
+    pages_hbm: Pages  # [L, P, K, Z, 2H]
     out: Any  # [1, K, Q, O]
-    pages: Any  # [2, C, K, Z, 2H], the buffers pages stream through
+    pages: Pages  # [2, C, K, Z, 2H], the buffers pages stream through
     table: Any  # [2, 1, M] in scalar memory, this item's line and the next one's
     peak: Any  # [K, Q, 1], the online softmax: highest score so far,
     total: Any  # [K, Q, 1] sum of weights,
@@ -190,7 +193,7 @@ def _attend_kernel(layer_ref, num_ref, *refs, group, first_total, options):
         # Of lane 0 of the block of queries, whether or not it is this row's.
         position = items.position_X[i] - items.first_X[i]
         sees_QS = _sees(refs, stream.first_key(i, j) - position, group, options.window)
-        for head in range(refs.pages.shape[2]):
+        for head in range(refs.q.shape[1]):
             _accumulate(refs, head, buffer, sees_QS, options)
         return carry
 
@@ -205,7 +208,7 @@ def _sees(refs: _Refs, ahead: Any, group: int, window: int | None) -> Any:
     Row q of the queries is token q // G of the block. A key `ahead` of lane 0 is visible if
     ahead <= q // G, that is if ahead * G <= q: no division of vectors.
     """
-    _, pages_per_block, _, page_size, _ = refs.pages.shape
+    _, pages_per_block, _, page_size, _ = cells_of(refs.pages).shape
     shape_QS = (refs.q.shape[2], pages_per_block * page_size)
     query_QS = lax.broadcasted_iota(jnp.int32, shape_QS, 0)
     ahead_QS = (ahead + lax.broadcasted_iota(jnp.int32, shape_QS, 1)) * group
@@ -215,20 +218,25 @@ def _sees(refs: _Refs, ahead: Any, group: int, window: int | None) -> Any:
 
 def _accumulate(refs: _Refs, head: int, buffer: Any, sees_QS: Any, options: AttendOptions) -> None:
     """One step of one kv head's online softmax."""
-    width, lanes = refs.pages.shape[4], refs.q.shape[3]
-    # bfloat16 against bfloat16 is exact in one pass; anything wider takes float32 throughout.
-    exact = refs.q.dtype == refs.pages.dtype == jnp.bfloat16
+    cells, lanes = cells_of(refs.pages), refs.q.shape[3]
+    width = cells.shape[4]
+    # bfloat16 against bfloat16, or the 8 bits that fit into it, is exact in one pass; anything
+    # wider takes float32 throughout.
+    exact = refs.q.dtype == jnp.bfloat16 and cells.dtype != jnp.float32
     dtype = jnp.bfloat16 if exact else jnp.float32
     dot = partial(
         lax.dot_general,
         precision=None if exact else lax.Precision.HIGHEST,
         preferred_element_type=jnp.float32,
     )
-    key_SO = refs.pages[buffer, :, head, :, pl.ds(0, lanes)].reshape(-1, lanes).astype(dtype)
-    values = refs.pages[buffer, :, head, :, pl.ds(width - lanes, lanes)]
+    key_SO = cells[buffer, :, head, :, pl.ds(0, lanes)].reshape(-1, lanes).astype(dtype)
+    values = cells[buffer, :, head, :, pl.ds(width - lanes, lanes)]
     value_SO = values.reshape(-1, lanes).astype(dtype)
     query_QO = refs.q[0, head].astype(dtype)
     score_QS = dot(query_QO, key_SO, (((1,), (1,)), ((), ()))) * options.scale
+    scales = scales_of(refs.pages)
+    if scales is not None:
+        score_QS *= _in_line(scales, buffer, head, 0)
     if options.soft_cap is not None:
         score_QS = options.soft_cap * jnp.tanh(score_QS / options.soft_cap)
     score_QS = jnp.where(sees_QS, score_QS, MASKED)
@@ -238,10 +246,18 @@ def _accumulate(refs: _Refs, head: int, buffer: Any, sees_QS: Any, options: Atte
     # multiplies it by exp(MASKED - peak) = 0.
     weight_QS = jnp.exp(score_QS - new_peak_Q1)
     fade_Q1 = jnp.exp(peak_Q1 - new_peak_Q1)
-    update_QO = dot(weight_QS.astype(dtype), value_SO, (((1,), (0,)), ((), ())))
     refs.peak[head] = new_peak_Q1
     refs.total[head] = refs.total[head] * fade_Q1 + jnp.sum(weight_QS, axis=1, keepdims=True)
+    if scales is not None:
+        weight_QS *= _in_line(scales, buffer, head, 1)
+    update_QO = dot(weight_QS.astype(dtype), value_SO, (((1,), (0,)), ((), ())))
     refs.weighted[head] = refs.weighted[head] * fade_Q1 + update_QO
+
+
+def _in_line(scales: Any, buffer: Any, head: int, half: int) -> Any:
+    """The scales of a block's keys (half 0) or values (1), page after page, as one row [1, S]."""
+    pages = [scales[buffer, c, head, pl.ds(half, 1)] for c in range(scales.shape[1])]
+    return jnp.concatenate(pages, axis=1)
 
 
 def _finish(refs: _Refs, items: AttendItems, i: Any, group: int) -> None:

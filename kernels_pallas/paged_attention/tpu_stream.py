@@ -2,11 +2,13 @@
 
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from kernels_pallas.paged_attention.pages import Pages, cells_of, scales_of
 from kernels_pallas.paged_attention.tpu_work import AttendItems
 
 
@@ -21,20 +23,28 @@ class Stream(NamedTuple):
     layer: Any
     window: int | None
     table_hbm: Any  # [B, 1, M]
-    pages_hbm: Any  # [L, P, K, Z, 2H]
+    pages_hbm: Pages  # [L, P, K, Z, 2H]
     table: Any  # [2, 1, M] in scalar memory: the lines of this item's row and the next one's
-    pages: Any  # [2, C, K, Z, 2H]
+    pages: Pages  # [2, C, K, Z, 2H], scales [2, C, K, 2, Z]
     table_sems: Any
     page_sems: Any
 
+    @property
+    def page_size(self) -> int:
+        return cells_of(self.pages).shape[3]
+
+    @property
+    def pages_per_block(self) -> int:
+        return cells_of(self.pages).shape[1]
+
     def num_blocks(self, item: Any) -> Any:
         first_page, last_page = self._page_span(item)
-        num_blocks = lax.div(last_page - first_page, self.pages.shape[1]) + 1
+        num_blocks = lax.div(last_page - first_page, self.pages_per_block) + 1
         return jnp.where(self.items.count_X[item] > 0, num_blocks, 0)
 
     def first_key(self, item: Any, j: Any) -> Any:
         """Position of the first key of the item's block j."""
-        return self._first_page(item, j) * self.pages.shape[3]
+        return self._first_page(item, j) * self.page_size
 
     def table_copy(self, item: Any) -> Any:
         """Brings the page ids of the item's row; to be waited for before `start`."""
@@ -47,7 +57,8 @@ class Stream(NamedTuple):
 
         def one_page(c, carry):
             page_id = self.table[line, 0, first_page + c]
-            self._page_copy(page_id, buffer, c).start()
+            for copy in self._page_copies(page_id, buffer, c):
+                copy.start()
             return carry
 
         lax.fori_loop(0, self._num_pages(item, j), one_page, 0)
@@ -55,7 +66,8 @@ class Stream(NamedTuple):
     def wait(self, item: Any, j: Any, buffer: Any) -> None:
         def one_page(c, carry):
             # Which page it was does not matter here: only the buffer and the size do.
-            self._page_copy(0, buffer, c).wait()
+            for copy in self._page_copies(0, buffer, c):
+                copy.wait()
             return carry
 
         lax.fori_loop(0, self._num_pages(item, j), one_page, 0)
@@ -65,17 +77,23 @@ class Stream(NamedTuple):
 
         Masking the weights is not enough: 0 * NaN is NaN, and such a cell may hold one.
         """
-        _, pages_per_block, num_kv_heads, page_size, width = self.pages.shape
+        cells, scales = cells_of(self.pages), scales_of(self.pages)
+        _, pages_per_block, num_kv_heads, page_size, _ = cells.shape
         first, last = self._span(item)
         first_key = self.first_key(item, j)
 
+        def clean(ref, c, head, axis):
+            values = ref[buffer, c, head]
+            key = first_key + c * page_size + lax.broadcasted_iota(jnp.int32, values.shape, axis)
+            kept = jnp.where((key >= first) & (key <= last), values.astype(jnp.float32), 0)
+            ref[buffer, c, head] = kept.astype(values.dtype)
+
         def one_page(c, carry):
-            cell = lax.broadcasted_iota(jnp.int32, (page_size, width), 0)
-            key = first_key + c * page_size + cell
             for head in range(num_kv_heads):
-                cells = self.pages[buffer, c, head]
-                kept = jnp.where((key >= first) & (key <= last), cells.astype(jnp.float32), 0)
-                self.pages[buffer, c, head] = kept.astype(cells.dtype)
+                if scales is not None:
+                    clean(scales, c, head, 1)
+                if cells.dtype != jnp.int8:  # which cannot hold NaN
+                    clean(cells, c, head, 0)
             return carry
 
         num_pages = self._num_pages(item, j)
@@ -93,17 +111,22 @@ class Stream(NamedTuple):
 
     def _page_span(self, item: Any) -> tuple[Any, Any]:
         first, last = self._span(item)
-        page_size = self.pages.shape[3]
+        page_size = self.page_size
         return lax.div(jnp.int32(first), page_size), lax.div(last, page_size)
 
     def _first_page(self, item: Any, j: Any) -> Any:
-        return self._page_span(item)[0] + j * self.pages.shape[1]
+        return self._page_span(item)[0] + j * self.pages_per_block
 
     def _num_pages(self, item: Any, j: Any) -> Any:
         """Pages of the item's block j: C of them, in the last block perhaps fewer."""
         left = self._page_span(item)[1] + 1 - self._first_page(item, j)
-        return jnp.where(self.items.count_X[item] > 0, jnp.minimum(left, self.pages.shape[1]), 0)
+        return jnp.where(self.items.count_X[item] > 0, jnp.minimum(left, self.pages_per_block), 0)
 
-    def _page_copy(self, page_id: Any, buffer: Any, c: Any) -> Any:
-        source = self.pages_hbm.at[self.layer, page_id]
-        return pltpu.make_async_copy(source, self.pages.at[buffer, c], self.page_sems.at[buffer])
+    def _page_copies(self, page_id: Any, buffer: Any, c: Any) -> list[Any]:
+        pairs = zip(jax.tree.leaves(self.pages_hbm), jax.tree.leaves(self.pages), strict=True)
+        return [
+            pltpu.make_async_copy(
+                hbm.at[self.layer, page_id], vmem.at[buffer, c], self.page_sems.at[buffer]
+            )
+            for hbm, vmem in pairs
+        ]

@@ -9,11 +9,20 @@ C  pages in a block                  S  key positions in a block, C * Z
 from functools import partial
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int32
 
 from kernels_pallas.paged_attention.contract import check_arguments
+from kernels_pallas.paged_attention.pages import (
+    Pages,
+    QuantizedPages,
+    cells_of,
+    new_cells,
+    scales_of,
+    widened,
+)
 
 # Finite, so that a block in which a query sees nothing never computes inf - inf.
 MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
@@ -27,7 +36,7 @@ def paged_attention_xla(  # noqa: PLR0913 - the contract of every implementation
     q_TNH: Float[Array, "T N H"],
     k_TKH: Float[Array, "T K H"],
     v_TKH: Float[Array, "T K H"],
-    pages_LPKZ2H: Float[Array, "L P K Z 2*H"],
+    pages: Pages,
     layer: int | Int32[Array, ""],
     page_table_BM: Int32[Array, "B M"],
     kv_len_B: Int32[Array, "B"],
@@ -41,7 +50,7 @@ def paged_attention_xla(  # noqa: PLR0913 - the contract of every implementation
     tile_tokens: int = 64,
     tiles_at_once: int = 1,
     block_tokens: int = 64,
-) -> tuple[Float[Array, "T N H"], Float[Array, "L P K Z 2*H"]]:
+) -> tuple[Float[Array, "T N H"], Pages]:
     """Writes the new keys and values into their pages, then attends causally row by row.
 
     A work list cuts every row's queries into tiles; each tile walks the blocks of pages it
@@ -52,7 +61,8 @@ def paged_attention_xla(  # noqa: PLR0913 - the contract of every implementation
       q_TNH: packed new queries of any mix of rows, in any order of rows.
       k_TKH: their keys; stored in the pool's dtype.
       v_TKH: their values; likewise.
-      pages_LPKZ2H: the pool of all layers, a token's key and value side by side.
+      pages: the pool of all layers `[L, P, K, Z, 2H]`, a token's key and value side by side; in
+        8 bits, `QuantizedPages`. Its H may be larger than the heads': zeros fill them up.
       layer: which layer of the pool.
       page_table_BM: page ids of each row's sequence, every one in range; past the length
         they are read and masked, so any will do (0 by custom).
@@ -75,7 +85,8 @@ def paged_attention_xla(  # noqa: PLR0913 - the contract of every implementation
 
     Raises:
       ValueError: if shapes or integer dtypes disagree, or a tile size is below 1.
-      NotImplementedError: if the pool's dtype is not a float of 16 or 32 bits.
+      NotImplementedError: if the pool's dtype is not a float of 16 or 32 bits, or with scales
+        int8 or float8_e4m3fn.
 
     Donates: nothing by itself; inside a jit that donates the pool the update is in place, given
       that the keys of each layer depend on the outputs of the one before, as a decoder's do.
@@ -88,7 +99,7 @@ def paged_attention_xla(  # noqa: PLR0913 - the contract of every implementation
         q_TNH,
         k_TKH,
         v_TKH,
-        pages_LPKZ2H,
+        pages,
         page_table_BM,
         rows._asdict(),
         window=window,
@@ -100,25 +111,26 @@ def paged_attention_xla(  # noqa: PLR0913 - the contract of every implementation
             f"tile sizes must be >= 1; got {tile_tokens=}, {tiles_at_once=}, {block_tokens=}. "
             "Leave them out for the defaults."
         )
-    pages_LPKZ2H = _write(pages_LPKZ2H, k_TKH, v_TKH, layer, page_table_BM, rows)
-    num_layers, num_pages, *page_shape = pages_LPKZ2H.shape
+    head_width = q_TNH.shape[2]
+    q_TNH, k_TKH, v_TKH = widened(pages, q_TNH, k_TKH, v_TKH)
+    pages = _write(pages, k_TKH, v_TKH, layer, page_table_BM, rows)
     attend = partial(
         _attend_rows,
         q_TNH=q_TNH,
         # A reshape of leading axes copies nothing; layer * P + page_id finds the page in it.
-        flat_pages=pages_LPKZ2H.reshape(num_layers * num_pages, *page_shape),
-        page_table_BM=page_table_BM + layer * num_pages,
+        flat_pages=jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), pages),
+        page_table_BM=page_table_BM + layer * cells_of(pages).shape[1],
         tiles_at_once=tiles_at_once,
         options=_Options(scale, window, soft_cap, sinks_N, block_tokens),
     )
     out_TNH = jnp.zeros_like(q_TNH)
     if tile_tokens == 1 or q_TNH.shape[0] <= FEW_TOKENS:
-        return attend(out_TNH, rows, tile_tokens=1), pages_LPKZ2H
+        return attend(out_TNH, rows, tile_tokens=1)[..., :head_width], pages
     single_B = query_len_B == 1
     decoding = rows._replace(query_len_B=jnp.where(single_B, 1, 0))
     prefilling = rows._replace(query_len_B=jnp.where(single_B, 0, query_len_B))
     out_TNH = attend(out_TNH, decoding, tile_tokens=1)
-    return attend(out_TNH, prefilling, tile_tokens=tile_tokens), pages_LPKZ2H
+    return attend(out_TNH, prefilling, tile_tokens=tile_tokens)[..., :head_width], pages
 
 
 class _Options(NamedTuple):
@@ -145,16 +157,25 @@ class _Tiles(NamedTuple):
     last_X: Int32[Array, "X"]  # -1 for an empty tile
 
 
+class _Block(NamedTuple):
+    """A block of keys and values of each tile, [Y, K, S, H or 2H], and what they are times."""
+
+    key: Array
+    value: Array
+    key_scale_YKS: Float[Array, "Y K S"] | None
+    value_scale_YKS: Float[Array, "Y K S"] | None
+
+
 def _write(
-    pages_LPKZ2H: Float[Array, "L P K Z 2*H"],
+    pages: Pages,
     k_TKH: Float[Array, "T K H"],
     v_TKH: Float[Array, "T K H"],
     layer: int | Int32[Array, ""],
     page_table_BM: Int32[Array, "B M"],
     rows: _Rows,
-) -> Float[Array, "L P K Z 2*H"]:
+) -> Pages:
     kv_len_B, start_B, query_len_B = rows
-    page_size = pages_LPKZ2H.shape[3]
+    page_size = cells_of(pages).shape[3]
     token_T = jnp.arange(k_TKH.shape[0], dtype=jnp.int32)
     owns_TB = (start_B <= token_T[:, None]) & (token_T[:, None] < start_B + query_len_B)
     row_T, owned_T = jnp.argmax(owns_TB, axis=1), jnp.any(owns_TB, axis=1)
@@ -162,14 +183,19 @@ def _write(
     position_T = jnp.where(owned_T, position_T, 0)
     page_T = jnp.where(owned_T, page_table_BM[row_T, position_T // page_size], 0)
     offset_T = position_T % page_size
-    new_TK2H = jnp.concatenate([k_TKH, v_TKH], axis=-1).astype(pages_LPKZ2H.dtype)
+    new_TK2H, new_scales_TK2 = new_cells(k_TKH, v_TKH, pages)
     if len(token_T) == 1:
         # One token is written twice: XLA turns a scatter of one into a slice update, fuses
         # that into each of its readers, and copies the whole pool for every one of them.
-        page_T, offset_T, new_TK2H = (
-            jnp.repeat(a, 2, axis=0) for a in (page_T, offset_T, new_TK2H)
+        page_T, offset_T, new_TK2H, new_scales_TK2 = jax.tree.map(
+            lambda x: jnp.repeat(x, 2, axis=0), (page_T, offset_T, new_TK2H, new_scales_TK2)
         )
-    return pages_LPKZ2H.at[layer, page_T, :, offset_T].set(new_TK2H)
+    if not isinstance(pages, QuantizedPages):
+        return pages.at[layer, page_T, :, offset_T].set(new_TK2H)
+    return QuantizedPages(
+        pages.cells_LPKZ2H.at[layer, page_T, :, offset_T].set(new_TK2H),
+        pages.scales_LPK2Z.at[layer, page_T, :, :, offset_T].set(new_scales_TK2),
+    )
 
 
 def _attend_rows(
@@ -177,7 +203,7 @@ def _attend_rows(
     rows: _Rows,
     *,
     q_TNH: Float[Array, "T N H"],
-    flat_pages: Float[Array, "L*P K Z 2*H"],
+    flat_pages: Pages,  # [L * P, K, Z, 2H]
     page_table_BM: Int32[Array, "B M"],
     tile_tokens: int,
     tiles_at_once: int,
@@ -231,12 +257,12 @@ def _cut(
 def _attend_tiles(
     q_YUNH: Float[Array, "Y U N H"],
     tiles: _Tiles,
-    flat_pages: Float[Array, "L*P K Z 2*H"],
+    flat_pages: Pages,  # [L * P, K, Z, 2H]
     page_table_BM: Int32[Array, "B M"],
     options: _Options,
 ) -> Float[Array, "Y U N H"]:
     """Online softmax of a few tiles over all the blocks of pages that they can see."""
-    _, num_kv_heads, page_size, _ = flat_pages.shape
+    _, num_kv_heads, page_size, _ = cells_of(flat_pages).shape
     num_tiles, tile_tokens, num_q_heads, head_width = q_YUNH.shape
     group = num_q_heads // num_kv_heads
     pages_per_block = min(max(1, options.block_tokens // page_size), page_table_BM.shape[1])
@@ -254,15 +280,22 @@ def _attend_tiles(
         block_Y = first_block_Y + j
         key_YS = block_Y[:, None] * block_tokens + jnp.arange(block_tokens, dtype=jnp.int32)
         owns_YS = (tiles.first_X[:, None] <= key_YS) & (key_YS <= tiles.last_X[:, None])
-        cells = _load(flat_pages, page_table_BM, tiles.row_X, block_Y, pages_per_block)
+        cells, scales = _load(flat_pages, page_table_BM, tiles.row_X, block_Y, pages_per_block)
         # Masking the weights is not enough: 0 * NaN is NaN, and an unused cell may hold one.
         cells = jnp.where(owns_YS[:, None, :, None], cells, 0)
+        if scales is None:
+            key_scale, value_scale = None, None
+        else:
+            cells = cells.astype(q_YKQH.dtype)
+            scales = jnp.where(owns_YS[:, None, None], scales, 0)
+            key_scale, value_scale = scales[:, :, 0], scales[:, :, 1]
         key, value = (cells, cells) if joined else jnp.split(cells, 2, axis=-1)
+        block = _Block(key, value, key_scale, value_scale)
         ago_YQS = position_YQ[..., None] - key_YS[:, None]
         sees_YQS = ago_YQS >= 0
         if options.window is not None:
             sees_YQS &= ago_YQS < options.window
-        return _accumulate(carry, q_YKQH, key, value, sees_YQS, options)
+        return _accumulate(carry, q_YKQH, block, sees_YQS, options)
 
     num_blocks = jnp.max(tiles.last_X // block_tokens + 1 - first_block_Y)
     start = _start(q_YKQH, group, options.sinks_N)
@@ -273,22 +306,27 @@ def _attend_tiles(
 
 
 def _load(
-    flat_pages: Float[Array, "L*P K Z 2*H"],
+    flat_pages: Pages,  # [L * P, K, Z, 2H]
     page_table_BM: Int32[Array, "B M"],
     row_Y: Int32[Array, "Y"],
     block_Y: Int32[Array, "Y"],
     pages_per_block: int,
-) -> Float[Array, "Y K S 2*H"]:
+) -> tuple[Array, Float[Array, "Y K 2 S"] | None]:
+    """One block of cells `[Y, K, S, 2H]` for each tile, and its scales if the pool has any."""
     # The last block may reach past the table: it reads the last page again, to be masked.
     last_page = page_table_BM.shape[1] - 1
-    pages = []
+    cells, scales = [], []
     # One page of each tile at a time: XLA's CPU backend makes these straight copies, a gather
     # of all of them a loop over elements.
     for i in range(pages_per_block):
         page_Y = jnp.minimum(block_Y * pages_per_block + i, last_page)
         page_id_Y = page_table_BM.at[row_Y, page_Y].get(mode="promise_in_bounds")
-        pages.append(flat_pages.at[page_id_Y].get(mode="promise_in_bounds"))
-    return jnp.concatenate(pages, axis=2)
+        pages = jax.tree.map(lambda x: x.at[page_id_Y].get(mode="promise_in_bounds"), flat_pages)
+        cells.append(cells_of(pages))
+        scales.append(scales_of(pages))
+    if scales[0] is None:
+        return jnp.concatenate(cells, axis=2), None
+    return jnp.concatenate(cells, axis=2), jnp.concatenate(scales, axis=3)
 
 
 def _start(
@@ -307,15 +345,16 @@ def _start(
 def _accumulate(
     carry: tuple[Array, Array, Array],
     q_YKQH: Array,
-    key: Array,
-    value: Array,
+    block: _Block,
     sees_YQS: Bool[Array, "Y Q S"],
     options: _Options,
 ) -> tuple[Array, Array, Array]:
-    """One step of the online softmax; key and value are one block's, [Y, K, S, H or 2H]."""
+    """One step of the online softmax."""
     peak_YKQ, total_YKQ, weighted = carry
     einsum = partial(jnp.einsum, preferred_element_type=jnp.float32)
-    score_YKQS = einsum("YKQH,YKSH->YKQS", q_YKQH, key) * options.scale
+    score_YKQS = einsum("YKQH,YKSH->YKQS", q_YKQH, block.key) * options.scale
+    if block.key_scale_YKS is not None:
+        score_YKQS *= block.key_scale_YKS[:, :, None]
     if options.soft_cap is not None:
         score_YKQS = options.soft_cap * jnp.tanh(score_YKQS / options.soft_cap)
     score_YKQS = jnp.where(sees_YQS[:, None], score_YKQS, MASKED)
@@ -325,5 +364,7 @@ def _accumulate(
     weight_YKQS = jnp.exp(score_YKQS - new_peak_YKQ[..., None])
     fade_YKQ = jnp.exp(peak_YKQ - new_peak_YKQ)
     total_YKQ = total_YKQ * fade_YKQ + jnp.sum(weight_YKQS, axis=-1)
-    update = einsum("YKQS,YKSH->YKQH", weight_YKQS.astype(value.dtype), value)
+    if block.value_scale_YKS is not None:
+        weight_YKQS *= block.value_scale_YKS[:, :, None]
+    update = einsum("YKQS,YKSH->YKQH", weight_YKQS.astype(block.value.dtype), block.value)
     return new_peak_YKQ, total_YKQ, weighted * fade_YKQ[..., None] + update
