@@ -84,9 +84,7 @@ CASES = (
     _mixed("int8_pages", pages_dtype="int8"),
     _mixed("fp8_pages", pages_dtype="float8_e4m3fn", page_size=32),
     _mixed("int8_pages_of_width_128", pages_dtype="int8", head_width=128, page_size=32),
-    _mixed(
-        "int8_pages_all_options", pages_dtype="int8", window=11, soft_cap=2.0, sinks=True
-    ),
+    _mixed("int8_pages_all_options", pages_dtype="int8", window=11, soft_cap=2.0, sinks=True),
     _mixed("bfloat16_int8_pages", dtype="bfloat16", pages_dtype="int8", page_size=64),
     _mixed("bfloat16_fp8_pages", dtype="bfloat16", pages_dtype="float8_e4m3fn", sinks=True),
 )
@@ -166,9 +164,10 @@ def _poisoned_pages(
             pages[LAYER, page, :, position % case.page_size] = old_K2H
     if case.pages_dtype is None:
         return jnp.asarray(pages, case.dtype)
-    merged = pages.reshape(-1, 2, head_width)  # (layer, page, head, token), key or value
+    # A line per layer, page, head and token; in it the key, then the value.
+    merged = jnp.asarray(pages).reshape(-1, 2, head_width)
     cells, scales = quantize(merged, case.pages_dtype)
     # What was NaN is garbage now, its scale NaN still.
-    scales = jnp.where(np.isnan(merged).any(-1), np.nan, scales)
+    scales = jnp.where(jnp.isnan(merged).any(-1), np.nan, scales)
     scales = scales.reshape(*pages.shape[:4], 2).swapaxes(3, 4)
     return QuantizedPages(cells.reshape(pages.shape), scales)

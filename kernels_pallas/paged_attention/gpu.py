@@ -17,6 +17,7 @@ from jax.extend import backend
 from jaxtyping import Array, Float, Int32
 
 from kernels_pallas.paged_attention.contract import check_arguments
+from kernels_pallas.paged_attention.pages import cells_of
 from kernels_pallas.paged_attention.xla import _cut, _Rows, _write
 
 DTYPES = ("bfloat16", "float16")
@@ -113,7 +114,7 @@ def paged_attention_gpu(  # noqa: PLR0913 - the contract of every implementation
     context_tokens = page_table_BM.shape[1] * pages_LPKZ2H.shape[3]
     num_parts = _num_parts(num_parts, num_tiles * num_kv_heads, context_tokens)
 
-    pages_LPKZ2H = _write(pages_LPKZ2H, k_TKH, v_TKH, layer, page_table_BM, rows)
+    pages_LPKZ2H = cells_of(_write(pages_LPKZ2H, k_TKH, v_TKH, layer, page_table_BM, rows))
     tiles, _ = _cut(rows, num_tokens, tile_tokens, num_tiles, window)
     columns = (tiles.row_X, tiles.first_X, tiles.last_X, tiles.position_XU[:, 0])
     out_XCKQH, log_XCKQ = attend_tiles(

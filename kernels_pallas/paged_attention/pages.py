@@ -1,4 +1,4 @@
-"""What a pool of KV pages is: plain cells, or cells of 8 bits and a scale for each key and value."""
+"""What a pool of KV pages is: plain cells, or cells of 8 bits with a scale per key and value."""
 
 from typing import Any, NamedTuple
 

@@ -1,9 +1,19 @@
 """The answer, in float32 and one row at a time. Slow; every implementation is held to it."""
 
+from typing import Any
+
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int32
 
-from kernels_pallas.paged_attention.pages import Pages, cells_of, new_cells, scales_of
+from kernels_pallas.paged_attention.pages import (
+    Pages,
+    QuantizedPages,
+    cells_of,
+    new_cells,
+    scales_of,
+    widened,
+)
 
 
 def paged_attention_reference(  # noqa: PLR0913 - the contract of every implementation
@@ -21,21 +31,19 @@ def paged_attention_reference(  # noqa: PLR0913 - the contract of every implemen
     window: int | None = None,
     soft_cap: float | None = None,
     sinks_N: Float[Array, "N"] | None = None,
-) -> tuple[np.ndarray, Pages]:
+) -> tuple[np.ndarray, Any]:
     """Writes the new keys and values, then softmax(scale * q k) v over each row's own past.
 
     Takes concrete arrays, returns float32 outputs and the updated pool; what padding does to
     page 0 is not part of the answer. Arguments: see `paged_attention_xla`.
     """
-    cells, scales = np.array(cells_of(pages)), scales_of(pages)
+    cells, scales = np.array(cells_of(pages)), np.array(scales_of(pages))
     page_size, half = cells.shape[3], cells.shape[4] // 2
-    q_TNH, k_TKH, v_TKH = (np.asarray(x) for x in (q_TNH, k_TKH, v_TKH))
     group, (_, _, head_width) = q_TNH.shape[1] // k_TKH.shape[1], q_TNH.shape
+    has_scales = isinstance(pages, QuantizedPages)
     # The pool may store wider heads than there are: zeros fill them up.
-    more = ((0, 0), (0, 0), (0, half - head_width))
-    new_TK2H, new_scales_TK2 = new_cells(np.pad(k_TKH, more), np.pad(v_TKH, more), pages)
-    if scales is not None:
-        scales = np.array(scales)
+    k_TKH, v_TKH = widened(pages, k_TKH, v_TKH)
+    new_TK2H, new_scales_TK2 = map(np.asarray, new_cells(k_TKH, v_TKH, pages))
     out_TNH = np.zeros(q_TNH.shape, np.float32)
     rows = list(zip(page_table_BM, kv_len_B, query_start_B, query_len_B, strict=True))
     rows = [(np.asarray(page_ids), *map(int, lengths)) for page_ids, *lengths in rows]
@@ -43,13 +51,13 @@ def paged_attention_reference(  # noqa: PLR0913 - the contract of every implemen
         position = np.arange(kv_len - count, kv_len)
         page, offset = page_ids[position // page_size], position % page_size
         cells[layer, page, :, offset] = new_TK2H[start : start + count]
-        if scales is not None:
+        if has_scales:
             scales[layer, page, :, :, offset] = new_scales_TK2[start : start + count]
     for page_ids, kv_len, start, count in rows:
         key = np.arange(kv_len)
         page, offset = page_ids[key // page_size], key % page_size
         kv_SK2H = cells[layer, page, :, offset].astype(np.float32)
-        if scales is not None:
+        if has_scales:
             kv_SK2H *= np.repeat(scales[layer, page, :, :, offset], half, axis=-1)
         kv_SN2H = np.repeat(kv_SK2H, group, axis=1)
         for i in range(count):
@@ -68,4 +76,6 @@ def paged_attention_reference(  # noqa: PLR0913 - the contract of every implemen
             total_1N = weight_SN.sum(axis=0, keepdims=True) + np.exp(sink_1N - peak_1N)
             value_SNH = seen_SN2H[..., half : half + head_width]
             out_TNH[start + i] = np.einsum("SN,SNH->NH", weight_SN / total_1N, value_SNH)
-    return out_TNH, cells if scales is None else type(pages)(cells, scales)
+    if not has_scales:
+        return out_TNH, cells
+    return out_TNH, QuantizedPages(jnp.asarray(cells), jnp.asarray(scales))

@@ -46,7 +46,7 @@ def write_rows(
     # float32, because one head of a token is one sublane, and narrower ones come packed.
     new = [new_TK2H.astype(jnp.float32)]
     new_specs = [pl.BlockSpec(memory_space=pl.ANY)]
-    if isinstance(pages, QuantizedPages):
+    if new_scales_TK2 is not None:
         new.append(_in_pages(new_scales_TK2, items, page_size, slab))
         per_item = pl.BlockSpec((1, *new[1].shape[1:]), lambda i, *_: (i, 0, 0, 0))
         new_specs.append(per_item)

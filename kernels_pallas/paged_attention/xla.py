@@ -321,12 +321,16 @@ def _load(
     for i in range(pages_per_block):
         page_Y = jnp.minimum(block_Y * pages_per_block + i, last_page)
         page_id_Y = page_table_BM.at[row_Y, page_Y].get(mode="promise_in_bounds")
-        pages = jax.tree.map(lambda x: x.at[page_id_Y].get(mode="promise_in_bounds"), flat_pages)
+        pages = jax.tree.map(partial(_take, page_id_Y=page_id_Y), flat_pages)
         cells.append(cells_of(pages))
         scales.append(scales_of(pages))
     if scales[0] is None:
         return jnp.concatenate(cells, axis=2), None
     return jnp.concatenate(cells, axis=2), jnp.concatenate(scales, axis=3)
+
+
+def _take(pool: Array, page_id_Y: Int32[Array, "Y"]) -> Array:
+    return pool.at[page_id_Y].get(mode="promise_in_bounds")
 
 
 def _start(

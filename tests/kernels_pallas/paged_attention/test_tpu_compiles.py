@@ -17,6 +17,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as Spec
 
 from kernels_pallas.compat import told_the_chip
+from kernels_pallas.paged_attention.pages import QuantizedPages
 from kernels_pallas.paged_attention.tpu import paged_attention_tpu
 
 pytestmark = pytest.mark.slow
@@ -51,7 +52,7 @@ def chips_of(target):
     return topologies.get_topology_desc(platform="tpu", topology_name=target).devices
 
 
-def memory_of(
+def memory_of(  # noqa: PLR0913 - one for each thing that a shape may change
     chip,
     *,
     num_tokens=64,
@@ -62,6 +63,8 @@ def memory_of(
     head_width=128,
     page_size=64,
     dtype="bfloat16",
+    pages_dtype=None,
+    stored_width=None,
     sinks=False,
     looped=False,
     **options,
@@ -83,7 +86,11 @@ def memory_of(
 
     per_row = shaped((num_rows,), jnp.int32)
     num_pages = NUM_CELLS // page_size
-    pages = shaped((NUM_LAYERS, num_pages, num_kv_heads, page_size, 2 * head_width), dtype)
+    per_head = (NUM_LAYERS, num_pages, num_kv_heads)
+    width = 2 * (stored_width or head_width)
+    pages = shaped((*per_head, page_size, width), pages_dtype or dtype)
+    if pages_dtype is not None:
+        pages = QuantizedPages(pages, shaped((*per_head, 2, page_size), jnp.float32))
     kv_TKH = shaped((num_tokens, num_kv_heads, head_width), dtype)
     args = (
         pages,
@@ -95,7 +102,8 @@ def memory_of(
     )
     with told_the_chip(chip):
         program = jax.jit(in_loops(one) if looped else one, donate_argnums=0).lower(*args).compile()
-    return program.memory_analysis(), int(np.prod(pages.shape)) * pages.dtype.itemsize
+    pool_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(pages))
+    return program.memory_analysis(), pool_bytes
 
 
 def in_loops(one):
@@ -132,6 +140,8 @@ SHAPES = {
     "width_64_group_16": {"num_kv_heads": 1, "group": 16, "head_width": 64, "page_size": 16},
     "width_256": {"group": 8, "head_width": 256, "page_size": 128},
     "all_options": {"window": 100, "soft_cap": 30.0, "sinks": True},
+    "int8_pages": {"num_kv_heads": 8, "pages_dtype": "int8", "page_size": 128},
+    "fp8_pages": {"num_kv_heads": 8, "pages_dtype": "float8_e4m3fn", "page_size": 128},
 }
 
 
@@ -153,6 +163,16 @@ V5E_SHAPES = {
     "width_256_of_8_heads": {"num_kv_heads": 8, "head_width": 256},
     "float32": {"num_kv_heads": 8, "page_size": 16, "dtype": "float32"},
     "float32_width_256": {"head_width": 256, "dtype": "float32"},
+    "width_96_stored_as_128": {"head_width": 96, "stored_width": 128},
+    "int8_pages_of_32": {"pages_dtype": "int8", "page_size": 32},
+    "int8_pages_of_64_width_64": {"pages_dtype": "int8", "head_width": 64},
+    "fp8_pages_of_64_width_256": {"pages_dtype": "float8_e4m3fn", "head_width": 256},
+    "int8_full_step": {
+        "num_tokens": 2048,
+        "num_rows": 256,
+        "num_kv_heads": 8,
+        "pages_dtype": "int8",
+    },
 }
 
 
@@ -161,8 +181,9 @@ def test_compiles_for_the_chip_with_the_least_memory(shape):
     check(describe("v5e:2x2"), **shape)
 
 
-def test_a_loop_of_steps_over_scanned_layers_copies_nothing(chip):
-    check(chip, num_kv_heads=8, page_size=16, looped=True)
+@pytest.mark.parametrize("pages_dtype", [None, "int8"])
+def test_a_loop_of_steps_over_scanned_layers_copies_nothing(chip, pages_dtype):
+    check(chip, num_kv_heads=8, page_size=64, pages_dtype=pages_dtype, looped=True)
 
 
 @pytest.mark.parametrize("target", ["v5e:2x2", "tpu7x:2x2x1"])
