@@ -1,4 +1,4 @@
-"""Within one program, what a row computes does not depend on what the other rows hold: not a bit."""
+"""Within one program, a row computes the same to the bit whatever the other rows hold."""
 
 from pathlib import Path
 
