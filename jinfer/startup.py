@@ -1,6 +1,8 @@
 """From an EngineConfig to everything an engine needs: weights, pool, slots, programs."""
 
 import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,7 +20,6 @@ from jinfer.resolve import (
     free_device_bytes,
     platform_of,
     resolve_dtype,
-    resolve_layer_loop,
     resolve_plan,
 )
 from jinfer.shipped import find_shipped
@@ -27,7 +28,7 @@ from jinfer.step.compile_cache import use_compilation_cache
 from jinfer.step.decode import run_decode
 from jinfer.step.kv_cache import KVPages, allocate_pages, pages_shape
 from jinfer.step.pack import BucketShape, DecodeShape
-from jinfer.step.programs import Program, compile_all
+from jinfer.step.programs import Compiling, Program
 from jinfer.step.slots import (
     ADMISSION_ROWS,
     RESTORED_TOKENS,
@@ -42,7 +43,7 @@ from jinfer.weights.dummy import dummy_params
 from jinfer.weights.folder import read_hf_config
 from jinfer.weights.generation_config import read_generation_config
 from jinfer.weights.hub import resolve_model
-from jinfer.weights.load import load_params, read_model_config
+from jinfer.weights.load import load_params, open_checked, param_shapes, read_model_config
 
 Compiled = dict[str, jax.stages.Compiled]
 
@@ -62,7 +63,7 @@ class Loaded:
 
 
 def load(config: EngineConfig) -> Loaded:
-    """Reads the checkpoint, decides the plan, compiles every program and fills the device.
+    """Decides the plan, then reads the weights while every program compiles, and fills the device.
 
     Raises:
       CheckpointError: the folder is not a model's, or is damaged.
@@ -80,38 +81,39 @@ def load(config: EngineConfig) -> Loaded:
     tokenizer = None
     if not config.skip_tokenizer_init:
         tokenizer = load_tokenizer(_folder_of(config.tokenizer) if config.tokenizer else folder)
-    decide = partial(resolve_plan, config, model, platform=platform)
-    # What cannot be is refused now, not after minutes of reading weights.
-    decide(free_bytes=_room_beside_weights(config, model, platform, free_device_bytes(device)))
-    params = _load_weights(config, model, folder, platform, say)
-    try:
-        plan = decide(free_bytes=free_device_bytes(device))
-        say(_plan_line(plan))
-        say(_capacity_line(plan))
-        make_slots = partial(
-            empty_slots,
-            max_slots=plan.max_slots,
-            pages_per_slot=plan.pages_per_slot,
-            vocab_size=model.vocab_size,
-        )
-        shape = pages_shape(
-            model, num_pages=plan.num_pages, page_size=plan.page_size, dtype=plan.dtype
-        )
-        slots = jax.eval_shape(make_slots)
-        programs = _compile(plan, model, params, shape, slots, config.progress, say)
-        return Loaded(
-            model=model,
-            defaults=defaults,
-            tokenizer=tokenizer,
-            plan=plan,
-            params=params,
-            pages=allocate_pages(shape),
-            slots=make_slots(),
-            programs=programs,
-        )
-    except BaseException:
-        free_arrays(params)  # a notebook keeps the traceback, and that the weights
-        raise
+    room_bytes = _room_beside_weights(config, model, platform, free_device_bytes(device))
+    plan = resolve_plan(config, model, platform=platform, free_bytes=room_bytes)
+    say(_plan_line(plan))
+    say(_capacity_line(plan))
+    if config.load_format != "dummy":
+        open_checked(folder, model)  # refused now, not after minutes of compiling
+    make_slots = partial(
+        empty_slots,
+        max_slots=plan.max_slots,
+        pages_per_slot=plan.pages_per_slot,
+        vocab_size=model.vocab_size,
+    )
+    shape = pages_shape(model, num_pages=plan.num_pages, page_size=plan.page_size, dtype=plan.dtype)
+    shapes = param_shapes(model, dtype=plan.dtype, layer_loop=plan.layer_loop)
+    programs = step_programs(plan, model, shapes, shape, jax.eval_shape(make_slots))
+    with _compiling(programs, config.progress) as compiling:
+        params = _load_weights(config, model, folder, plan, say)
+        try:
+            compiled, report = compiling.result()
+            say(report)
+            return Loaded(
+                model=model,
+                defaults=defaults,
+                tokenizer=tokenizer,
+                plan=plan,
+                params=params,
+                pages=allocate_pages(shape),
+                slots=make_slots(),
+                programs=compiled,
+            )
+        except BaseException:
+            free_arrays(params)  # a notebook keeps the traceback, and that the weights
+            raise
 
 
 def free_arrays(*trees: Any) -> None:
@@ -140,10 +142,9 @@ def _folder_of(name: str | Path) -> Path:
 
 
 def _load_weights(
-    config: EngineConfig, model: ModelConfig, folder: Path, platform: str, say: Any
+    config: EngineConfig, model: ModelConfig, folder: Path, plan: EnginePlan, say: Any
 ) -> Params:
-    dtype = resolve_dtype(config, platform)
-    layer_loop = resolve_layer_loop(config, platform)
+    dtype, layer_loop = plan.dtype, plan.layer_loop
     if config.load_format == "dummy":
         params = dummy_params(model, dtype=dtype, layer_loop=layer_loop, seed=config.seed)
         say(f"made {model.num_parameters:,} random parameters, {dtype}")
@@ -229,22 +230,15 @@ def step_programs(
     ]
 
 
-def _compile(
-    plan: EnginePlan,
-    model: ModelConfig,
-    params: Params,
-    pages: jax.ShapeDtypeStruct,
-    slots: SlotState,
-    progress: bool,
-    say: Any,
-) -> Compiled:
-    programs = step_programs(plan, model, params, pages, slots)
+@contextmanager
+def _compiling(programs: Sequence[Program], progress: bool) -> Iterator[Compiling]:
     # None: a bar on a terminal, nothing in a file or a pipe.
     disable = None if progress else True
-    with tqdm(total=len(programs), desc="compiling", disable=disable, leave=False) as bar:
-        compiled, report = compile_all(programs, on_done=lambda name: bar.update())
-    say(f"{report.num_programs} programs ready in {report.elapsed_s:.1f} s")
-    return compiled
+    with (
+        tqdm(total=len(programs), desc="compiling", disable=disable, leave=False) as bar,
+        Compiling(programs, on_done=lambda name: bar.update()) as compiling,
+    ):
+        yield compiling
 
 
 def _silent(*_: Any) -> None:

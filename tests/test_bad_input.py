@@ -235,11 +235,22 @@ def test_weights_without_room_are_refused(folder: Path, monkeypatch: pytest.Monk
 def test_a_failed_start_leaves_nothing_on_the_device(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("jinfer.startup.compile_all", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("jinfer.startup.Compiling.result", lambda self: 1 / 0)
     before = {id(array) for array in jax.live_arrays()}
     with pytest.raises(ZeroDivisionError):  # as a notebook does, pytest keeps the traceback
         LLM(folder, skip_tokenizer_init=True, **SMALL)
     assert all(id(array) in before for array in jax.live_arrays())
+
+
+def test_a_damaged_checkpoint_is_refused_before_anything_compiles(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("jinfer.startup.Compiling", lambda *_, **__: pytest.fail("compiled"))
+    folder = write_llama_checkpoint(tmp_path / "model", seed=1)
+    stored = folder / "model.safetensors"
+    stored.write_bytes(stored.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match="model.safetensors"):
+        LLM(folder, skip_tokenizer_init=True, **SMALL)
 
 
 def test_what_is_no_model_folder_is_refused(tmp_path: Path) -> None:

@@ -4,15 +4,16 @@ import os
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
+_CACHE_HIT_EVENT = "/jax/compilation_cache/cache_hits"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,35 +31,78 @@ class Program:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CompileReport:
-    """What warm-up did, for the start-up lines."""
+    """What warm-up did; its text is the start-up line."""
 
-    num_programs: int
-    elapsed_s: float
+    elapsed_s: float  # from the first program's start to the last one's end
+    program_s: Mapping[str, float]  # of each program, tracing included
+    num_cache_hits: int  # programs read from the persistent compilation cache
+
+    def __str__(self) -> str:
+        slowest = max(self.program_s, key=lambda name: self.program_s[name])
+        return (
+            f"{len(self.program_s)} programs ready in {self.elapsed_s:.1f} s, "
+            f"{self.num_cache_hits} of them from the compilation cache; "
+            f"longest: {slowest}, {self.program_s[slowest]:.1f} s"
+        )
 
 
-def compile_all(
-    programs: list[Program], *, on_done: Callable[[str], object] = lambda name: None
-) -> tuple[dict[str, jax.stages.Compiled], CompileReport]:
-    """Compiles every program ahead of time, as many at once as there are processors.
+class Compiling:
+    """Programs on their way to the device, on threads of their own, while others load weights.
 
-    XLA compiles outside Python's lock; programs already in the persistent compilation cache
-    are read from it instead.
-
-    Args:
-      programs: with distinct names.
-      on_done: called with a program's name as it is finished, for a progress bar.
+    As many compile at once as there are processors: XLA works outside Python's lock. Programs
+    already in the persistent compilation cache are read from it instead.
     """
-    start_s = time.perf_counter()
 
-    def build(program: Program) -> jax.stages.Compiled:
+    def __init__(
+        self, programs: Sequence[Program], *, on_done: Callable[[str], object] = lambda name: None
+    ) -> None:
+        """Starts compiling, in the order given.
+
+        Args:
+          programs: with distinct names.
+          on_done: called with a program's name as it is finished, for a progress bar.
+        """
+        self._on_done = on_done
+        self._start_s = self._end_s = time.perf_counter()
+        self._program_s: dict[str, float] = {}
+        self._num_cache_hits = 0
+        self._threads: set[int] = set()
+        self._listening = ExitStack()
+        self._listening.callback(jax.monitoring.unregister_event_listener, self._listen)
+        jax.monitoring.register_event_listener(self._listen)
+        self._pool = ThreadPoolExecutor(max_workers=os.cpu_count())
+        self._futures = {p.name: self._pool.submit(self._build, p) for p in programs}
+
+    def result(self) -> tuple[dict[str, jax.stages.Compiled], CompileReport]:
+        """Waits for all of them; raises what the first that failed in their order raised."""
+        compiled = {name: future.result() for name, future in self._futures.items()}
+        return compiled, CompileReport(
+            elapsed_s=self._end_s - self._start_s,
+            program_s=self._program_s,
+            num_cache_hits=self._num_cache_hits,
+        )
+
+    def __enter__(self) -> "Compiling":
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        """Begins no further program; one in XLA's hands runs to its end unseen."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._listening.close()
+
+    def _build(self, program: Program) -> jax.stages.Compiled:
+        self._threads.add(threading.get_ident())
+        start_s = time.perf_counter()
         compiled = program.compile()
-        on_done(program.name)
+        self._end_s = time.perf_counter()
+        self._program_s[program.name] = self._end_s - start_s
+        self._on_done(program.name)
         return compiled
 
-    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        compiled = list(pool.map(build, programs))
-    report = CompileReport(num_programs=len(programs), elapsed_s=time.perf_counter() - start_s)
-    return dict(zip((p.name for p in programs), compiled, strict=True)), report
+    def _listen(self, event: str, **_: Any) -> None:
+        # JAX tells an event on the thread where it happens; other engines may start beside this.
+        if event == _CACHE_HIT_EVENT and threading.get_ident() in self._threads:
+            self._num_cache_hits += 1
 
 
 class CompileGuard:

@@ -86,10 +86,8 @@ def load_params(
     """
     started_s = time.perf_counter()
     wanted_dtype = require_dtype(dtype)
-    require_model_folder(folder)
     weights = FAMILIES[config.family].weight_map(config)
-    stored = open_checkpoint(folder)
-    check_tensors(stored, weights, config.num_layers)
+    stored = open_checked(folder, config)
     put = put or put_on_first_device
 
     def make(place: Place) -> jax.Array:
@@ -111,6 +109,29 @@ def load_params(
         param_bytes=sum(array.nbytes for array in jax.tree.leaves(params)),
         elapsed_s=time.perf_counter() - started_s,
     )
+
+
+def open_checked(folder: Path, config: ModelConfig) -> Mapping[str, StoredTensor]:
+    """What the folder's files hold, once it is known to be what the model needs; reads no weight.
+
+    Raises:
+      CheckpointError: as `load_params`.
+    """
+    require_model_folder(folder)
+    stored = open_checkpoint(folder)
+    check_tensors(stored, FAMILIES[config.family].weight_map(config), config.num_layers)
+    return stored
+
+
+def param_shapes(config: ModelConfig, *, dtype: str, layer_loop: str) -> Params:
+    """The tree that `load_params` gives, as shapes: programs compile for it before it is there."""
+    wanted_dtype = require_dtype(dtype)
+
+    def make(place: Place) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(place.shape, wanted_dtype)
+
+    weights = FAMILIES[config.family].weight_map(config)
+    return build_tree(weights, config.num_layers, layer_loop, make)
 
 
 def put_on_first_device(path: str, tensor: HostTensor) -> jax.Array:

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import jax
 import ml_dtypes
 import numpy as np
 
@@ -42,15 +41,15 @@ def build_tree(
     weights: WeightMap,
     num_layers: int,
     layer_loop: str,
-    make: Callable[[Place], jax.Array],
+    make: Callable[[Place], Any],
 ) -> Params:
     """The parameter tree with `make(place)` at every place, in a fixed order."""
 
-    def one(path: str, leaf: str, tensor: HFTensor) -> jax.Array:
+    def one(path: str, leaf: str, tensor: HFTensor) -> Any:
         place = Place(path=path, axes=leaf_axes(leaf), shape=weights.shape(leaf), tensors=(tensor,))
         return make(place)
 
-    def stacked(leaf: str, tensor: HFTensor) -> jax.Array:
+    def stacked(leaf: str, tensor: HFTensor) -> Any:
         place = Place(
             path=f"blocks.{leaf}",
             axes="L" + leaf_axes(leaf),

@@ -9,6 +9,7 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from jinfer.step.compile_cache import use_compilation_cache
+from jinfer.step.programs import Compiling, Program
 
 
 @pytest.fixture(autouse=True)
@@ -64,3 +65,17 @@ def test_the_default_is_in_the_users_cache(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     use_compilation_cache(None)
     assert jax.config.jax_compilation_cache_dir == str(tmp_path / "jinfer" / "xla")
+
+
+def test_programs_read_from_it_are_counted(tmp_path: Path) -> None:
+    use_compilation_cache(tmp_path)
+    shape = jax.ShapeDtypeStruct((3,), jnp.float32)
+    program = Program(name="p", function=lambda a: jnp.cos(a) * 5.25, shapes=(shape,), donate=())
+    num_hits = []
+    for _ in range(2):
+        with Compiling([program]) as compiling:
+            _, report = compiling.result()
+        num_hits.append(report.num_cache_hits)
+        jax.clear_caches()
+    assert num_hits == [0, 1]
+    assert "1 programs ready in" in str(report) and "1 of them from the compilation" in str(report)

@@ -1,15 +1,17 @@
 """Programs compile ahead of time; whatever compiles later is noticed."""
 
+import os
 import threading
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import CancelledError
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jinfer.step.programs import CompileGuard, Program, compile_all
+from jinfer.step.programs import CompileGuard, Compiling, Program
 
 VECTOR_4 = jax.ShapeDtypeStruct((4,), jnp.float32)
 
@@ -31,9 +33,11 @@ def test_every_program_is_compiled_under_its_name() -> None:
         Program(name=f"add {i}", function=lambda a, i=i: a + i, shapes=(VECTOR_4,), donate=())
         for i in range(3)
     ]
-    compiled, report = compile_all(programs, on_done=done.append)
-    assert sorted(done) == sorted(compiled) == ["add 0", "add 1", "add 2"]
-    assert report.num_programs == 3 and report.elapsed_s > 0.0
+    with Compiling(programs, on_done=done.append) as compiling:
+        compiled, report = compiling.result()
+    assert sorted(done) == sorted(compiled) == sorted(report.program_s)
+    assert sorted(done) == ["add 0", "add 1", "add 2"]
+    assert report.elapsed_s >= max(report.program_s.values()) > 0.0
     for i in range(3):
         np.testing.assert_array_equal(compiled[f"add {i}"](np.zeros(4, np.float32)), [i] * 4)
 
@@ -50,8 +54,31 @@ def test_an_error_while_compiling_is_raised() -> None:
     def broken(a):
         raise ValueError("no such program")
 
-    with pytest.raises(ValueError, match="no such program"):
-        compile_all([Program(name="p", function=broken, shapes=(VECTOR_4,), donate=())])
+    with Compiling([Program(name="p", function=broken, shapes=(VECTOR_4,), donate=())]) as all_:
+        with pytest.raises(ValueError, match="no such program"):
+            all_.result()
+
+
+def test_leaving_early_begins_no_further_program() -> None:
+    begun, may_end = threading.Event(), threading.Event()
+    done: list[str] = []
+
+    def slow(a):
+        begun.set()
+        assert may_end.wait(timeout=60)
+        return a
+
+    programs = [
+        Program(name=f"{i}", function=lambda a: slow(a), shapes=(VECTOR_4,), donate=())
+        for i in range(os.cpu_count() or 1)
+    ]
+    programs.append(Program(name="last", function=lambda a: a, shapes=(VECTOR_4,), donate=()))
+    with Compiling(programs, on_done=done.append) as compiling:
+        assert begun.wait(timeout=60)
+    may_end.set()
+    with pytest.raises(CancelledError):
+        compiling.result()
+    assert "last" not in done
 
 
 def test_a_late_compilation_is_told(guard: CompileGuard) -> None:
