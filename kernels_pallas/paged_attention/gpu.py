@@ -17,7 +17,7 @@ from jax.extend import backend
 from jaxtyping import Array, Float, Int32
 
 from kernels_pallas.paged_attention.contract import check_arguments
-from kernels_pallas.paged_attention.pages import cells_of
+from kernels_pallas.paged_attention.pages import Pages, QuantizedPages, cells_of, widened
 from kernels_pallas.paged_attention.xla import _cut, _Rows, _write
 
 DTYPES = ("bfloat16", "float16")
@@ -34,7 +34,7 @@ def paged_attention_gpu(  # noqa: PLR0913 - the contract of every implementation
     q_TNH: Float[Array, "T N H"],
     k_TKH: Float[Array, "T K H"],
     v_TKH: Float[Array, "T K H"],
-    pages_LPKZ2H: Float[Array, "L P K Z 2*H"],
+    pages: Pages,
     layer: int | Int32[Array, ""],
     page_table_BM: Int32[Array, "B M"],
     kv_len_B: Int32[Array, "B"],
@@ -48,7 +48,7 @@ def paged_attention_gpu(  # noqa: PLR0913 - the contract of every implementation
     tile_tokens: int | None = None,
     num_parts: int | None = None,
     interpret: Any = False,
-) -> tuple[Float[Array, "T N H"], Float[Array, "L P K Z 2*H"]]:
+) -> tuple[Float[Array, "T N H"], Pages]:
     """Same contract as `paged_attention_xla`, whose docstring explains the shared arguments.
 
     XLA writes the new cells and lays the queries out tile by tile. Each block of the kernel
@@ -56,9 +56,10 @@ def paged_attention_gpu(  # noqa: PLR0913 - the contract of every implementation
 
     Args:
       q_TNH: packed new queries; bfloat16 or float16, the pool's own, and so for k and v.
+        Beside a pool of 8 bits, bfloat16.
       k_TKH: their keys.
       v_TKH: their values.
-      pages_LPKZ2H: the pool of all layers; bfloat16 or float16.
+      pages: the pool of all layers; bfloat16, float16, or with scales int8 or float8_e4m3fn.
       layer: which layer of the pool; may be traced.
       page_table_BM: page ids of each row; entries past the length are not looked at.
       kv_len_B: tokens visible to the row, this step's included.
@@ -80,8 +81,9 @@ def paged_attention_gpu(  # noqa: PLR0913 - the contract of every implementation
 
     Raises:
       ValueError: if shapes or integer dtypes disagree, or a tile size is out of range.
-      NotImplementedError: for a chip other than Hopper, jax before 0.11, a dtype, head width,
-        page size or group that the kernel does not take.
+      NotImplementedError: for a chip other than Hopper, jax before 0.11, or a dtype, page size,
+        group or head width of the pool that the kernel does not take. The heads' own may be
+        any up to 256: `stored_head_width` says what to allocate.
 
     Donates: as `paged_attention_xla`.
     Cost: reads each visible page once per tile; the queries' and outputs' copies are 8 rows
@@ -94,73 +96,109 @@ def paged_attention_gpu(  # noqa: PLR0913 - the contract of every implementation
         q_TNH,
         k_TKH,
         v_TKH,
-        pages_LPKZ2H,
+        pages,
         page_table_BM,
         rows._asdict(),
         window=window,
         soft_cap=soft_cap,
         sinks_N=sinks_N,
     )
-    _check_arrays(q_TNH, k_TKH, v_TKH, pages_LPKZ2H)
+    _check_arrays(q_TNH, k_TKH, v_TKH, pages)
     if not interpret:
         _check_chip()
     # Jax before 0.11 lacks what that file imports.
     from kernels_pallas.paged_attention.gpu_attend import AttendOptions, attend_tiles
 
-    num_tokens, num_rows, num_kv_heads = q_TNH.shape[0], page_table_BM.shape[0], k_TKH.shape[1]
-    head_width, group = q_TNH.shape[2], q_TNH.shape[1] // num_kv_heads
+    head_width = q_TNH.shape[2]
+    q_TNH, k_TKH, v_TKH = widened(pages, q_TNH, k_TKH, v_TKH)
+    _, num_pages, num_kv_heads, page_size, _ = cells_of(pages).shape
+    (num_tokens, num_q_heads, stored_width), num_rows = q_TNH.shape, page_table_BM.shape[0]
+    group = num_q_heads // num_kv_heads
     tile_tokens = _tile_tokens(tile_tokens, group, num_tokens, num_rows)
     num_tiles = min(num_tokens, (num_tokens + num_rows * (tile_tokens - 1)) // tile_tokens)
-    context_tokens = page_table_BM.shape[1] * pages_LPKZ2H.shape[3]
+    context_tokens = page_table_BM.shape[1] * page_size
     num_parts = _num_parts(num_parts, num_tiles * num_kv_heads, context_tokens)
 
-    pages_LPKZ2H = cells_of(_write(pages_LPKZ2H, k_TKH, v_TKH, layer, page_table_BM, rows))
+    pages = _write(pages, k_TKH, v_TKH, layer, page_table_BM, rows)
     tiles, _ = _cut(rows, num_tokens, tile_tokens, num_tiles, window)
     columns = (tiles.row_X, tiles.first_X, tiles.last_X, tiles.position_XU[:, 0])
     out_XCKQH, log_XCKQ = attend_tiles(
         jnp.stack(columns, axis=1),
-        page_table_BM + layer * pages_LPKZ2H.shape[1],
+        page_table_BM + layer * num_pages,
         _tiled(q_TNH, tiles.token_XU, num_kv_heads),
-        pages_LPKZ2H.reshape(-1, *pages_LPKZ2H.shape[3:]),
+        jax.tree.map(lambda x: x.reshape(-1, *x.shape[3:]), pages),
         AttendOptions(
             group=group,
             scale=scale,
             window=window,
             soft_cap=soft_cap,
             num_parts=num_parts,
-            num_stages=STAGES_OF_HEAD_WIDTH[head_width],
+            num_stages=STAGES_OF_HEAD_WIDTH[stored_width],
             interpret=interpret or None,
         ),
     )
     num_used = tile_tokens * group
     out_XCKQH, log_XCKQ = out_XCKQH[:, :, :, :num_used], log_XCKQ[..., :num_used]
     out_XKQH = _combined(out_XCKQH, log_XCKQ, sinks_N)
-    return _untiled(out_XKQH, tiles.token_XU, q_TNH), pages_LPKZ2H
+    return _untiled(out_XKQH, tiles.token_XU, q_TNH)[..., :head_width], pages
 
 
-def _check_arrays(q_TNH: Any, k_TKH: Any, v_TKH: Any, pages_LPKZ2H: Any) -> None:
-    dtypes = {str(array.dtype) for array in (q_TNH, k_TKH, v_TKH, pages_LPKZ2H)}
-    if len(dtypes) > 1 or not dtypes <= set(DTYPES):
+def stored_head_width(head_width: int) -> int:
+    """The head width to allocate a pool with, so that the kernel takes it.
+
+    Raises:
+      NotImplementedError: if the heads are wider than the widest that it takes.
+    """
+    for stored_width in STAGES_OF_HEAD_WIDTH:
+        if head_width <= stored_width:
+            return stored_width
+    raise NotImplementedError(
+        f"on GPU, heads are at most {max(STAGES_OF_HEAD_WIDTH)} wide; got {head_width=}. "
+        "Choose the xla implementation."
+    )
+
+
+def _check_arrays(q_TNH: Any, k_TKH: Any, v_TKH: Any, pages: Pages) -> None:
+    _check_dtypes(q_TNH, k_TKH, v_TKH, pages)
+    _, _, num_kv_heads, page_size, cell_width = cells_of(pages).shape
+    stored_width = cell_width // 2
+    if stored_width not in STAGES_OF_HEAD_WIDTH:
+        allowed = sorted(STAGES_OF_HEAD_WIDTH)
         raise NotImplementedError(
-            f"on GPU, q, k, v and pages must all be {' or all '.join(DTYPES)}; "
-            f"got {', '.join(sorted(dtypes))}. Convert them, or choose the xla implementation."
+            f"on GPU, the pool's head width must be one of {allowed}; got {stored_width}. "
+            f"Allocate it with {stored_head_width(stored_width)}, zeros fill the heads up, "
+            "or choose the xla implementation."
         )
-    _, num_q_heads, head_width = q_TNH.shape
-    num_kv_heads, page_size = pages_LPKZ2H.shape[2:4]
-    if head_width not in STAGES_OF_HEAD_WIDTH:
+    # A copy to shared memory lands on a multiple of 128 bytes: of scales those are 32 tokens.
+    smallest = 32 if isinstance(pages, QuantizedPages) else 8
+    sizes = [size for size in (8, 16, 32) if size >= smallest]
+    if page_size not in sizes and page_size % BLOCK_TOKENS:
+        kind = "8-bit" if isinstance(pages, QuantizedPages) else "16-bit"
         raise NotImplementedError(
-            f"on GPU, the head width must be one of {sorted(STAGES_OF_HEAD_WIDTH)}; "
-            f"got {head_width=}. Pad the heads with zeros, or choose the xla implementation."
+            f"on GPU, {kind} pages hold {', '.join(map(str, sizes))} or a multiple of "
+            f"{BLOCK_TOKENS} tokens; got {page_size=}. "
+            "Choose another one, or the xla implementation."
         )
-    if page_size % 8 or (BLOCK_TOKENS % page_size and page_size % BLOCK_TOKENS):
+    group = q_TNH.shape[1] // num_kv_heads
+    if group > QUERY_ROWS:
         raise NotImplementedError(
-            f"on GPU, the page size must be 8, 16, 32 or a multiple of {BLOCK_TOKENS} tokens; "
-            f"got {page_size=}. Choose another one, or the xla implementation."
+            f"on GPU, a kv head serves at most {QUERY_ROWS} query heads; got {group}. "
+            "Choose the xla implementation."
         )
-    if num_q_heads > QUERY_ROWS * num_kv_heads:
+
+
+def _check_dtypes(q_TNH: Any, k_TKH: Any, v_TKH: Any, pages: Pages) -> None:
+    dtypes = {str(array.dtype) for array in (q_TNH, k_TKH, v_TKH)}
+    if isinstance(pages, QuantizedPages):
+        # In float16 a small softmax weight times a small scale would be lost.
+        rule, allowed = "beside 8-bit pages q, k and v must all be bfloat16", {"bfloat16"}
+    else:
+        dtypes.add(str(pages.dtype))
+        rule, allowed = f"q, k, v and pages must all be {' or all '.join(DTYPES)}", set(DTYPES)
+    if len(dtypes) > 1 or not dtypes <= allowed:
         raise NotImplementedError(
-            f"on GPU, a kv head serves at most {QUERY_ROWS} query heads; "
-            f"got {num_q_heads // num_kv_heads}. Choose the xla implementation."
+            f"on GPU, {rule}; got {', '.join(sorted(dtypes))}. "
+            "Convert them, or choose the xla implementation."
         )
 
 

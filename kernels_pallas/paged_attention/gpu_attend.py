@@ -16,8 +16,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int32
 
 from kernels_pallas.paged_attention.gpu import BLOCK_TOKENS, QUERY_ROWS
+from kernels_pallas.paged_attention.pages import Pages, QuantizedPages, cells_of, scales_of
 
-LANES = 64  # of 16 bits: the 128 bytes that a swizzled row holds
+ROW_BYTES = 128  # of shared memory, swizzled: what wgmma reads eight of at a time
+LANES = 64  # of 16 bits in such a row
 COMPUTE, COPY = 0, 1  # the two warpgroups
 LOG2E = math.log2(math.e)
 # Finite, so that a block in which a query sees nothing never computes inf - inf.
@@ -41,7 +43,7 @@ def attend_tiles(
     tile_X4: Int32[Array, "X 4"],
     table_BM: Int32[Array, "B M"],
     q_XKQH: Float[Array, "X K Q H"],
-    pages: Float[Array, "P*K Z 2*H"],
+    pages: Pages,
     options: AttendOptions,
 ) -> tuple[Float[Array, "X C K Q H"], Float[Array, "X C K 64"]]:
     """Attends from each tile over its row's pages, or a part of them.
@@ -56,7 +58,7 @@ def attend_tiles(
         the position of its first query. A last of -1 marks a tile that is not used.
       table_BM: page ids, of the pages of one layer.
       q_XKQH: query rows, `group` of them per token; Q is a multiple of 8, at most 64.
-      pages: the pool with leading axes merged.
+      pages: the pool with leading axes merged: [P*K, Z, 2H], and scales [P*K, 2, Z] if any.
       options: see there.
 
     Returns:
@@ -70,7 +72,7 @@ def attend_tiles(
     """
     num_tiles, num_kv_heads, num_rows, head_width = q_XKQH.shape
     grid = (num_tiles, options.num_parts, num_kv_heads)
-    scratch = _scratch(q_XKQH.dtype, head_width, pages.shape[1], options.num_stages)
+    scratch = _scratch(q_XKQH.dtype, head_width, pages, options.num_stages)
     attend = plgpu.kernel(
         # A fresh object: JAX 0.11 caches a kernel's jaxpr by the identity of its function.
         partial(_kernel, options=options),
@@ -90,25 +92,33 @@ def attend_tiles(
     return attend(tile_X4, table_BM, q_XKQH, pages)
 
 
-def _scratch(dtype: Any, head_width: int, page_size: int, num_stages: int) -> list[Any]:
-    def tiled(*shape: int) -> Any:
-        # wgmma reads 8 rows of 128 bytes at a time.
-        transforms = (
-            plgpu.TilingTransform((8, 64)),  # pyright: ignore[reportAbstractUsage]
-            plgpu.SwizzleTransform(128),  # pyright: ignore[reportAbstractUsage]
-        )
-        return plgpu.SMEM(shape, dtype, transforms=transforms)
-
-    copies = BLOCK_TOKENS // min(BLOCK_TOKENS, page_size)
+def _scratch(dtype: Any, head_width: int, pages: Pages, num_stages: int) -> list[Any]:
+    cells, quantized = cells_of(pages), isinstance(pages, QuantizedPages)
+    ring = _tiled_smem(cells.dtype, num_stages, BLOCK_TOKENS, 2 * head_width)
+    if quantized:
+        scales: Any = plgpu.SMEM((num_stages, 2, BLOCK_TOKENS), jnp.float32)
+        ring = QuantizedPages(ring, scales)
+    # A copy of cells per page; of scales, a line of the keys' and a line of the values' each.
+    copies = BLOCK_TOKENS // min(BLOCK_TOKENS, cells.shape[1]) * (3 if quantized else 1)
     return [
-        tiled(QUERY_ROWS, head_width),  # queries, then outputs
-        tiled(num_stages, BLOCK_TOKENS, 2 * head_width),
-        tiled(QUERY_ROWS, BLOCK_TOKENS),  # softmax weights
+        _tiled_smem(dtype, QUERY_ROWS, head_width),  # queries, then outputs
+        ring,
+        # The block that is computed on, if the ring holds it in 8 bits.
+        _tiled_smem(dtype, BLOCK_TOKENS, 2 * head_width) if quantized else None,
+        _tiled_smem(dtype, QUERY_ROWS, BLOCK_TOKENS),  # softmax weights
         plgpu.SMEM((QUERY_ROWS,), jnp.float32),
         plgpu.Barrier(),  # queries are here
         plgpu.Barrier(num_arrivals=copies, num_barriers=num_stages),  # a stage is full
         plgpu.Barrier(num_barriers=num_stages),  # a stage may be filled again
     ]
+
+
+def _tiled_smem(dtype: Any, *shape: int) -> Any:
+    transforms = (
+        plgpu.TilingTransform((8, ROW_BYTES // jnp.dtype(dtype).itemsize)),  # pyright: ignore[reportAbstractUsage]
+        plgpu.SwizzleTransform(ROW_BYTES),  # pyright: ignore[reportAbstractUsage]
+    )
+    return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
 def _kernel(tile_ref, table_ref, q_ref, pages_ref, out_ref, log_ref, *scratch, options):
@@ -117,14 +127,14 @@ def _kernel(tile_ref, table_ref, q_ref, pages_ref, out_ref, log_ref, *scratch, o
     warpgroup = lax.axis_index("warpgroup")
     row, *span = (tile_ref[tile, i] for i in range(4))
     first_block, num_blocks = _part(span, part, options.num_parts)
-    q_smem, kv_smem, weight_smem, log_smem, q_here, full, free = scratch
+    q_smem, ring, wide_smem, weight_smem, log_smem, q_here, full, free = scratch
     used_smem = q_smem.at[pl.ds(0, q_ref.shape[2])]
 
     @pl.when((warpgroup == COPY) & (num_blocks > 0))
     def _():
         plgpu.copy_gmem_to_smem(q_ref.at[tile, kv_head], used_smem, q_here)
         head = (q_ref.shape[1], kv_head)
-        copy = partial(_copy_block, pages_ref, table_ref.at[row], kv_smem, full, head, span[1])
+        copy = partial(_copy_block, pages_ref, table_ref.at[row], ring, full, head, span[1])
 
         @pl.loop(0, num_blocks)
         def _(j):
@@ -142,7 +152,7 @@ def _kernel(tile_ref, table_ref, q_ref, pages_ref, out_ref, log_ref, *scratch, o
         def _():
             plgpu.barrier_wait(q_here)
 
-        buffers = (q_smem, kv_smem, weight_smem, full, free)
+        buffers = (q_smem, ring, wide_smem, weight_smem, full, free)
         blocks = (first_block, num_blocks)
         step = partial(_accumulate, buffers, span, blocks, options)
         weighted, peak, total = lax.fori_loop(0, num_blocks, step, _start(q_ref.shape[3]))
@@ -167,19 +177,28 @@ def _part(span, part, num_parts: int):
     return first_block + start, lax.div(num_blocks * (part + 1), num_parts) - start
 
 
-def _copy_block(pages_ref, line_ref, kv_smem, full, head, last, block, stage):
+def _copy_block(pages_ref, line_ref, ring, full, head, last, block, stage):
     """Asks for 64 tokens' keys and values. Past the last page, it comes again, to be masked."""
-    (num_kv_heads, kv_head), page_size = head, pages_ref.shape[1]
+    cells_ref, scales_ref = _cells_and_scales(pages_ref)
+    cells_smem, scales_smem = _cells_and_scales(ring)
+    (num_kv_heads, kv_head), page_size = head, cells_ref.shape[1]
     copied = min(page_size, BLOCK_TOKENS)  # tokens at once
     for start in range(0, BLOCK_TOKENS, copied):
         token = block * BLOCK_TOKENS + start
         page = lax.div(lax.min(token, last), page_size)
         offset = lax.rem(token, page_size) if page_size > copied else 0
-        plgpu.copy_gmem_to_smem(
-            pages_ref.at[line_ref[page] * num_kv_heads + kv_head, pl.ds(offset, copied)],
-            kv_smem.at[stage, pl.ds(start, copied)],
-            full.at[stage],
-        )
+        index = line_ref[page] * num_kv_heads + kv_head
+        here, there = pl.ds(offset, copied), pl.ds(start, copied)
+        copy = partial(plgpu.copy_gmem_to_smem, barrier=full.at[stage])
+        copy(cells_ref.at[index, here], cells_smem.at[stage, there])
+        if scales_ref is not None:
+            for half in range(2):
+                copy(scales_ref.at[index, half, here], scales_smem.at[stage, half, there])
+
+
+def _cells_and_scales(refs: Any) -> tuple[Any, Any]:
+    """The references to cells and to scales, None where there are none."""
+    return cells_of(refs), scales_of(refs)
 
 
 def _start(head_width: int):
@@ -195,7 +214,7 @@ def _start(head_width: int):
 
 def _accumulate(buffers, span, blocks, options, j, carry):
     """One block's step of the online softmax, in powers of two."""
-    q_smem, kv_smem, weight_smem, full, free = buffers
+    q_smem, ring, wide_smem, weight_smem, full, free = buffers
     (first, last, position), (first_block, num_blocks) = span, blocks
     weighted, peak, total = carry
     head_width = q_smem.shape[1]
@@ -203,9 +222,13 @@ def _accumulate(buffers, span, blocks, options, j, carry):
     start = (first_block + j) * BLOCK_TOKENS
     plgpu.barrier_wait(full.at[stage])
 
-    key_smem = kv_smem.at[stage, :, pl.ds(0, head_width)]
-    value_smem = kv_smem.at[stage, :, pl.ds(head_width, head_width)]
-    score = _scaled(_multiply(q_smem, key_smem.transpose((1, 0))), options)
+    kv_smem, key_scale, value_scale = _ready(ring, wide_smem, stage)
+    key_smem = kv_smem.at[:, pl.ds(0, head_width)]
+    value_smem = kv_smem.at[:, pl.ds(head_width, head_width)]
+    score = _multiply(q_smem, key_smem.transpose((1, 0)))
+    if key_scale is not None:
+        score *= _along_keys(key_scale)
+    score = _scaled(score, options)
 
     def mask(score):
         # A weight of 0 is not enough where a cell that is not the row's holds NaN.
@@ -220,6 +243,11 @@ def _accumulate(buffers, span, blocks, options, j, carry):
     fade = jnp.exp2(peak - new_peak)
     weight = jnp.exp2(score - _along_rows(new_peak))
     total = total * fade + jnp.sum(weight, axis=1)
+    if value_scale is not None:
+        # The scale of a cell that is not the row's may be NaN too.
+        key = start + _iota(0, (BLOCK_TOKENS,), plgpu.Layout.WGMMA.reduce(0))
+        owned = (first <= key) & (key <= last)
+        weight *= _along_keys(jnp.where(owned, value_scale, 0))
     weight_smem[...] = weight.astype(weight_smem.dtype)
     plgpu.commit_smem()
     # Lanes go 64 at a time: one such product in registers at once.
@@ -234,6 +262,29 @@ def _accumulate(buffers, span, blocks, options, j, carry):
         plgpu.barrier_arrive(free.at[stage])
 
     return tuple(new_weighted), new_peak, total
+
+
+def _ready(ring, wide_smem, stage):
+    """A stage's cells as wgmma takes them, and the keys' and values' scales if there are any."""
+    cells_smem, scales_smem = _cells_and_scales(ring)
+    if scales_smem is None:
+        return cells_smem.at[stage], None, None
+    # A warp has waited for its own wgmma; only here have all of them read the block before.
+    plgpu.commit_smem()
+    for lane in range(0, wide_smem.shape[1], ROW_BYTES):
+        lanes = pl.ds(lane, ROW_BYTES)
+        cells = _load(cells_smem.at[stage, :, lanes], plgpu.Layout.WGMMA_UPCAST_2X)
+        if jnp.issubdtype(cells.dtype, jnp.floating):
+            cells = cells.astype(jnp.float32)  # Mosaic knows no shorter way from float8
+        wide_smem[:, lanes] = cells.astype(wide_smem.dtype)
+    plgpu.commit_smem()
+    column = plgpu.Layout.WGMMA.reduce(0)
+    return wide_smem, *(_load(scales_smem.at[stage, half], column) for half in range(2))
+
+
+def _load(ref, layout):
+    # Checked against jax 0.10, where `idx` is not optional yet.
+    return plgpu.load(ref, layout=layout)  # pyright: ignore[reportCallIssue]
 
 
 def _multiply(left_smem, right_smem):
@@ -251,9 +302,7 @@ def _clear(value_smem, first, last):
     owned = (first <= key) & (key <= last)
     for lane in range(0, value_smem.shape[1], LANES):
         part_smem = value_smem.at[:, pl.ds(lane, LANES)]
-        # Checked against jax 0.10, where `idx` is not optional yet.
-        value = plgpu.load(part_smem, layout=plgpu.Layout.WGMMA)  # pyright: ignore[reportCallIssue]
-        part_smem[...] = jnp.where(owned, value, 0)
+        part_smem[...] = jnp.where(owned, _load(part_smem, plgpu.Layout.WGMMA), 0)
 
 
 def _scaled(score, options: AttendOptions):
@@ -275,9 +324,13 @@ def _visible(start, position, last, options: AttendOptions):
     return sees
 
 
-def _iota(axis: int, shape: tuple[int, int]):
-    return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA)
+def _iota(axis: int, shape: tuple[int, ...], layout: Any = plgpu.Layout.WGMMA):
+    return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=layout)
 
 
 def _along_rows(values_Q):
     return lax.broadcast_in_dim(values_Q, (QUERY_ROWS, LANES), (0,))
+
+
+def _along_keys(values_S):
+    return lax.broadcast_in_dim(values_S, (QUERY_ROWS, BLOCK_TOKENS), (1,))

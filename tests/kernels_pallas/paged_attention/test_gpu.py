@@ -9,7 +9,11 @@ import numpy as np
 import pytest
 
 from kernels_pallas.paged_attention.cases import CASES, LAYER, Case, build
-from kernels_pallas.paged_attention.gpu import _num_parts, paged_attention_gpu
+from kernels_pallas.paged_attention.gpu import (
+    _num_parts,
+    paged_attention_gpu,
+    stored_head_width,
+)
 from kernels_pallas.paged_attention.reference import paged_attention_reference
 
 OLD_JAX = jax.__version_info__ < (0, 11)
@@ -20,23 +24,47 @@ TOLERANCE = {"bfloat16": 2e-2, "float16": 5e-3}
 # More keys than the ring has stages for, even in three parts, so that stages are used again.
 LONG = Case(name="long", kv_len=(1200, 0, 65, 64), query_len=(1, 0, 1, 1), page_size=32)
 LONG_CHUNK = Case(name="long_chunk", kv_len=(600,), query_len=(40,), page_size=16, window=300)
+LONG_FP8 = replace(LONG, name="long_fp8", pages_dtype="float8_e4m3fn")
+LONG_CHUNK_INT8 = replace(LONG_CHUNK, name="long_chunk_int8", page_size=64, pages_dtype="int8")
+WIDTH_96 = replace(LONG_CHUNK_INT8, name="width_96_int8", head_width=96, stored_width=128)
 # Each takes seconds to interpret. These have every option, reuse stages, and split contexts.
-FAST = ("window_soft_cap_sinks-parts_1", "long-parts_3")
-REFUSED = ("width_96",)  # see test_refuses_what_it_cannot_do
+FAST = ("window_soft_cap_sinks-parts_1", "long-parts_3", "long_fp8-parts_3")
+SMALL_PAGES = "on GPU, 8-bit pages hold 32 or a multiple of 64 tokens; got page_size=8. Choose"
+DECLINED = {
+    "width_96": r"must be one of \[64, 128, 256\]; got 96. Allocate it with 128, zeros fill",
+    "int8_pages": SMALL_PAGES,
+    "int8_pages_all_options": SMALL_PAGES,
+}
+
+
+def in_16_bits(case):
+    """The case with queries that the kernel takes."""
+    return replace(case, dtype="bfloat16" if case.dtype == "float32" else case.dtype)
+
 
 RUNS = [
     pytest.param(
-        replace(case, dtype="bfloat16" if case.dtype == "float32" else case.dtype),
+        in_16_bits(case),
         num_parts,
         id=(name := f"{case.name}-parts_{num_parts}"),
         marks=() if name in FAST else pytest.mark.slow,
     )
     for case, num_parts in (
-        *((case, 1) for case in CASES if case.name not in REFUSED),
+        *((case, 1) for case in CASES if case.name not in DECLINED),
         *((case, 3) for case in CASES if case.name in ("empty_rows", "bfloat16_sinks")),
+        # What was declined for its small pages.
+        *(
+            (replace(case, name=f"{case.name}_of_32", page_size=32), 1)
+            for case in CASES
+            if DECLINED.get(case.name) == SMALL_PAGES
+        ),
         *((case, num_parts) for case in (LONG, LONG_CHUNK) for num_parts in (1, 3)),
         (replace(LONG, name="pages_of_128", page_size=128, head_width=128), 1),
         (replace(LONG_CHUNK, name="width_256_long", head_width=256), 2),
+        *((case, num_parts) for case in (LONG_FP8, LONG_CHUNK_INT8) for num_parts in (1, 3)),
+        (replace(LONG_FP8, name="fp8_pages_of_128", page_size=128, head_width=128), 1),
+        (replace(LONG_CHUNK_INT8, name="width_256_int8", head_width=256), 2),
+        (WIDTH_96, 1),
     )
 ]
 
@@ -59,13 +87,21 @@ def same_bits(a, b):
     return np.array_equal(*(np.ascontiguousarray(x).view(np.uint8) for x in (a, b)))
 
 
+def same_pages(a, b):
+    """Page 0 is the bin; everything else is bit-exact: written where asked, else untouched."""
+    return all(
+        same_bits(x[:, 1:], y[:, 1:]) and same_bits(np.delete(x, LAYER, 0), np.delete(y, LAYER, 0))
+        for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    )
+
+
 @interpreted_only_on_new_jax
 @pytest.mark.parametrize(("case", "num_parts"), RUNS)
 def test_equals_the_reference(case, num_parts):
     inputs = build(case)
     expected_TNH, expected_pages = paged_attention_reference(*inputs.args, **inputs.options)
     attend = interpreted(inputs, num_parts=num_parts)
-    out_TNH, pages = map(np.asarray, attend(*inputs.args))
+    out_TNH, pages = jax.tree.map(np.asarray, attend(*inputs.args))
     assert not races_found()
 
     tolerance, owned_T = TOLERANCE[case.dtype], inputs.owned_T
@@ -74,13 +110,11 @@ def test_equals_the_reference(case, num_parts):
     )
     np.testing.assert_array_equal(out_TNH[~owned_T], 0)
     assert out_TNH.dtype == inputs.args[0].dtype
-    # Page 0 is the bin; everything else is bit-exact: written where asked, else untouched.
-    assert same_bits(pages[:, 1:], expected_pages[:, 1:])
-    assert same_bits(np.delete(pages, LAYER, 0), np.delete(expected_pages, LAYER, 0))
+    assert same_pages(pages, expected_pages)
 
-    again_TNH, pages_again = map(np.asarray, attend(*inputs.args))
+    again_TNH, pages_again = jax.tree.map(np.asarray, attend(*inputs.args))
     assert same_bits(out_TNH, again_TNH)
-    assert same_bits(pages[:, 1:], pages_again[:, 1:])
+    assert same_pages(pages, pages_again)
 
 
 @interpreted_only_on_new_jax
@@ -103,15 +137,34 @@ def test_parts_fill_the_chip_and_are_not_tiny():
 
 
 def arrays(**changes):
-    case = Case(name="refused", kv_len=(9,), query_len=(1,), dtype="bfloat16", **changes)
-    inputs = build(case)
+    case = Case(name="refused", kv_len=(9,), query_len=(1,), dtype="bfloat16")
+    inputs = build(replace(case, **changes))
     return inputs.args, inputs.options
 
 
+@pytest.mark.parametrize("name", DECLINED)
+def test_declines_a_case_by_its_limit(name):
+    case = in_16_bits(next(case for case in CASES if case.name == name))
+    inputs = build(case)
+    with pytest.raises(NotImplementedError, match=DECLINED[name]):
+        paged_attention_gpu(*inputs.args, **inputs.options)
+
+
 REFUSALS = (
-    ({"head_width": 96}, r"must be one of \[64, 128, 256\]; got head_width=96\. Pad the heads"),
-    ({"page_size": 24}, r"8, 16, 32 or a multiple of 64 tokens; got page_size=24\. Choose"),
+    (
+        {"page_size": 24},
+        r"16-bit pages hold 8, 16, 32 or a multiple of 64 tokens; got page_size=24",
+    ),
+    ({"page_size": 16, "pages_dtype": "int8"}, r"pages hold 32 or .*; got page_size=16\. Choose"),
     ({"num_q_heads": 130}, r"at most 64 query heads; got 65\. Choose the xla implementation"),
+    (
+        {"head_width": 320},
+        r"on GPU, heads are at most 256 wide; got head_width=320\. Choose the xl",
+    ),
+    (
+        {"dtype": "float16", "pages_dtype": "int8", "page_size": 32},
+        r"beside 8-bit pages q, k and v must all be bfloat16; got float16\. Convert them",
+    ),
 )
 
 
@@ -126,6 +179,11 @@ def test_refuses_mixed_dtypes():
     (q_TNH, *others), options = arrays()
     with pytest.raises(NotImplementedError, match="got bfloat16, float32. Convert them"):
         paged_attention_gpu(q_TNH.astype(jnp.float32), *others, **options)
+
+
+def test_stored_head_width_is_the_next_that_the_kernel_takes():
+    widths = [stored_head_width(head_width) for head_width in (40, 64, 80, 96, 128, 192, 256)]
+    assert widths == [64, 64, 128, 128, 128, 256, 256]
 
 
 @pytest.mark.skipif(OLD_JAX, reason="jax before 0.11 is refused first")

@@ -7,12 +7,12 @@ its size is temporary; and off the assembler: the architecture, and that no regi
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from jax import lax
 from jax.experimental import topologies
 
 from kernels_pallas.paged_attention.gpu import paged_attention_gpu
+from kernels_pallas.paged_attention.pages import QuantizedPages
 
 pytestmark = pytest.mark.slow
 pytest.importorskip(
@@ -38,6 +38,7 @@ dnn_version_info { major: 9 minor: 10 }
 device_description_str: "NVIDIA H200"
 """
 NUM_LAYERS, NUM_PAGES = 4, 4096
+INT8, FP8 = {"pages_dtype": "int8"}, {"pages_dtype": "float8_e4m3fn"}
 
 
 def compiled(
@@ -50,6 +51,8 @@ def compiled(
     head_width=128,
     page_size=16,
     dtype="bfloat16",
+    pages_dtype=None,
+    stored_width=None,
     sinks=False,
     scanned=False,
     **options,
@@ -81,7 +84,11 @@ def compiled(
         return lax.scan(body, (q_TNH, pages), jnp.arange(NUM_LAYERS, dtype=jnp.int32))[0]
 
     per_row = shaped((num_rows,), jnp.int32)
-    pages = shaped((NUM_LAYERS, NUM_PAGES, num_kv_heads, page_size, 2 * head_width), dtype)
+    shape = (NUM_LAYERS, NUM_PAGES, num_kv_heads, page_size, 2 * (stored_width or head_width))
+    pages = shaped(shape, pages_dtype or dtype)
+    if pages_dtype:
+        scales = shaped((*shape[:3], 2, page_size), jnp.float32)
+        pages = QuantizedPages(pages, scales)
     kv_TKH = shaped((num_tokens, num_kv_heads, head_width), dtype)
     args = (
         pages,
@@ -97,7 +104,7 @@ def compiled(
     mesh = jax.sharding.AbstractMesh((1,), ("tensor",), abstract_device=abstract)
     with jax.sharding.use_abstract_mesh(mesh):
         program = jax.jit(all_layers if scanned else one, donate_argnums=0).lower(*args).compile()
-    return program, int(np.prod(pages.shape)) * pages.dtype.itemsize
+    return program, sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(pages))
 
 
 SHAPES = {
@@ -116,7 +123,23 @@ SHAPES = {
     "group_16_of_1_head": {"group": 16, "num_kv_heads": 1},
     "all_options": {"window": 100, "soft_cap": 30.0, "sinks": True},
     "float16": {"dtype": "float16"},
+    "width_96_stored_as_128": {"head_width": 96, "stored_width": 128},
     "scanned": {"scanned": True},
+    "int8": {**INT8, "page_size": 64},
+    "int8_prefill": {**INT8, "page_size": 64, "num_tokens": 256, "num_rows": 8},
+    "int8_pages_of_32": {**INT8, "page_size": 32},
+    "int8_pages_of_256": {**INT8, "page_size": 256},
+    "int8_width_64": {**INT8, "page_size": 64, "head_width": 64},
+    "int8_width_96_stored_as_128": {
+        **INT8,
+        "page_size": 64,
+        "head_width": 96,
+        "stored_width": 128,
+    },
+    "int8_scanned": {**INT8, "page_size": 64, "scanned": True},
+    "fp8": {**FP8, "page_size": 64},
+    "fp8_width_64": {**FP8, "page_size": 64, "head_width": 64},
+    "fp8_all_options": {**FP8, "page_size": 32, "window": 100, "soft_cap": 30.0, "sinks": True},
 }
 
 
