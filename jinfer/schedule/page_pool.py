@@ -23,18 +23,23 @@ class PagePool:
         assert num_pages >= 1, f"a pool has at least the bin page: {num_pages=}"
         self._free = deque(PageId(i) for i in range(1, num_pages))
         self._idle: OrderedDict[PageId, None] = OrderedDict()  # released longest ago first
-        self._kept: set[PageId] = set()
         self._refs = [0] * num_pages
-        self.on_reuse: Callable[[PageId], object] = lambda page_id: None  # of a kept page
+        # Asked of a page that lost its last owner: whether its content is worth keeping.
+        self.keeps: Callable[[PageId], bool] = lambda page_id: False
+        self.on_reuse: Callable[[PageId], object] = lambda page_id: None  # of an idle page
 
     @property
     def num_free_pages(self) -> int:
-        """Pages without an owner, kept ones included."""
+        """Pages without an owner, idle ones included."""
         return len(self._free) + len(self._idle)
+
+    def is_idle(self, page_id: PageId) -> bool:
+        """Whether a page has no owner and is kept for its content."""
+        return page_id in self._idle
 
     def num_idle(self, page_ids: Iterable[PageId]) -> int:
         """How many of these pages count as free until they are shared."""
-        return sum(page_id in self._idle for page_id in page_ids)
+        return sum(map(self.is_idle, page_ids))
 
     def allocate(self, num_pages: int) -> list[PageId] | None:
         """Takes `num_pages` pages, or none at all and returns None.
@@ -63,27 +68,21 @@ class PagePool:
         for page_id in page_ids:
             assert self._refs[page_id] > 0, f"released a free page: {page_id=}"
             self._refs[page_id] -= 1
-            if self._refs[page_id] == 0 and page_id in self._kept:
+            if self._refs[page_id]:
+                continue
+            if self.keeps(page_id):
                 self._idle[page_id] = None
-            elif self._refs[page_id] == 0:
+            else:
                 self._free.append(page_id)
 
-    def keep(self, page_id: PageId) -> None:
-        """Keeps an owned page for its content once it is released, as long as others are free."""
-        assert self._refs[page_id] > 0, f"kept a free page: {page_id=}"
-        self._kept.add(page_id)
-
-    def unkeep(self, page_id: PageId) -> None:
-        """Takes `keep` back."""
-        self._kept.remove(page_id)
-        if page_id in self._idle:
-            del self._idle[page_id]
-            self._free.append(page_id)
+    def drop(self, page_id: PageId) -> None:
+        """An idle page is kept no longer: it is free."""
+        del self._idle[page_id]
+        self._free.append(page_id)
 
     def _take_one(self) -> PageId:
         if self._free:
             return self._free.popleft()
         page_id, _ = self._idle.popitem(last=False)
-        self._kept.remove(page_id)
         self.on_reuse(page_id)
         return page_id

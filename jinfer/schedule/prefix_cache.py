@@ -33,45 +33,69 @@ class PrefixCache:
 
     A page is named once its K/V is computed, or certain to be by a step that runs before any that
     could read it. It keeps its name when its last owner releases it, until the pool needs it for
-    something else; the pool gives up the page released longest ago first. Sequences release
-    their last page first, so a prefix outlives what hangs on it.
+    something else; the pool gives up the page released longest ago first.
+
+    Invariant: the pages of one name are one idle page, or owned ones. Two sequences may have
+    computed the same; whoever ends first then leaves nothing behind, and the other's page stays.
+
+    So leaves go first: whoever owns a page owns pages of every name before it, and releases
+    them after it. A prefix is therefore released, and given up, after all that hangs on it.
     """
 
     def __init__(self, pool: PagePool) -> None:
         self._pool = pool
-        self._page_of: dict[PageKey, PageId] = {}
+        self._pages_of: dict[PageKey, list[PageId]] = {}
         self._key_of: dict[PageId, PageKey] = {}
+        pool.keeps = self._keeps
         pool.on_reuse = self._forget
 
     def __len__(self) -> int:
-        return len(self._page_of)
+        return len(self._pages_of)
 
     def __contains__(self, key: PageKey) -> bool:
-        return key in self._page_of
+        return key in self._pages_of
 
     def find(self, keys: Iterable[PageKey]) -> list[PageId]:
         """The pages of the longest known prefix. They are not yet shared."""
         page_ids = []
         for key in keys:
-            page_id = self._page_of.get(key)
-            if page_id is None:
+            pages = self._pages_of.get(key)
+            if pages is None:
                 break
-            page_ids.append(page_id)
+            page_ids.append(pages[0])
         return page_ids
 
     def publish(self, key: PageKey, page_id: PageId) -> None:
-        """Names a page. If another page holds the same already, that one stays the one."""
-        if key in self._page_of or page_id in self._key_of:
+        """Names an owned page, whose owner has named all pages before it."""
+        if page_id in self._key_of:
             return
-        self._page_of[key] = page_id
+        pages = self._pages_of.setdefault(key, [])
+        for twin in [page for page in pages if self._pool.is_idle(page)]:
+            self._pool.drop(twin)
+            pages.remove(twin)
+            del self._key_of[twin]
+        pages.append(page_id)
         self._key_of[page_id] = key
-        self._pool.keep(page_id)
 
     def clear(self) -> None:
         """Forgets every name; pages without an owner become free."""
-        for page_id in list(self._key_of):
-            self._pool.unkeep(page_id)
-            self._forget(page_id)
+        for page_id in self._key_of:
+            if self._pool.is_idle(page_id):
+                self._pool.drop(page_id)
+        self._key_of.clear()
+        self._pages_of.clear()
+
+    def _keeps(self, page_id: PageId) -> bool:
+        key = self._key_of.get(page_id)
+        if key is None:
+            return False
+        if len(self._pages_of[key]) == 1:
+            return True
+        self._forget(page_id)
+        return False
 
     def _forget(self, page_id: PageId) -> None:
-        del self._page_of[self._key_of.pop(page_id)]
+        key = self._key_of.pop(page_id)
+        self._pages_of[key].remove(page_id)
+        if not self._pages_of[key]:
+            del self._pages_of[key]
