@@ -13,8 +13,11 @@ def told_the_chip(device: Any) -> AbstractContextManager[Any]:
     Args:
       device: of a topology description, from `jax.experimental.topologies`.
     """
+    platform, num_cores = device.platform, getattr(device, "num_cores", None)
+    if platform == "gpu":  # as a description says it; Pallas looks for the name of the backend
+        platform, num_cores = "cuda", device.core_count
     abstract = AbstractDevice(
-        device_kind=device.device_kind, num_cores=device.num_cores, platform=device.platform
+        device_kind=device.device_kind, num_cores=num_cores, platform=platform
     )
     mesh = jax.sharding.AbstractMesh((1,), ("tensor",), abstract_device=abstract)
     return jax.sharding.use_abstract_mesh(mesh)

@@ -85,7 +85,14 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"jinfer {__version__}\n"
 
 
-@pytest.mark.parametrize("words", [[], ["generate"], ["chat"], ["info"]])
+BENCHMARKS = ("kernels",)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [[], ["generate"], ["chat"], ["info"], ["bench"], *(["bench", name] for name in BENCHMARKS)],
+    ids=" ".join,
+)
 def test_help_fits_a_hundred_columns(
     words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -157,6 +164,15 @@ def test_what_is_not_written_is_left_to_the_model() -> None:
         (["generate", "A", "-q", "--max-model-len", "99999"], r"max_model_len=99999.*Lower it\."),
         (["chat", "--top-p", "0"], r"top_p must be in \(0, 1\]"),
         (["info", "/no/such"], r"got model='/no/such'"),
+        (["bench"], r"required: BENCHMARK"),
+        (["bench", "kernels", "--target", "v3"], r"--target must be one of v4, .*got 'v3'"),
+        (["bench", "kernels", "--target", "t4", "l4"], r"one GPU architecture at a time.*t4, l4"),
+        (["bench", "kernels", "--cases", "encode"], r"--cases must match .*got 'encode'"),
+        (["bench", "kernels", "--implementation", "a"], r"--implementation must be .*got 'a'"),
+        (["bench", "kernels", "--dtype", "int4"], r"--dtype must be one of .*got 'int4'"),
+        (["bench", "kernels", "--repeats", "0"], r"a number from 1 on; got '0'"),
+        (["bench", "kernels", "--json", "/no/such/file"], r"can be written; got '/no/such/file'"),
+        (["bench", "kernels", "--page-sise", "8"], r"got --page-sise\. Did you mean --page-size\?"),
     ],
 )
 def test_bad_input_is_one_line(run: Callable[..., Ran], words: list[str], message: str) -> None:

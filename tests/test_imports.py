@@ -18,7 +18,7 @@ LAYERS = (
     {"request", "models"},
     {"schedule", "weights"},
     {"step"},
-    {"resolve", "running", "interrupt"},
+    {"resolve", "running", "interrupt", "metrics", "dispatched"},
     {"startup"},
     {"engine"},
     {"llm"},
@@ -76,13 +76,13 @@ def test_kernels_import_nothing_of_jinfer() -> None:
         assert "jinfer" not in roots, path
 
 
-def test_only_the_step_imports_kernels() -> None:
+def test_only_the_step_and_the_bench_import_kernels() -> None:
     users = {
         part_of(path)
         for path in source_files("jinfer")
         if any(name.startswith("kernels_pallas") for name in imported_modules(path))
     }
-    assert users == {"step"}
+    assert users == {"step", "bench"}
 
 
 def test_requests_schedule_and_command_line_need_no_jax() -> None:

@@ -1,4 +1,4 @@
-"""The command line: `jinfer generate`, `jinfer chat`, `jinfer info`."""
+"""The command line: `jinfer generate`, `jinfer chat`, `jinfer info`, `jinfer bench`."""
 
 import os
 import signal
@@ -53,6 +53,10 @@ def _command(name: str):
         from jinfer.cli.chat import chat
 
         return chat
+    if name == "bench":
+        from jinfer.cli.bench import bench
+
+        return bench
     from jinfer.cli.info import info
 
     return info

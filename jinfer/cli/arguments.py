@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any, NoReturn
 
 from jinfer import __version__
+from jinfer.cli.bench_arguments import add_bench
 from jinfer.config import EngineConfig
 from jinfer.request.params import SamplingParams
 from jinfer.shipped import DEFAULT_MODEL
@@ -50,7 +51,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser, commands = _parsers()
     args, unknown = parser.parse_known_args(argv)
     if unknown:
-        command = commands[args.command]
+        command = commands[" ".join(filter(None, (args.command, getattr(args, "benchmark", ""))))]
         near = difflib.get_close_matches(unknown[0].split("=")[0], command._option_string_actions)
         hint = f"Did you mean {near[0]}?" if near else f"See `{command.prog} --help`."
         raise ValueError(f"there is no such flag; got {unknown[0]}. {hint}")
@@ -91,6 +92,7 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
         "generate": ("continue prompts", "jinfer generate [flags] [PROMPT ...]", _GENERATE),
         "chat": ("talk with a model in the terminal", "jinfer chat [flags]", _CHAT),
         "info": ("say what a model folder holds", "jinfer info [--json] [MODEL]", _INFO),
+        "bench": ("measure speed against its limits", "jinfer bench BENCHMARK [flags]", ""),
     }
     commands = {
         name: subparsers.add_parser(
@@ -106,6 +108,7 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     _add_generate(commands["generate"])
     _add_chat(commands["chat"])
     _add_info(commands["info"])
+    commands |= add_bench(commands["bench"], formatter)
     return parser, commands
 
 

@@ -1,0 +1,166 @@
+"""Chips by name: what their makers say of them, and how to compile for one that is not here."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+from jax.experimental.compilation_cache import compilation_cache
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Chip:
+    """Public figures of one chip: memory, its bandwidth, and dense 16-bit matrix arithmetic.
+
+    What a maker prints is reached by nothing; a bound from it is a bound and no estimate.
+    """
+
+    platform: str  # "tpu" | "gpu"
+    topology: str  # TPU: a slice of the chip's kind, of `num_chips` chips; GPU: its architecture
+    memory_gb: float
+    bandwidth_gb_s: float
+    tflops: float
+    num_chips: int = 1
+
+    def bound_s(self, num_bytes: float, num_flops: float, share: float = 1.0) -> float:
+        """The least time on `share` of a chip: some show up as two devices."""
+        bytes_per_s, flops_per_s = self.bandwidth_gb_s * 1e9, self.tflops * 1e12
+        return max(num_bytes / bytes_per_s, num_flops / flops_per_s) / share
+
+
+def _tpu(topology: str, memory_gb: float, bandwidth_gb_s: float, tflops: float) -> Chip:
+    return Chip(
+        platform="tpu",
+        topology=topology,
+        memory_gb=memory_gb,
+        bandwidth_gb_s=bandwidth_gb_s,
+        tflops=tflops,
+        num_chips=4,
+    )
+
+
+def _gpu(architecture: str, memory_gb: float, bandwidth_gb_s: float, tflops: float) -> Chip:
+    return Chip(
+        platform="gpu",
+        topology=architecture,
+        memory_gb=memory_gb,
+        bandwidth_gb_s=bandwidth_gb_s,
+        tflops=tflops,
+    )
+
+
+# Google Cloud's "System architecture" page of each TPU, and NVIDIA's data sheets (SXM where there
+# is one, without sparsity).
+CHIPS = {
+    "v4": _tpu("v4:2x2x1", 32, 1228, 275),
+    "v5e": _tpu("v5e:2x2", 16, 819, 197),
+    "v5p": _tpu("v5p:2x2x1", 95, 2765, 459),
+    "v6e": _tpu("v6e:2x2", 32, 1638, 918),
+    "tpu7x": _tpu("tpu7x:2x2x1", 192, 7380, 2307),
+    "t4": _gpu("7.5", 16, 320, 65),
+    "a100": _gpu("8.0", 80, 2039, 312),
+    "l4": _gpu("8.9", 24, 300, 121),
+    "h100": _gpu("9.0", 80, 3350, 989),
+    "h200": _gpu("9.0", 141, 4800, 989),
+    "b200": _gpu("10.0", 180, 8000, 2250),
+}
+
+# What the compiler asks of a GPU beside the figures above: multiprocessors, their shared memory
+# (of one and of one block, bytes), threads, floating-point units, L2 in MiB, clock in GHz.
+_GPU_DETAILS = {
+    "t4": (40, 65_536, 65_536, 1024, 64, 4, 1.59),
+    "a100": (108, 167_936, 166_912, 2048, 64, 40, 1.41),
+    "l4": (58, 102_400, 101_376, 1536, 128, 48, 2.04),
+    "h100": (132, 233_472, 232_448, 2048, 128, 50, 1.98),
+    "h200": (132, 233_472, 232_448, 2048, 128, 60, 1.98),
+    "b200": (148, 233_472, 232_448, 2048, 128, 126, 1.97),
+}
+
+
+def chip_named(name: str) -> Chip:
+    """One of CHIPS.
+
+    Raises:
+      ValueError: there is no such chip here.
+    """
+    if name not in CHIPS:
+        raise ValueError(
+            f"--target must be one of {', '.join(CHIPS)}; got {name!r}. Choose one of these."
+        )
+    return CHIPS[name]
+
+
+def describe(name: str) -> tuple[Any, float]:
+    """A device of that kind to compile for, and which share of a chip it is.
+
+    Raises:
+      ValueError: the compiler for that kind of chip is not installed.
+    """
+    chip = chip_named(name)
+    if chip.platform == "gpu":
+        options = {"target_config": _target_config(name), "topology": "1x1x1"}
+        devices = _devices("", "cuda", 'pip install "jinfer[cuda13]"', **options)
+    else:
+        # Else the compiler asks the cloud what machine this is, and locks it for one process.
+        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+        os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "true")
+        os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+        devices = _devices(chip.topology, "tpu", 'pip install "jinfer[tpu]"')
+    return devices[0], chip.num_chips / len(devices)
+
+
+def _devices(name: str, platform: str, remedy: str, **options: str) -> list[Any]:
+    try:
+        description = topologies.get_topology_desc(name, platform, **options)
+    except (RuntimeError, NotImplementedError, ValueError) as error:
+        raise ValueError(
+            f"--target needs the compiler for its chips; got none for platform={platform!r} "
+            f"({str(error).splitlines()[0]:.120}). Do: {remedy}."
+        ) from error
+    return list(description.devices)
+
+
+def _target_config(name: str) -> str:
+    """The text form of a GPU's description."""
+    chip = CHIPS[name]
+    major, minor = chip.topology.split(".")
+    cores, shared, shared_block, threads, units, l2_mib, clock_ghz = _GPU_DETAILS[name]
+    return f"""
+gpu_device_info {{
+  cuda_compute_capability {{ major: {major} minor: {minor} }}
+  threads_per_block_limit: 1024  threads_per_warp: 32
+  shared_memory_per_block: 49152  shared_memory_per_core: {shared}
+  shared_memory_per_block_optin: {shared_block}
+  threads_per_core_limit: {threads}  core_count: {cores}  fpus_per_core: {units}
+  block_dim_limit_x: 2147483647  block_dim_limit_y: 65535  block_dim_limit_z: 65535
+  memory_bandwidth: {int(chip.bandwidth_gb_s * 1e9)}  l2_cache_size: {l2_mib << 20}
+  clock_rate_ghz: {clock_ghz}  device_memory_size: {int(chip.memory_gb * 1e9)}
+  registers_per_core_limit: 65536  registers_per_block_limit: 65536
+}}
+platform_name: "CUDA"
+dnn_version_info {{ major: 9 minor: 10 }}
+device_description_str: "NVIDIA {name.upper()}"
+"""
+
+
+def memory_of(program: jax.stages.Compiled) -> Any:
+    """What a compiled program says of its memory; every backend here says something."""
+    memory = program.memory_analysis()
+    assert memory is not None, "the backend keeps silent about memory"
+    return memory
+
+
+@contextmanager
+def no_compilation_cache() -> Iterator[None]:
+    """A program compiled without its device is written to the cache, but cannot be read back."""
+    before = jax.config.values["jax_enable_compilation_cache"]
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # which asks whether it is enabled only once
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
+        compilation_cache.reset_cache()

@@ -1,0 +1,120 @@
+"""The shapes in which kernels are timed: what serving an 8B Llama asks of paged attention."""
+
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import jax.numpy as jnp
+
+from kernels_pallas.paged_attention.cases import Case
+
+KI = 1024
+_SPOKEN = {"int8": "int8", "float8_e4m3fn": "fp8"}
+# Up to here a case runs on a CPU within seconds: the scaled-down set.
+SMALL_BYTES, SMALL_FLOPS = 1 << 28, 20e9
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Work:
+    """What one call must do, however it is computed."""
+
+    num_bytes: int  # read and written, each once
+    num_flops: int  # of the two matrix products, masked positions left out
+    pool_bytes: int  # of one layer's pages, held in memory
+
+
+def decode(num_rows: int, context: int, **changes: str) -> Case:
+    """Every row computes one token and sees `context` of them, its own included."""
+    return _case(f"decode_{num_rows}x{_short(context)}", [(context, 1)] * num_rows, **changes)
+
+
+def _case(name: str, rows: list[tuple[int, int]], **changes: str) -> Case:
+
+    kv_len, query_len = zip(*rows, strict=True)
+    return Case(
+        name="_".join([name, *(_SPOKEN[value] for value in changes.values())]),
+        kv_len=kv_len,
+        query_len=query_len,
+        num_padding=0,
+        num_q_heads=32,
+        num_kv_heads=8,
+        head_width=128,
+        spare_pages=0,
+        **changes,  # pyright: ignore[reportArgumentType]
+    )
+
+
+def _short(num_tokens: int) -> str:
+    return f"{num_tokens // KI}k" if num_tokens % KI == 0 else str(num_tokens)
+
+
+_INT8, _FP8 = {"pages_dtype": "int8"}, {"pages_dtype": "float8_e4m3fn"}
+
+# The activations' dtype and the page size are the run's own, whatever these say.
+CASES = (
+    *(decode(rows, ctx * KI) for ctx in (1, 8, 32, 128) for rows in (1, 16, 64, 256)),
+    _case("prefill_1k", [(KI, KI)]),
+    _case("prefill_8k", [(8 * KI, 8 * KI)]),
+    _case("last_2k_of_8k", [(8 * KI, 2 * KI)]),
+    _case("mixed_64x1k_512", [(KI, 1)] * 64 + [(512, 512)]),
+    _case("verify_16x1k_5", [(KI, 5)] * 16),
+    _case("verify_16x8k_5", [(8 * KI, 5)] * 16),
+    decode(16, KI, **_INT8),
+    decode(16, 8 * KI, **_INT8),
+    decode(64, 8 * KI, **_INT8),
+    decode(16, 8 * KI, **_FP8),
+    decode(64, 8 * KI, **_FP8),
+)
+
+
+def chosen(patterns: list[str], *, small: bool, dtype: str) -> list[Case]:
+    """The cases whose names match one of the patterns; without any, all or the small ones.
+
+    Args:
+      patterns: as of a shell, such as "decode_*"; a plain name stands for itself.
+      small: without patterns, only what a CPU does within seconds.
+      dtype: of activations, by which the work of a case is counted.
+
+    Raises:
+      ValueError: a pattern matches nothing.
+    """
+    for pattern in patterns:
+        if not any(fnmatchcase(case.name, pattern) for case in CASES):
+            names = ", ".join(case.name for case in CASES)
+            raise ValueError(
+                f"--cases must match the name of a case; got {pattern!r}. There are: {names}."
+            )
+    if patterns:
+        return [c for c in CASES if any(fnmatchcase(c.name, pattern) for pattern in patterns)]
+    return [c for c in CASES if not small or _is_small(work_of(c, dtype))]
+
+
+def _is_small(work: Work) -> bool:
+    return work.pool_bytes <= SMALL_BYTES and work.num_flops <= SMALL_FLOPS
+
+
+def work_of(case: Case, dtype: str) -> Work:
+    """Counts what must be moved and computed.
+
+    Old keys and values of every row are read once and new ones read and written once; queries are
+    read and outputs written. A scale of 8-bit pages counts as what it is, 4 bytes.
+
+    Args:
+      case: as in CASES.
+      dtype: of queries, keys, values and outputs.
+    """
+    itemsize = jnp.dtype(dtype).itemsize
+    cell_bytes = 2 * case.head_width * jnp.dtype(case.pages_dtype or dtype).itemsize
+    if case.pages_dtype is not None:
+        cell_bytes += 2 * 4
+    rows = list(zip(case.kv_len, case.query_len, strict=True))
+    num_new = sum(case.query_len)
+    num_old = sum(visible - new for visible, new in rows if new)
+    # Query i of n sees all but the n - 1 - i tokens after it.
+    num_pairs = sum(new * visible - new * (new - 1) // 2 for visible, new in rows)
+    moved_KH = 2 * num_new * case.head_width * itemsize + (num_old + num_new) * cell_bytes
+    moved_NH = 2 * num_new * case.num_q_heads * case.head_width * itemsize
+    return Work(
+        num_bytes=case.num_kv_heads * moved_KH + moved_NH,
+        num_flops=4 * case.num_q_heads * case.head_width * num_pairs,
+        pool_bytes=case.num_kv_heads * cell_bytes * sum(case.kv_len),
+    )

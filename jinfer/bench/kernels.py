@@ -1,0 +1,208 @@
+"""`jinfer bench kernels`: paged attention at serving shapes, against what the device can do."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jinfer.bench.ceilings import Ceilings
+from jinfer.bench.chips import memory_of
+from jinfer.bench.kernel_cases import Work, work_of
+from jinfer.bench.table import figure, percent, table
+from jinfer.bench.timing import Timing, time_loop
+from jinfer.step.attention import ATTENTION
+from kernels_pallas.paged_attention.cases import Case
+from kernels_pallas.paged_attention.pages import QuantizedPages
+
+# What is timed unless names are given: what can run there and is not a simulation.
+IMPLEMENTATIONS = {"cpu": ("xla",), "gpu": ("gpu", "xla_wide"), "tpu": ("tpu", "xla_wide")}
+PAGE_SIZE = {"cpu": 16, "gpu": 16, "tpu": 64}  # tokens
+# Calls go round the layers of a pool of this size, so that no cache holds what the next one reads.
+_POOL_BYTES, _MOST_LAYERS = 1 << 28, 32
+_HEADROOM = 1.25  # of memory, beside the pool
+
+Shaped = Callable[[tuple[int, ...], Any], Any]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Arguments:
+    """What a call takes, made by one maker: arrays to run it, shapes to compile it."""
+
+    q_TNH: Any
+    k_TKH: Any
+    pages: Any
+    table_BM: Any
+    rows: tuple[Any, Any, Any]  # kv_len_B, query_start_B, query_len_B
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Result:
+    """One case with one implementation, or why there is none."""
+
+    case: str
+    implementation: str
+    work: Work
+    timing: Timing | None = None
+    temp_bytes: int | None = None  # beside the pool, as the compiler counts
+    why_not: str | None = None
+
+    def as_json(self, ceilings: Ceilings) -> dict[str, Any]:
+        """Everything measured, and the shares of the ceilings."""
+        said: dict[str, Any] = asdict(self)
+        if self.timing is not None:
+            said["bandwidth_share"] = self.bandwidth_share(ceilings)
+            said["flops_share"] = self.flops_share(ceilings)
+        return said
+
+    def bandwidth_share(self, ceilings: Ceilings) -> float:
+        """Bytes that had to move per second, over what a large copy or read reaches."""
+        assert self.timing is not None, self
+        return self.work.num_bytes / self.timing.median_s / ceilings.bytes_per_s
+
+    def flops_share(self, ceilings: Ceilings) -> float:
+        """Arithmetic per second, over what a large matrix product reaches."""
+        assert self.timing is not None, self
+        return self.work.num_flops / self.timing.median_s / ceilings.flops_per_s
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Refuses what is no implementation's name."""
+    for name in names:
+        if name not in ATTENTION:
+            listed = ", ".join(ATTENTION)
+            raise ValueError(
+                f"--implementation must be one of {listed}; got {name!r}. Choose one of these."
+            )
+
+
+def arguments(case: Case, dtype: str, page_size: int, num_layers: int, shaped: Shaped) -> Arguments:
+    """A case's arguments, each made by `shaped(shape, dtype)`."""
+    num_rows, num_tokens = len(case.kv_len), sum(case.query_len)
+    num_pages = 1 + sum(-(-kv_len // page_size) for kv_len in case.kv_len)
+    table_width = -(-max(case.kv_len) // page_size)
+    per_head = (num_layers, num_pages, case.num_kv_heads)
+    pages = shaped((*per_head, page_size, 2 * case.head_width), case.pages_dtype or dtype)
+    if case.pages_dtype is not None:
+        pages = QuantizedPages(pages, shaped((*per_head, 2, page_size), "float32"))
+    per_row = shaped((num_rows,), "int32")
+    return Arguments(
+        q_TNH=shaped((num_tokens, case.num_q_heads, case.head_width), dtype),
+        k_TKH=shaped((num_tokens, case.num_kv_heads, case.head_width), dtype),
+        pages=pages,
+        table_BM=shaped((num_rows, table_width), "int32"),
+        rows=(per_row, per_row, per_row),
+    )
+
+
+def time_case(
+    case: Case, name: str, *, dtype: str, page_size: int, free_bytes: int, num_loops: int
+) -> Result:
+    """Times one implementation on one case; what it declines, or has no room, is a result too."""
+    work = work_of(case, dtype)
+    result = Result(case=case.name, implementation=name, work=work)
+    needed = work.pool_bytes * _HEADROOM
+    if needed > free_bytes:
+        why = f"no room: {needed / 2**30:.1f} GiB needed, {free_bytes / 2**30:.1f} GiB free"
+        return replace(result, why_not=why)
+    num_layers = int(min(max(1, _POOL_BYTES // work.pool_bytes), _MOST_LAYERS))
+    try:
+        run, temp_bytes = _compiled_loop(case, name, dtype, page_size, num_layers)
+    except NotImplementedError as error:  # a limit, told in a sentence
+        return replace(result, why_not=str(error))
+    timing = time_loop(run, num_loops=num_loops)
+    return replace(result, timing=timing, temp_bytes=temp_bytes)
+
+
+def _compiled_loop(
+    case: Case, name: str, dtype: str, page_size: int, num_layers: int
+) -> tuple[Callable[[int], None], int]:
+    shapes = arguments(case, dtype, page_size, num_layers, jax.ShapeDtypeStruct)
+    attend = partial(ATTENTION[name], scale=case.head_width**-0.5)
+
+    def loop(q_TNH, pages, num_calls, k_TKH, table_BM, rows):
+        def one(i, carry):
+            q_TNH, pages = carry
+            # As in a decoder: new keys and values come of what the call before gave. Halved, for a
+            # prompt's first token is nothing but its own value and would grow from call to call.
+            new_TKH = k_TKH + q_TNH[:, : case.num_kv_heads] * 0.5
+            return attend(q_TNH, new_TKH, new_TKH, pages, i % num_layers, table_BM, *rows)
+
+        return lax.fori_loop(0, num_calls, one, (q_TNH, pages))
+
+    jitted = jax.jit(loop, donate_argnums=(0, 1))
+    count = jax.ShapeDtypeStruct((), jnp.int32)
+    compiled = jitted.lower(
+        shapes.q_TNH, shapes.pages, count, shapes.k_TKH, shapes.table_BM, shapes.rows
+    ).compile()
+    made = jax.tree.map(_filled, (shapes.q_TNH, shapes.pages, shapes.k_TKH))
+    state, k_TKH = made[:2], made[2]
+    fixed = (k_TKH, jnp.asarray(_page_table(case, page_size)), tuple(map(jnp.asarray, _rows(case))))
+
+    def run(num_calls: int) -> None:
+        nonlocal state
+        state = jax.block_until_ready(compiled(*state, jnp.int32(num_calls), *fixed))
+
+    return run, memory_of(compiled).temp_size_in_bytes
+
+
+def _filled(shape: jax.ShapeDtypeStruct) -> jax.Array:
+    """Numbers between -1 and 1 without a pattern that hardware could profit from."""
+    size = shape.size
+
+    def fill() -> jax.Array:
+        # Positions of a hash, not of a counter; uint32 wraps, which suits.
+        place = lax.iota(jnp.uint32, size) * jnp.uint32(2654435761)
+        unit = (place >> 8).astype(jnp.float32) * 2.0**-23 - 1
+        numbers = unit * 127 if jnp.issubdtype(shape.dtype, jnp.integer) else unit
+        return numbers.astype(shape.dtype).reshape(shape.shape)
+
+    return jax.jit(fill)()
+
+
+def _page_table(case: Case, page_size: int) -> np.ndarray:
+    """Each row's pages, in no order; entries past its length are page 0."""
+    used_B = [-(-kv_len // page_size) for kv_len in case.kv_len]
+    page_ids = np.random.default_rng(0).permutation(np.arange(1, 1 + sum(used_B)))
+    table_BM = np.zeros((len(used_B), max(used_B)), np.int32)
+    ends = np.cumsum(used_B)
+    for row, (end, used) in enumerate(zip(ends, used_B, strict=True)):
+        table_BM[row, :used] = page_ids[end - used : end]
+    return table_BM
+
+
+def _rows(case: Case) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    query_len_B = np.array(case.query_len, np.int32)
+    start_B = (np.cumsum(query_len_B) - query_len_B).astype(np.int32)
+    return np.array(case.kv_len, np.int32), start_B, query_len_B
+
+
+HEADER = ("case", "by", "us", "+-", "MB", "GFLOP", "GB/s", "bandwidth", "TFLOP/s", "peak")
+
+
+def timing_table(results: Sequence[Result], ceilings: Ceilings) -> str:
+    """A line per case and implementation; the larger of the two shares is what bounds it."""
+    return table(HEADER, [_timing_row(result, ceilings) for result in results], left=2)
+
+
+def _timing_row(result: Result, ceilings: Ceilings) -> tuple[str, ...]:
+    named = (result.case, result.implementation)
+    timing, work = result.timing, result.work
+    if timing is None:
+        return (*named, result.why_not or "")
+    spread = (timing.slowest_s - timing.fastest_s) / 2 / timing.median_s
+    return (
+        *named,
+        figure(timing.median_s * 1e6),
+        f"{spread * 100:.0f} %",
+        figure(work.num_bytes / 1e6),
+        figure(work.num_flops / 1e9),
+        figure(work.num_bytes / timing.median_s / 1e9),
+        percent(result.bandwidth_share(ceilings)),
+        figure(work.num_flops / timing.median_s / 1e12),
+        percent(result.flops_share(ceilings)),
+    )

@@ -1,0 +1,29 @@
+"""`jinfer bench`: speed, and how close to the limit."""
+
+import importlib
+import json
+import os
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+
+def bench(args: Namespace) -> int:
+    """Runs one benchmark; returns 0."""
+    if args.json is not None:
+        _check_writable(args.json)  # not after minutes of measuring
+    if getattr(args, "target", None):
+        # Nothing runs here, and the compilers of absent chips come without their chips' drivers.
+        os.environ["JAX_PLATFORMS"] = "cpu"
+    # Each imports what it runs on, after that.
+    module = importlib.import_module(f"jinfer.cli.bench_{args.benchmark}")
+    figures: dict[str, Any] = module.run(args)
+    if args.json is not None:
+        Path(args.json).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+def _check_writable(name: str) -> None:
+    path = Path(name)
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ValueError(f"a report needs a file that can be written; got {name!r}. Name another.")

@@ -1,0 +1,107 @@
+"""`jinfer bench kernels`."""
+
+from argparse import Namespace
+from dataclasses import asdict
+from typing import Any
+
+import jax
+
+from jinfer.bench.ceilings import measure_ceilings
+from jinfer.bench.chips import chip_named
+from jinfer.bench.kernel_cases import chosen
+from jinfer.bench.kernels import (
+    IMPLEMENTATIONS,
+    PAGE_SIZE,
+    check_names,
+    time_case,
+    timing_table,
+)
+from jinfer.bench.kernels_ahead import check_targets, compile_cases, compiled_table
+from jinfer.bench.machine import machine_line, versions
+from jinfer.cli.screen import note, show
+from jinfer.resolve import free_device_bytes, platform_of
+
+_DTYPES = ("float32", "bfloat16", "float16")
+
+
+def run(args: Namespace) -> dict[str, Any]:
+    """Prints the tables; returns every figure for the JSON file."""
+    check_names(args.implementation)
+    if args.dtype not in (None, *_DTYPES):
+        raise ValueError(f"--dtype must be one of {', '.join(_DTYPES)}; got {args.dtype!r}.")
+    if args.target:
+        return _compile(args)
+    return _time(args)
+
+
+def _time(args: Namespace) -> dict[str, Any]:
+    device = jax.devices()[0]
+    platform = platform_of(device)
+    dtype = args.dtype or ("float32" if platform == "cpu" else "bfloat16")
+    page_size = args.page_size or PAGE_SIZE[platform]
+    cases = chosen(args.cases, small=platform == "cpu", dtype=dtype)
+    ceilings = measure_ceilings(platform, dtype)
+    results = []
+    for case in cases:
+        for name in args.implementation or IMPLEMENTATIONS[platform]:
+            note(f"{case.name}, {name}")
+            result = time_case(
+                case,
+                name,
+                dtype=dtype,
+                page_size=page_size,
+                free_bytes=free_device_bytes(device),
+                num_loops=args.repeats,
+            )
+            results.append(result)
+    show(f"{machine_line()}\n{dtype}, pages of {page_size} tokens; 32 query heads, 8 kv heads of ")
+    show(f"width 128\nin the same run: {ceilings}\n\n{timing_table(results, ceilings)}\n\n")
+    show(_TIMING_NOTES)
+    if platform == "cpu" and not args.cases:
+        note("no accelerator here: `--target v6e` compiles for one that is not (needs libtpu)")
+    return {
+        "benchmark": "kernels",
+        **versions(),
+        "dtype": dtype,
+        "page_size": page_size,
+        "ceilings": asdict(ceilings),
+        "results": [result.as_json(ceilings) for result in results],
+    }
+
+
+def _compile(args: Namespace) -> dict[str, Any]:
+    check_targets(args.target)
+    dtype = args.dtype or "bfloat16"
+    cases = chosen(args.cases, small=False, dtype=dtype)
+    every = []
+    show(f"{machine_line(with_device=False)}\n{dtype}; nothing was run\n")
+    for target in args.target:
+        results = []
+        for result in compile_cases(
+            cases, target, args.implementation, dtype=dtype, page_size=args.page_size
+        ):
+            note(f"{target}: {result.case}, {result.implementation}")
+            results.append(result)
+        chip = chip_named(target)
+        show(f"\n{target}: {chip.bandwidth_gb_s:,.0f} GB/s, {chip.tflops:,.0f} TFLOP/s, ")
+        show(f"{chip.memory_gb:,.0f} GB, by its maker\n\n{compiled_table(results)}\n")
+        every += results
+    show(_COMPILED_NOTES)
+    return {
+        "benchmark": "kernels",
+        **versions(),
+        "dtype": dtype,
+        "compiled": [asdict(result) for result in every],
+    }
+
+
+_TIMING_NOTES = """\
+us: of one call, the median over loops compiled as one program, dispatch subtracted; +-: half of
+what lies between the fastest and the slowest loop. MB, GFLOP: what any implementation must move
+and compute. bandwidth, peak: the share of what the large copy or read, and the product, reach.
+"""
+_COMPILED_NOTES = """
+bound: the MB and GFLOP that any implementation must move and compute, over the maker's figures; no
+estimate of what it takes. temporary: memory beside the arguments. pool: whether the pages are
+updated in place. On chips that show up as two devices a line is one of them.
+"""
