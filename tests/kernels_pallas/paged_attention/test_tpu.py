@@ -214,8 +214,8 @@ def one_row(dtype="float32", head_width=64, **tiling):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"dtype": "float16"}, "on TPU, q must be float32 or bfloat16; got dtype=float16. Convert"),
-        ({"head_width": 96}, "must be a multiple of 64; got head_width=96. Pad the heads"),
+        ({"dtype": "float16"}, "on TPU, pages must be float32 or .*; got dtype=float16. Convert"),
+        ({"head_width": 96}, "a multiple of 64; got head_width=96. Allocate it with 128, or"),
     ],
 )
 def test_refuses_what_it_cannot_do(changes, message):
