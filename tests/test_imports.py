@@ -18,7 +18,7 @@ LAYERS = (
     {"request", "models"},
     {"schedule", "weights"},
     {"step"},
-    {"resolve", "running", "interrupt"},
+    {"resolve", "running", "interrupt", "page_mover"},
     {"startup"},
     {"engine"},
     {"llm"},
