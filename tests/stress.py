@@ -1,8 +1,9 @@
 """Stress mode: workloads played on a real engine of the shipped model, with faults injected.
 
-A workload is a list of requests with the turn of the loop at which each arrives. `play` runs one
-on an engine whose pool is too small for it and disturbs it by its faults; `check` holds every
-answer against that of the same requests undisturbed: uncached, in a pool with room for all. Used by `test_stress.py`; a longer run is `pytest -m slow tests/test_stress.py`.
+A workload is a list of requests with the turn of the loop at which each arrives. A `Player` runs
+one on an engine whose pool is too small for it, disturbs it by its faults, and holds every answer
+against that of the same requests undisturbed: uncached, in a pool with room for all. Used by
+`test_stress.py`; a longer run is `pytest -m slow tests/test_stress.py`.
 """
 
 import random

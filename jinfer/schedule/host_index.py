@@ -68,7 +68,6 @@ class HostIndex:
         return moves
 
     def clear(self) -> None:
-        """Forgets every page, and whatever was to be saved."""
+        """Forgets every page, also those that are still to be saved."""
         self._forgotten.update(dict.fromkeys(self._keys))
         self._keys.clear()
-        self._saves.clear()
