@@ -43,6 +43,7 @@ class Result:
 
     elapsed_s: float
     num_computed: int  # tokens, those computed again included
+    num_dispatches: int
     num_preemptions: int
     most_pages: int  # held at one time
     longest_wait_s: float  # from arrival to first token
@@ -78,7 +79,7 @@ def play(engine: Engine, load: list[Arrival]) -> Result:
     engine.reset_prefix_cache()
     num_usable = engine.plan.num_pages - 1
     requests: list[RunningRequest] = []
-    num_computed = most_pages = 0
+    num_computed = num_dispatches = most_pages = 0
     start_s = time.perf_counter()
     while len(requests) < len(load) or engine.has_work:
         now_s = time.perf_counter() - start_s
@@ -89,6 +90,7 @@ def play(engine: Engine, load: list[Arrival]) -> Result:
             continue
         engine.step()
         if engine._pending is not None:
+            num_dispatches += 1
             num_computed += sum(c.num_tokens + c.num_steps - 1 for c in engine._pending.plan.chunks)
         most_pages = max(most_pages, num_usable - engine.scheduler.num_free_pages)
     elapsed_s = time.perf_counter() - start_s
@@ -98,6 +100,7 @@ def play(engine: Engine, load: list[Arrival]) -> Result:
     return Result(
         elapsed_s=elapsed_s,
         num_computed=num_computed,
+        num_dispatches=num_dispatches,
         num_preemptions=sum(r.continuations[0].sequence.num_preemptions for r in requests),
         most_pages=most_pages,
         longest_wait_s=max(request.metrics.ttft_s or 0.0 for request in requests),
@@ -111,7 +114,7 @@ def _add(engine: Engine, arrival: Arrival, name: str) -> RunningRequest:
     return request
 
 
-def make_engine(load: list[Arrival], num_pages: int | None = None) -> Engine:
+def make_engine(load: list[Arrival], num_step_tokens: int, num_pages: int | None = None) -> Engine:
     """The shipped model, its context just long enough for the load."""
     longest = max(len(a.prompt_ids) + a.num_output_tokens for a in load)
     return Engine(
@@ -119,6 +122,7 @@ def make_engine(load: list[Arrival], num_pages: int | None = None) -> Engine:
             model=DEFAULT_MODEL,
             skip_tokenizer_init=True,
             max_model_len=longest,
+            max_num_batched_tokens=num_step_tokens,
             num_pages=num_pages,
             late_compile="error",
             progress=False,
@@ -132,14 +136,15 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=200)
     parser.add_argument("--compress", type=float, default=20.0, help="the clock is so much faster")
     parser.add_argument("--divide", type=int, default=8, help="lengths are divided by it")
+    parser.add_argument("--step-tokens", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
     vocab_size = 4096  # of the shipped model
     load = read_load(args.trace, args, vocab_size)
-    ample = make_engine(load)
+    ample = make_engine(load, args.step_tokens)
     demand = play(ample, load).most_pages
     smallest = ample.plan.pages_per_slot
-    tight = make_engine(load, num_pages=1 + max(demand // 4, smallest))
+    tight = make_engine(load, args.step_tokens, num_pages=1 + max(demand // 4, smallest))
     runs = [(play(ample, load), play(tight, load)) for _ in range(args.repeats)]
     num_tokens = sum(len(a.prompt_ids) + a.num_output_tokens for a in load)
     print(f"{len(load)} requests, {num_tokens:,} tokens in {load[-1].time_s:.1f} s; all completed")
@@ -149,7 +154,8 @@ def main() -> None:
             f"{name}: {engine.plan.num_pages - 1} pages, at most "
             f"{max(r.most_pages for r in results)} held; "
             f"{statistics.median(r.num_preemptions for r in results):.0f} preemptions, "
-            f"{statistics.median(r.num_computed for r in results):,.0f} tokens computed, "
+            f"{statistics.median(r.num_computed for r in results):,.0f} tokens computed "
+            f"in {statistics.median(r.num_dispatches for r in results):.0f} dispatches, "
             f"{statistics.median(r.tokens_per_s for r in results):,.0f} per second, "
             f"longest wait {statistics.median(r.longest_wait_s for r in results):.1f} s"
         )

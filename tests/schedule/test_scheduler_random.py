@@ -345,6 +345,8 @@ def run_randomly(limits: Limits, num_requests: int, depth: int, seed: int) -> Si
                 sim.add(num_prompt_tokens, max_length, scores_prompt=rng.random() < 0.3)
         if sim.alive and rng.random() < 0.04:
             sim.end(rng.choice(sim.alive), by_abort=rng.random() < 0.5)
+        if limits.prefix_caching and rng.random() < 0.01:
+            sim.scheduler.forget_prefixes()
 
     while sim.alive or sim.in_flight or len(sim.sequences) < num_requests:
         disturb()
