@@ -55,6 +55,7 @@ class AsyncLLM:
         prompt: Any,
         sampling_params: SamplingParams | None = None,
         request_id: str | None = None,
+        priority: int = 0,
     ) -> AsyncIterator[RequestOutput]:
         """Yields the output so far whenever it grew; the last one is finished.
 
@@ -64,13 +65,14 @@ class AsyncLLM:
           prompt: text, token ids, or a dict as in `LLM.generate`.
           sampling_params: None = as the checkpoint suggests.
           request_id: unique among the running ones; None = a number.
+          priority: of two that wait, the lower begins first.
 
         Raises:
           RequestError: the prompt or a parameter cannot be honoured.
           RuntimeError: the engine is closed or failed.
         """
         unit = as_prompt(prompt)
-        async for output in self._answer(lambda: unit, sampling_params, request_id):
+        async for output in self._answer(lambda: unit, sampling_params, request_id, priority):
             yield output
 
     async def chat(
@@ -102,11 +104,12 @@ class AsyncLLM:
         make_prompt: Callable[[], Prompt],
         params: SamplingParams | None,
         request_id: str | None,
+        priority: int = 0,
     ) -> AsyncIterator[RequestOutput]:
         request_id = f"request-{next(self._ids)}" if request_id is None else request_id
         # Rendering and tokenizing take milliseconds: not on the event loop.
         request = await asyncio.to_thread(
-            lambda: self._llm.prepare(make_prompt(), params, request_id)
+            lambda: self._llm.prepare(make_prompt(), params, request_id, priority)
         )
         request.streams = True
         stream = _Stream(asyncio.get_running_loop())

@@ -106,6 +106,7 @@ class EngineConfig:
     max_decode_steps: int | None = None  # decode steps of one dispatch at most; 1 = always one
     long_prefill_token_threshold: int | None = None  # longest prefill chunk; None = the budget
     enable_prefix_caching: bool = True  # prompts that begin alike are computed once
+    kv_offloading_size: float | None = None  # GiB of host memory for KV pages the device gives up
     page_size: int | None = None  # tokens per KV page
     num_pages: int | None = None  # KV pages in the pool, the bin page included
     gpu_memory_utilization: float = 0.9  # share of the device's free memory the engine may use
@@ -132,6 +133,7 @@ class EnginePlan:
     page_size: int
     num_pages: int  # page 0, the bin, included
     page_bytes: int
+    num_host_pages: int  # room in host memory for pages that the pool gives up
     pages_per_slot: int  # M
     token_buckets: tuple[int, ...]  # T of a step, ascending; one program each
     decode_buckets: tuple[int, ...]  # B of several decode steps, likewise; none if one at most

@@ -79,7 +79,7 @@ class Engine:
         self.model, self.plan = loaded.model, loaded.plan
         self.tokenizer, self.defaults = loaded.tokenizer, loaded.defaults
         self._params, self._pages, self._slots = loaded.params, loaded.pages, loaded.slots
-        self._programs = loaded.programs
+        self._programs, self._mover = loaded.programs, loaded.mover
         self._shapes = {size: BucketShape.of(size, self.plan) for size in self.plan.token_buckets}
         self._decode_shapes = {n: DecodeShape.of(n, self.plan) for n in self.plan.decode_buckets}
         self._guard = CompileGuard(config.late_compile)
@@ -91,6 +91,8 @@ class Engine:
             max_model_len=self.plan.max_model_len,
             max_chunk_tokens=self.plan.max_chunk_tokens,
             prefix_caching=config.enable_prefix_caching,
+            num_host_pages=self.plan.num_host_pages if loaded.min_restored_pages else 0,
+            min_restored_pages=loaded.min_restored_pages or 1,
         )
         self._pending: Dispatched | None = None
         self._requests: dict[str, RunningRequest] = {}
@@ -116,8 +118,12 @@ class Engine:
                 f"the engine must be running; got: {self._why_stopped}. Make a new LLM."
             )
 
-    def prepare(self, request_id: str, prompt: Prompt, params: SamplingParams) -> RunningRequest:
+    def prepare(
+        self, request_id: str, prompt: Prompt, params: SamplingParams, priority: int = 0
+    ) -> RunningRequest:
         """Checks one request whole and turns it into what the engine can run; nothing is queued.
+
+        Of two that wait, the one of lower `priority` begins first, and is preempted last.
 
         Raises:
           RequestError: the prompt or a parameter cannot be honoured.
@@ -147,6 +153,7 @@ class Engine:
             eos_token_ids=self.defaults.eos_token_ids,
             max_model_len=self.plan.max_model_len,
             tokenizer=self.tokenizer,
+            priority=priority,
             root_key=root_key(str(self.config.model), self.plan.dtype, prompt.cache_salt),
         )
         request.metrics.arrival_time = arrival_time
@@ -161,7 +168,7 @@ class Engine:
         return request
 
     def add(self, request: RunningRequest) -> None:
-        """Queues a prepared request behind all others.
+        """Queues a prepared request behind all others of its priority.
 
         Raises:
           RequestError: its id is in use.
@@ -228,6 +235,7 @@ class Engine:
         free_arrays(self._params, self._pages, self._slots, output)
         self._params = self._pages = self._slots = self._pending = None
         self._programs = {}
+        self._mover.close()
         self._guard.close()
         self._why_stopped = _CLOSED
 
@@ -235,6 +243,7 @@ class Engine:
         plan = self.scheduler.plan(self._max_steps())  # host: who runs, and on which pages
         if plan is None:
             return None
+        self._pages = self._mover.apply(self._pages, plan)
         self._admit(plan.admitted)
         if plan.num_steps == 1:
             size = bucket_for(self.plan.token_buckets, plan.num_tokens)

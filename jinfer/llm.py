@@ -17,7 +17,7 @@ from jinfer.errors import RequestError, unknown_keyword
 from jinfer.interrupt import deferred
 from jinfer.request.chat import ChatRenderer, choose_template
 from jinfer.request.output import RequestMetrics, RequestOutput
-from jinfer.request.params import SamplingParams
+from jinfer.request.params import SamplingParams, priorities_for
 from jinfer.request.prompt import Prompt, as_prompt, split_prompts
 from jinfer.running import RunningRequest
 from jinfer.shipped import DEFAULT_MODEL
@@ -84,6 +84,7 @@ class LLM:
         sampling_params: Params = None,
         *,
         use_tqdm: bool = True,
+        priority: Sequence[int] | None = None,
         on_error: str = "raise",
     ) -> list[RequestOutput]:
         """Answers prompts; returns one output per prompt, in the order of the prompts.
@@ -93,6 +94,8 @@ class LLM:
             list of those.
           sampling_params: one for all, or a list with one per prompt; None = the checkpoint's.
           use_tqdm: shows progress with input and output tokens per second.
+          priority: one integer per prompt; lower ones begin earlier and are preempted later. None =
+            all alike. However low, a prompt is not overtaken for ever.
           on_error: "raise": a prompt that cannot be served raises before any work is done.
             "return": it gets an output whose `error` says why, and the others are answered.
 
@@ -100,7 +103,8 @@ class LLM:
           RequestError: under "raise", for the first prompt that cannot be served as asked.
           RuntimeError: the LLM was closed, or its device failed.
         """
-        return self._generate(_units(prompts, on_error), sampling_params, use_tqdm, on_error)
+        units = _units(prompts, on_error)
+        return self._generate(units, sampling_params, use_tqdm, on_error, priority)
 
     def chat(
         self,
@@ -158,9 +162,14 @@ class LLM:
                         yield places[request], request.output()
 
     def _generate(
-        self, units: Sequence[Any], params: Params, use_tqdm: bool, on_error: str
+        self,
+        units: Sequence[Any],
+        params: Params,
+        use_tqdm: bool,
+        on_error: str,
+        priority: Sequence[int] | None = None,
     ) -> list[RequestOutput]:
-        outcomes = self._prepare_all(units, params, on_error)
+        outcomes = self._prepare_all(units, params, on_error, priority)
         requests = [outcome for outcome in outcomes if isinstance(outcome, RunningRequest)]
         shown = use_tqdm and self.engine.config.progress
         with _ProgressLine(len(requests), shown) as line, self._running(requests) as steps:
@@ -211,7 +220,11 @@ class LLM:
         return Prompt(text=text, token_ids=tuple(tokenizer.encode(text, add_special_tokens=False)))
 
     def prepare(
-        self, prompt: Prompt, params: SamplingParams | None, request_id: str | None = None
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None,
+        request_id: str | None = None,
+        priority: int = 0,
     ) -> RunningRequest:
         """Checks a request whole, for `engine.add`; nothing is queued yet.
 
@@ -226,19 +239,23 @@ class LLM:
             )
         if request_id is None:
             request_id = str(next(self._ids))
-        return self.engine.prepare(request_id, prompt, params)
+        return self.engine.prepare(request_id, prompt, params, priority)
 
     def _prepare_all(
-        self, units: Sequence[Any], params: Params, on_error: str
+        self,
+        units: Sequence[Any],
+        params: Params,
+        on_error: str,
+        priority: Sequence[int] | None = None,
     ) -> list[RunningRequest | RequestOutput]:
         if on_error not in ("raise", "return"):
             raise ValueError(f"on_error must be 'raise' or 'return'; got on_error={on_error!r}.")
-        each = _params_for(units, params)
+        each = zip(_params_for(units, params), priorities_for(len(units), priority), strict=True)
         return [
             unit
             if isinstance(unit, RequestOutput)
-            else _caught(lambda u=unit, p=p: self.prepare(u, p), on_error, unit)
-            for unit, p in zip(units, each, strict=True)
+            else _caught(lambda u=unit, p=p, r=r: self.prepare(u, p, priority=r), on_error, unit)
+            for unit, (p, r) in zip(units, each, strict=True)
         ]
 
     @contextmanager

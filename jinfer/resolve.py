@@ -154,6 +154,7 @@ def resolve_plan(
         page_size=page_size,
         num_pages=num_pages,
         page_bytes=one_page_bytes,
+        num_host_pages=_num_host_pages(config, one_page_bytes),
         pages_per_slot=-(-max_model_len // page_size),
         token_buckets=token_buckets(max_step_tokens, max_slots, defaults.bucket_growth),
         decode_buckets=row_buckets(max_slots) if max_decode_steps > 1 else (),
@@ -187,6 +188,15 @@ def _context(config: EngineConfig, model: ModelConfig, room_tokens: int) -> int:
     if asked is None and config.num_pages is None and room_tokens >= 2:
         return min(model.max_position, room_tokens)  # what fits, where nothing was asked
     return asked or model.max_position
+
+
+def _num_host_pages(config: EngineConfig, one_page_bytes: int) -> int:
+    if config.kv_offloading_size and not config.enable_prefix_caching:
+        raise ValueError(
+            "kv_offloading_size keeps pages of the prefix cache; got kv_offloading_size="
+            f"{config.kv_offloading_size} with enable_prefix_caching=False. Enable it."
+        )
+    return int((config.kv_offloading_size or 0) * 2**30) // one_page_bytes
 
 
 def _scratch_bytes(model: ModelConfig, max_slots: int, max_step_tokens: int) -> int:
@@ -240,6 +250,12 @@ def _share(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be in (0, 1]; got {name}={value!r}. Choose such a share.")
 
 
+def _amount(name: str, value: Any) -> None:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if value is not None and not (number and 0.0 <= value < math.inf):
+        raise ValueError(f"{name} must be at least 0; got {name}={value!r}. Pass GiB, or None.")
+
+
 _CHECKS: dict[str, Check] = {
     "model": _path(or_none=False),
     "tokenizer": _path(or_none=True),
@@ -252,6 +268,7 @@ _CHECKS: dict[str, Check] = {
     "max_decode_steps": _integer(1, 128),
     "long_prefill_token_threshold": _integer(1),
     "enable_prefix_caching": _flag,
+    "kv_offloading_size": _amount,
     "page_size": _integer(1),
     "num_pages": _integer(2),
     "gpu_memory_utilization": _share,

@@ -29,6 +29,7 @@ class RunningRequest:
         eos_token_ids: Seq[int],
         max_model_len: int,
         tokenizer: Tokenizer | None,
+        priority: int = 0,
         root_key: bytes = b"",
     ) -> None:
         self.request_id = request_id
@@ -62,6 +63,7 @@ class RunningRequest:
                     # The continuations share their prompt, so one of them scores it for all.
                     scores_prompt=params.prompt_logprobs is not None and index == 0,
                     root_key=root_key,
+                    priority=priority,
                 ),
             )
             for index in range(params.n)

@@ -1,6 +1,8 @@
 """From an EngineConfig to everything an engine needs: weights, pool, slots, programs."""
 
+import math
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +16,7 @@ from tqdm import tqdm
 
 from jinfer.config import EngineConfig, EnginePlan, GenerationDefaults, ModelConfig
 from jinfer.models.decoder import Decoder, Params
+from jinfer.page_mover import PageMover
 from jinfer.request.tokenizer import Tokenizer, load_tokenizer
 from jinfer.resolve import (
     check_config,
@@ -28,6 +31,7 @@ from jinfer.step.compile_cache import use_compilation_cache
 from jinfer.step.decode import run_decode
 from jinfer.step.kv_cache import KVPages, allocate_pages, pages_shape
 from jinfer.step.pack import BucketShape, DecodeShape
+from jinfer.step.page_moves import PAGES_PER_MOVE, copy_pages, gather_pages, scatter_pages
 from jinfer.step.programs import Compiling, Program
 from jinfer.step.slots import (
     ADMISSION_ROWS,
@@ -60,6 +64,8 @@ class Loaded:
     pages: KVPages
     slots: SlotState
     programs: Compiled
+    mover: PageMover
+    min_restored_pages: int | None  # fewer are computed sooner than fetched; None: always sooner
 
 
 def load(config: EngineConfig) -> Loaded:
@@ -101,19 +107,59 @@ def load(config: EngineConfig) -> Loaded:
         try:
             compiled, report = compiling.result()
             say(report)
+            pages, slots = allocate_pages(shape), make_slots()
+            mover = PageMover(compiled, device)
+            min_restored_pages = None
+            if plan.num_host_pages:
+                pages, slots, min_restored_pages = break_even_pages(
+                    plan, compiled, mover, params, pages, slots
+                )
+                say(_host_line(plan, min_restored_pages))
             return Loaded(
                 model=model,
                 defaults=defaults,
                 tokenizer=tokenizer,
                 plan=plan,
                 params=params,
-                pages=allocate_pages(shape),
-                slots=make_slots(),
+                pages=pages,
+                slots=slots,
                 programs=compiled,
+                mover=mover,
+                min_restored_pages=min_restored_pages,
             )
         except BaseException:
             free_arrays(params)  # a notebook keeps the traceback, and that the weights
             raise
+
+
+def break_even_pages(
+    plan: EnginePlan,
+    programs: Compiled,
+    mover: PageMover,
+    params: Params,
+    pages: KVPages,
+    slots: SlotState,
+) -> tuple[KVPages, SlotState, int | None]:
+    """Measures both ways to get a page: computing its tokens, and fetching it from the host.
+
+    Computing is timed as the largest step, of padding only: its matrix products do not care.
+    Fetching is timed as one dispatch of moved pages, whose cost hardly depends on how many.
+
+    Returns:
+      The state, which the measurements consumed and gave back, and the fewest pages worth one
+      dispatch; None if even a full one takes longer than computing as many pages.
+    """
+    size = plan.max_step_tokens
+    batch = BucketShape.of(size, plan).empty()
+    step_s = math.inf
+    for _ in range(3):
+        start_s = time.perf_counter()
+        pages, slots, output = programs[f"step of {size} tokens"](params, pages, slots, batch)
+        jax.block_until_ready((pages, output))
+        step_s = min(step_s, time.perf_counter() - start_s)
+    pages, restore_s = mover.time_restore(pages)
+    num_pages = math.ceil(restore_s / (step_s / size * plan.page_size))
+    return pages, slots, num_pages if num_pages <= PAGES_PER_MOVE else None
 
 
 def free_arrays(*trees: Any) -> None:
@@ -171,10 +217,20 @@ def _capacity_line(plan: EnginePlan) -> str:
     )
 
 
+def _host_line(plan: EnginePlan, min_restored_pages: int | None) -> str:
+    host_gib = plan.num_host_pages * plan.page_bytes / 2**30
+    if min_restored_pages is None:
+        return "host memory keeps no KV pages: to fetch them takes longer than to compute them"
+    return (
+        f"host memory keeps {plan.num_host_pages:,} more pages, {host_gib:.2f} GiB, "
+        f"fetched from {min_restored_pages} on"
+    )
+
+
 def step_programs(
     plan: EnginePlan, model: ModelConfig, params: Params, pages: Any, slots: SlotState
 ) -> list[Program]:
-    """One step per token bucket, several per row bucket, and the two writers of slots."""
+    """One step per token bucket, several per row bucket, the writers of slots, moves of pages."""
     options = dict(
         decoder=Decoder(model),
         paged_attention=ATTENTION[plan.attention],
@@ -225,6 +281,27 @@ def step_programs(
             name="restore_counts",
             function=restore_counts,
             shapes=(shapes(slots), int32(()), int32((RESTORED_TOKENS,))),
+            donate=(0,),
+        ),
+        *_move_programs(plan, pages),
+    ]
+
+
+def _move_programs(plan: EnginePlan, pages: Any) -> list[Program]:
+    page_J = jax.ShapeDtypeStruct((PAGES_PER_MOVE,), jnp.int32)
+    copy = Program(
+        name="copy_pages", function=copy_pages, shapes=(pages, page_J, page_J), donate=(0,)
+    )
+    if not plan.num_host_pages:
+        return [copy]
+    contents = jax.eval_shape(gather_pages, pages, page_J)
+    return [
+        copy,
+        Program(name="gather_pages", function=gather_pages, shapes=(pages, page_J), donate=()),
+        Program(
+            name="scatter_pages",
+            function=scatter_pages,
+            shapes=(pages, page_J, contents),
             donate=(0,),
         ),
     ]

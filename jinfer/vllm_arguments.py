@@ -14,7 +14,8 @@ _RENAMED = {
 }
 
 _ONE_DEVICE = "jinfer runs on one device so far."
-_NO_OFFLOAD = "Weights and KV pages stay on the device."
+_NO_OFFLOAD = "Weights stay on the device."
+_NO_SWAP = "KV pages go to host memory with kv_offloading_size."
 _NO_REVISION = "The hub's main revision is read; download another to a folder and name that."
 # Argument -> the values that say what jinfer does, and what that is.
 _SETTLED: dict[str, tuple[tuple[Any, ...], str]] = {
@@ -28,7 +29,9 @@ _SETTLED: dict[str, tuple[tuple[Any, ...], str]] = {
     "tokenizer_mode": (("auto", "hf"), "The folder's files decide."),
     "quantization": ((None,), "Weights are floating point."),
     "kv_cache_dtype": (("auto",), "KV pages have the dtype of the weights."),
-    "swap_space": ((0,), _NO_OFFLOAD),
+    "swap_space": ((0,), _NO_SWAP),
+    "kv_offloading_backend": (("native",), _NO_SWAP),
+    "scheduling_policy": (("fcfs", "priority"), "Priorities count, and are 0 where none is given."),
     "cpu_offload_gb": ((0,), _NO_OFFLOAD),
     "enable_lora": ((None, False), "Adapters are not served yet."),
     "speculative_config": ((None,), "There is no speculative decoding yet."),

@@ -175,6 +175,12 @@ BAD_ARGUMENTS = [
     ({"num_pages": 3}, "num_pages=17; got num_pages=3. The longest context that fits is 32 tok"),
     ({"num_pages": 10**9}, "num_pages=1000000000, .* GiB, of .* GiB. Lower num_pages to"),
     ({"long_prefill_token_threshold": 0}, "long_prefill_token_threshold must be at least 1"),
+    ({"kv_offloading_size": -1}, "kv_offloading_size must be at least 0; got .*=-1. Pass GiB"),
+    ({"kv_offloading_size": "a"}, "kv_offloading_size must be at least 0; got"),
+    (
+        {"kv_offloading_size": 1, "enable_prefix_caching": False},
+        "kv_offloading_size keeps pages of the prefix cache; got .*=1 with enable_prefix_caching",
+    ),
     ({"dtype": "int3"}, "dtype must be one of 'auto', .*; got dtype='int3'"),
     ({"dtype": 32}, "dtype must be one of"),
     ({"gpu_memory_utilization": 2}, r"gpu_memory_utilization must be in \(0, 1\]; got .*=2"),

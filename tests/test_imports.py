@@ -18,7 +18,7 @@ LAYERS = (
     {"request", "models"},
     {"schedule", "weights"},
     {"step"},
-    {"resolve", "running", "interrupt", "metrics", "dispatched"},
+    {"resolve", "running", "interrupt", "page_mover", "metrics", "dispatched"},
     {"startup"},
     {"engine"},
     {"llm"},

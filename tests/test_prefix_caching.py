@@ -4,6 +4,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from engine_runs import Job, logprobs_of, make_engine, random_prompt, run_jobs, tokens_of
@@ -13,6 +15,10 @@ from jinfer.engine import Engine
 from jinfer.request.output import RequestOutput
 from jinfer.request.params import SamplingParams
 from jinfer.request.prompt import Prompt
+from jinfer.running import RunningRequest
+from jinfer.schedule.plan import StepPlan
+from jinfer.startup import break_even_pages
+from jinfer.step.page_moves import PAGES_PER_MOVE
 
 SETTINGS = {"max_num_seqs": 4, "max_num_batched_tokens": 32, "page_size": 8, "max_model_len": 128}
 
@@ -166,3 +172,78 @@ def test_every_page_is_free_after_random_aborts(engine: Engine) -> None:
     while engine.has_work:
         engine.step()
     assert engine.scheduler.num_free_pages == engine.plan.num_pages - 1
+
+
+def run_requests(engine: Engine, jobs: list[Job]) -> list[RunningRequest]:
+    """Runs jobs that all arrive at once; their requests."""
+    requests = []
+    for number, (prompt, params) in enumerate(jobs):
+        prompt_of = Prompt(text=None, token_ids=tuple(prompt))
+        requests.append(engine.prepare(f"job {number}", prompt_of, params))
+        engine.add(requests[-1])
+    while engine.has_work:
+        engine.step()
+    assert engine.num_late_compiles == 0
+    return requests
+
+
+@pytest.mark.parametrize("num_tokens", [5, 40, 41, 45, 96])
+def test_a_prompt_of_n_continuations_is_computed_once(
+    engine: Engine, uncached: Engine, num_tokens: int
+) -> None:
+    rng = np.random.default_rng(num_tokens)
+    job = (random_prompt(rng, num_tokens, num_tokens + 1), asked(n=4, temperature=1.0, seed=1))
+    [request] = run_requests(engine, [job])
+    cached = [c.sequence.num_cached for c in request.continuations]
+    # All but the last token, whose logits every one of them needs.
+    assert cached == [0, *[num_tokens - 1] * 3]
+    assert_same(request.output(), run_jobs(uncached, [job])[0])
+
+
+def test_the_host_keeps_what_the_pool_gives_up(
+    checkpoint: Path, uncached: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("jinfer.startup.break_even_pages", lambda *state: (*state[4:], 1))
+    jobs = jobs_that_share(np.random.default_rng(9), 30, longest=40)
+    want = run_jobs(uncached, jobs)
+    tight = make_engine(checkpoint, num_pages=17, kv_offloading_size=1 / 1024, **SETTINGS)
+    assert tight.plan.num_host_pages == 2**20 // tight.plan.page_bytes
+    restored = []
+    apply = tight._mover.apply
+
+    def apply_and_note(pages: Any, plan: StepPlan) -> Any:
+        restored.extend(plan.restores)
+        return apply(pages, plan)
+
+    monkeypatch.setattr(tight._mover, "apply", apply_and_note)
+    for _ in range(2):
+        requests = run_requests(tight, jobs)
+        for request, output in zip(requests, want, strict=True):
+            assert_same(request.output(), output)
+        assert sum(c.sequence.num_preemptions for r in requests for c in r.continuations) > 3
+    assert len(restored) > 50
+    assert 0 < tight._mover.num_stored <= tight.plan.num_host_pages
+    tight.reset_prefix_cache()
+    run_jobs(tight, jobs[:1])
+    assert tight._mover.num_stored <= 3
+    tight.close()
+
+
+def test_what_it_takes_to_fetch_a_page_is_measured(checkpoint: Path) -> None:
+    engine = make_engine(checkpoint, kv_offloading_size=1 / 1024, **SETTINGS)
+    state = (engine._params, engine._pages, engine._slots)
+    pages, slots, num_pages = break_even_pages(engine.plan, engine._programs, engine._mover, *state)
+    assert num_pages is None or 1 <= num_pages <= PAGES_PER_MOVE
+    assert engine._mover.num_stored == 0
+    engine._pages, engine._slots = pages, slots
+    run_jobs(engine, [(random_prompt(np.random.default_rng(0)), asked())])
+    engine.close()
+
+
+def test_a_pool_full_of_nan_changes_nothing(checkpoint: Path, uncached: Engine) -> None:
+    jobs = jobs_that_share(np.random.default_rng(10), 24, longest=40)
+    poisoned = make_engine(checkpoint, num_pages=17, **SETTINGS)
+    poisoned._pages = jax.tree.map(lambda a: jnp.full_like(a, jnp.nan), poisoned._pages)
+    for request, want in zip(run_requests(poisoned, jobs), run_jobs(uncached, jobs), strict=True):
+        assert_same(request.output(), want)
+    poisoned.close()

@@ -128,6 +128,12 @@ class Device:
         return self._stats
 
 
+@pytest.mark.parametrize(("gib", "num_pages"), [(None, 0), (0, 0), (0.5, 2**29)])
+def test_host_memory_is_counted_in_pages(gib: float | None, num_pages: int) -> None:
+    plan = plan_of(kv_offloading_size=gib)
+    assert plan.num_host_pages == num_pages // plan.page_bytes
+
+
 def test_platforms_by_their_names() -> None:
     names: Any = [Device(name) for name in ("cpu", "cuda", "rocm", "gpu", "tpu")]
     assert [platform_of(device) for device in names] == ["cpu", "gpu", "gpu", "gpu", "tpu"]

@@ -17,6 +17,7 @@ from jinfer.vllm_arguments import translated
         {"enable_prefix_caching": True, "enable_chunked_prefill": True, "enforce_eager": False},
         {"tokenizer_mode": "auto", "quantization": None, "kv_cache_dtype": "auto"},
         {"disable_log_stats": True, "revision": None, "swap_space": 0},
+        {"scheduling_policy": "priority", "kv_offloading_backend": "native"},
     ],
 )
 def test_what_jinfer_does_anyway_is_accepted(usual: dict[str, Any]) -> None:
@@ -30,6 +31,7 @@ def test_what_jinfer_does_anyway_is_accepted(usual: dict[str, Any]) -> None:
         ("enforce_eager", True, "got enforce_eager=True. Every step is compiled .* Leave it out"),
         ("quantization", "awq", "must be None; got quantization='awq'. Weights are floating point"),
         ("kv_cache_dtype", "fp8", "must be 'auto'; got kv_cache_dtype='fp8'. KV pages have"),
+        ("swap_space", 4, "got swap_space=4. KV pages go to host memory with kv_offloading_size"),
         ("revision", "v2", "must be None or 'main'; got revision='v2'. .*download another"),
     ],
 )

@@ -207,6 +207,12 @@ def _add_engine(parser: _Parser) -> None:
     add("max_decode_steps", **count, help="decode steps of one dispatch at most")
     add("long_prefill_token_threshold", **count, help="most tokens of one prompt in one step")
     add("enable_prefix_caching", off=True, help="compute every prompt whole")
+    add(
+        "kv_offloading_size",
+        type=float,
+        metavar="GIB",
+        help="host memory for pages that the KV cache gives up",
+    )
     add("page_size", **count, help="tokens per page of the KV cache")
     add("num_pages", **count, help="pages of the KV cache")
     add("gpu_memory_utilization", type=float, metavar="X", help="share of free memory to use")

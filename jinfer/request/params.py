@@ -3,7 +3,7 @@
 import functools
 import numbers
 import operator
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
@@ -354,3 +354,24 @@ def _refuse_contradictions(params: SamplingParams) -> None:
 
 # Every field has its check, or the class does not import.
 assert [f.name for f in fields(SamplingParams)] == list(_CHECKS), "fields without a check"
+
+
+def priorities_for(num_prompts: int, priority: Any) -> Sequence[int]:
+    """The priority of each prompt; 0 where none is given.
+
+    Raises:
+      RequestError: it is not one integer per prompt.
+    """
+    if priority is None:
+        return [0] * num_prompts
+    if not isinstance(priority, Sequence) or not all(type(one) is int for one in priority):
+        raise RequestError(
+            f"priority must be a list of integers; got priority={priority!r:.60}. "
+            "Pass one integer per prompt."
+        )
+    if len(priority) != num_prompts:
+        raise RequestError(
+            f"priority needs one entry per prompt; got {len(priority)} for {num_prompts} prompts. "
+            "Pass as many."
+        )
+    return priority

@@ -14,11 +14,17 @@ _HOW = 'Pass a string, a list of token ids, {"prompt": ...} or {"prompt_token_id
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One prompt: its text, its token ids, or both if the caller knows both."""
+    """One prompt: its text, its token ids, or both if the caller knows both.
+
+    Only prompts of the same `cache_salt` share cached prefixes. A hit never shows another's text,
+    but it shows in the time to the first token, so whoever can guess a prefix can find out by the
+    clock whether somebody sent it. Give each tenant a salt of its own: then nobody's time depends
+    on what another tenant sent, but for the load on the machine.
+    """
 
     text: str | None
     token_ids: tuple[int, ...] | None
-    cache_salt: str = ""  # only prompts of the same salt share cached prefixes
+    cache_salt: str = ""
 
 
 def split_prompts(prompts: Any) -> tuple[list[Prompt], bool]:

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from jinfer.axes import PageId, Slot
+from jinfer.schedule.prefix_cache import PageKey
 from jinfer.schedule.sequence import Sequence
 
 
@@ -58,6 +59,30 @@ class PageWrite:
 
 
 @dataclass(frozen=True, slots=True)
+class PageSave:
+    """A page that the device gives up, to be copied to host memory before it is overwritten."""
+
+    page_id: PageId
+    key: PageKey
+
+
+@dataclass(frozen=True, slots=True)
+class PageRestore:
+    """A page to be filled from host memory before the step."""
+
+    key: PageKey
+    page_id: PageId
+
+
+@dataclass(frozen=True, slots=True)
+class PageCopy:
+    """A partial page to be copied before the step, for a sequence that writes on in its own."""
+
+    source_id: PageId
+    page_id: PageId
+
+
+@dataclass(frozen=True, slots=True)
 class StepPlan:
     """Everything that happens in one dispatch: one step, or several that only decode.
 
@@ -70,6 +95,11 @@ class StepPlan:
     preempted: tuple[Sequence, ...]  # lost slot and pages since the plan before; none has a chunk
     num_tokens: int  # of the first step
     num_readouts: int
+    # Moves of whole pages before the step, in this order.
+    saves: tuple[PageSave, ...] = ()
+    restores: tuple[PageRestore, ...] = ()
+    forgotten: tuple[PageKey, ...] = ()  # by the host
+    copies: tuple[PageCopy, ...] = ()
 
     @property
     def num_steps(self) -> int:

@@ -1,7 +1,7 @@
 """Which pages hold which tokens, so that a prefix computed once is not computed again."""
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
@@ -42,12 +42,18 @@ class PrefixCache:
     them after it. A prefix is therefore released, and given up, after all that hangs on it.
     """
 
-    def __init__(self, pool: PagePool) -> None:
+    def __init__(
+        self,
+        pool: PagePool,
+        on_evict: Callable[[PageId, PageKey], object] = lambda page_id, key: None,
+    ) -> None:
+        """Starts empty; `on_evict` hears of each page that the pool gives up."""
         self._pool = pool
+        self._on_evict = on_evict
         self._pages_of: dict[PageKey, list[PageId]] = {}
         self._key_of: dict[PageId, PageKey] = {}
         pool.keeps = self._keeps
-        pool.on_reuse = self._forget
+        pool.on_reuse = self._evict
 
     def __len__(self) -> int:
         return len(self._pages_of)
@@ -93,6 +99,10 @@ class PrefixCache:
             return True
         self._forget(page_id)
         return False
+
+    def _evict(self, page_id: PageId) -> None:
+        self._on_evict(page_id, self._key_of[page_id])
+        self._forget(page_id)
 
     def _forget(self, page_id: PageId) -> None:
         key = self._key_of.pop(page_id)

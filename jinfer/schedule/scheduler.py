@@ -1,36 +1,46 @@
 """Who runs in the next step: in which slot, on which pages, how many tokens."""
 
 import heapq
-from collections import deque
-from dataclasses import dataclass, field, replace
+from bisect import insort
+from dataclasses import replace
 
 from jinfer.axes import PageId, Slot
+from jinfer.schedule.draft import Draft
+from jinfer.schedule.host_index import HostIndex
 from jinfer.schedule.page_pool import PagePool, pages_for
-from jinfer.schedule.plan import Chunk, PageWrite, StepPlan
-from jinfer.schedule.prefix_cache import PrefixCache, page_key
+from jinfer.schedule.plan import Chunk, PageCopy, PageRestore, PageWrite, StepPlan
+from jinfer.schedule.prefixes import Found, Prefixes
 from jinfer.schedule.sequence import Sequence, Status
+from jinfer.schedule.waiting import WaitingQueue
 
 # Steps of one dispatch while somebody waits: a slot or pages may come free at any of them.
 STEPS_WHILE_WAITING = 4
+# Those first in line that are looked at for the longest known prefix.
+CANDIDATES = 16
+# So often the oldest that waits is overtaken, at most.
+MAX_OVERTAKEN = 64
 
 
 class Scheduler:
-    """Continuous batching with chunked prefill, first come first served.
+    """Continuous batching with chunked prefill, by priority and then first come first served.
 
-    A plan serves, in this order: every decoding row, one token each; prefills that have begun,
-    oldest first; then the waiting, strictly in order, while slots, tokens, readouts and pages
-    last. A sequence whose next page is not to be had takes it from the youngest running one,
-    perhaps itself: that one gives everything back and later computes its tokens again.
+    A plan serves, in this order: every decoding row, one token each; prefills that have begun;
+    then the waiting, while slots, tokens, readouts and pages last. A sequence whose next page is
+    not to be had takes it from the running one that is last in rank, perhaps itself: that one
+    gives everything back and later computes its tokens again, as far as they are not kept.
 
     Ownership: a sequence owns pages and a slot while it runs. They are taken in `plan`, and go
     back in `finish`, `abort`, or when it is preempted.
 
-    Invariant: orders ascend through `_running` and on through `_waiting`. So the youngest
-    running sequence is the last one, and its place when preempted is the head of the queue.
+    Invariant: `_running` is in order of rank. The first of it is never preempted and can always
+    grow, so it ends, and then the next one is the first. Who waits becomes the first too, for
+    ranks change in favour of those that wait (see `WaitingQueue`).
 
     With prefix caching a sequence starts with the pages that hold its first tokens already, if
     any, shared with whoever else has them. Nobody writes to them: they are full, and what a
-    sequence computes goes behind them.
+    sequence computes goes behind them. Of those first in line, all of one priority, the one with
+    the longest known prefix begins first; and one whose prefix another is just computing lets
+    those behind it pass until it is there.
 
     The loop may plan step n+1 before it commits step n. Device work runs in order, so pages
     given back while a step in flight still writes to them may be handed out at once.
@@ -47,6 +57,9 @@ class Scheduler:
         max_readouts: int | None = None,
         max_chunk_tokens: int | None = None,
         prefix_caching: bool = False,
+        num_host_pages: int = 0,
+        min_restored_pages: int = 1,
+        max_overtaken: int = MAX_OVERTAKEN,
     ) -> None:
         """Starts empty.
 
@@ -60,6 +73,9 @@ class Scheduler:
             just that. More lets prompts that are scored come in larger chunks.
           max_chunk_tokens: tokens of one chunk; None means as many as the step holds.
           prefix_caching: full pages are kept for sequences that begin with the same tokens.
+          num_host_pages: pages for which host memory has room, once the pool needs theirs.
+          min_restored_pages: so many must be there to be fetched rather than computed.
+          max_overtaken: so many later ones begin before the oldest that waits, at most.
         """
         max_readouts = max_slots if max_readouts is None else max_readouts
         # Every running row can then decode in every step, and the oldest can always grow.
@@ -73,10 +89,15 @@ class Scheduler:
         self._max_model_len = max_model_len
         self._page_size = page_size
         self._pool = PagePool(num_pages)
-        self._cache = PrefixCache(self._pool) if prefix_caching else None
+        self._host = HostIndex(num_host_pages, min_restored_pages)
+        self._prefixes = Prefixes(
+            self._pool, self._host, page_size=page_size, enabled=prefix_caching
+        )
+        # Without prefixes to compare, strictly in order of rank.
+        self._num_candidates = CANDIDATES if prefix_caching else 1
         self._free_slots = [Slot(i) for i in range(max_slots)]  # a heap: the lowest goes first
-        self._waiting: deque[Sequence] = deque()
-        self._running: list[Sequence] = []
+        self._waiting = WaitingQueue(max_overtaken)
+        self._running: list[Sequence] = []  # in order of rank
         self._preempted: list[Sequence] = []  # and not yet told in a plan
         self._num_arrivals = 0
 
@@ -97,14 +118,14 @@ class Scheduler:
         return self._pool.num_free_pages
 
     def add(self, sequence: Sequence) -> None:
-        """Queues a new sequence behind all others. Its lengths were checked at admission."""
+        """Queues a new sequence behind those of its priority; its lengths were checked before."""
         assert sequence.order == -1, f"added twice: {sequence.request_id=}"
         assert 1 <= sequence.num_tokens < sequence.max_length <= self._max_model_len, (
             f"{sequence.num_tokens=}, {sequence.max_length=}, {self._max_model_len=}"
         )
         sequence.order = self._num_arrivals
         self._num_arrivals += 1
-        self._waiting.append(sequence)
+        self._waiting.add(sequence)
 
     def finish(self, sequence: Sequence) -> None:
         """Ends a sequence: it gives back what it owns. Steps in flight for it count no more."""
@@ -114,7 +135,7 @@ class Scheduler:
             self._running.remove(sequence)
             self._give_back(sequence)
         else:
-            self._waiting.remove(sequence)
+            self._waiting.discard(sequence)
         sequence.status = Status.FINISHED
 
     def abort(self, sequence: Sequence) -> None:
@@ -130,7 +151,7 @@ class Scheduler:
         Args:
           max_steps: where every row decodes, the dispatch may take up to so many steps.
         """
-        draft = _Draft(self._max_step_tokens, self._max_readouts)
+        draft = Draft(self._max_step_tokens, self._max_readouts)
         num_untold = len(self._preempted)
         self._schedule_running(draft)
         # What was just taken from one is not for another that came later.
@@ -150,13 +171,14 @@ class Scheduler:
             sequence.num_unread += chunk.samples * chunk.num_steps
             sequence.num_in_flight += chunk.num_steps
             # A prompt's pages will hold what they are named for before any later step reads them.
-            self._publish(sequence, min(chunk.stop, sequence.num_prompt_tokens))
+            self._prefixes.publish(sequence, min(chunk.stop, sequence.num_prompt_tokens))
         # One that lost its place in a plan of None may be back by now, or have ended.
         preempted = tuple(s for s in self._preempted if s.status is Status.WAITING)
         self._preempted.clear()
-        return draft.seal(preempted)
+        saves, forgotten = self._host.take_moves()
+        return draft.seal(preempted=preempted, saves=saves, forgotten=forgotten)
 
-    def _prolong(self, draft: "_Draft", max_steps: int) -> None:
+    def _prolong(self, draft: Draft, max_steps: int) -> None:
         """Lets a draft in which every row decodes go on for more steps, as far as pages are free.
 
         No one is preempted for it: a step too few costs a dispatch, not somebody's work.
@@ -203,14 +225,13 @@ class Scheduler:
             sequence.output_ids.append(token_id)
         if sequence.status is Status.RUNNING:  # else preempted since: the token holds, its K/V not
             sequence.num_computed += chunk.num_tokens
-            self._publish(sequence, sequence.num_computed)
+            self._prefixes.publish(sequence, sequence.num_computed)
 
     def forget_prefixes(self) -> None:
         """Empties the prefix cache; what runs goes on."""
-        if self._cache is not None:
-            self._cache.clear()
+        self._prefixes.forget(self._running)
 
-    def _schedule_running(self, draft: "_Draft") -> None:
+    def _schedule_running(self, draft: Draft) -> None:
         decodes = [s for s in self._running if s.num_unscheduled == 1]
         prefills = [s for s in self._running if s.num_unscheduled > 1]
         num_rows_after = len(decodes) + len(prefills)
@@ -221,90 +242,72 @@ class Scheduler:
                 # One readout stays reserved for every row that follows.
                 self._schedule(sequence, draft.num_readouts_left - num_rows_after, draft)
 
-    def _admit_waiting(self, draft: "_Draft") -> None:
+    def _admit_waiting(self, draft: Draft) -> None:
         if not (self._waiting and self._free_slots):  # most steps of a long answer
             return
         num_spare_pages = self.num_free_pages - sum(map(self._num_pages_owed, self._running))
-        while self._waiting and self._free_slots:
-            sequence = self._waiting[0]
-            # A preempted one waits for its tokens in flight: it must compute them again.
-            if sequence.num_in_flight or not (draft.num_tokens_left and draft.num_readouts_left):
+        while self._free_slots and draft.num_tokens_left and draft.num_readouts_left:
+            chosen = self._choose()
+            if chosen is None:
                 break
-            cached = self._cached_pages(sequence)
-            if self._is_coming(sequence, len(cached)):
-                break
+            sequence, found = chosen
             num_pages = pages_for(sequence.num_tokens, self._page_size)
             # One page to grow into, but never more than it can ever fill.
             num_wanted = min(num_pages + 1, pages_for(sequence.max_length, self._page_size))
-            num_idle = self._pool.num_idle(cached)
-            if num_wanted - len(cached) + num_idle > num_spare_pages:
+            num_taken = num_wanted - len(found.pages) + self._pool.num_idle(found.pages)
+            if num_taken > num_spare_pages:
                 break
-            self._waiting.popleft()
-            self._admit(sequence, cached, draft)
-            num_spare_pages -= num_idle + self._num_pages_owed(sequence)
+            self._waiting.take(sequence)
+            num_free = self.num_free_pages
+            self._admit(sequence, found, draft)
+            num_spare_pages -= num_free - self.num_free_pages + self._num_pages_owed(sequence)
             self._schedule(sequence, draft.num_readouts_left, draft)
 
-    def _admit(self, sequence: Sequence, cached: list[PageId], draft: "_Draft") -> None:
-        self._running.append(sequence)
+    def _choose(self) -> tuple[Sequence, Found] | None:
+        """Who begins next: of those first in line, the one whose known prefix is longest.
+
+        One whose prefix another is computing waits for it, and lets those behind it begin.
+        """
+        best = None
+        for sequence in self._waiting.first(self._num_candidates):
+            # A preempted one waits for its tokens in flight: it must compute them again.
+            if sequence.num_in_flight or (best and best[0].rank[0] != sequence.rank[0]):
+                break
+            found = self._prefixes.find(sequence, self._running)
+            if not self._prefixes.is_coming(sequence, found, self._running):
+                if best is None or found.num_tokens > best[1].num_tokens:
+                    best = sequence, found
+            if sequence.is_due:
+                break
+        return best
+
+    def _admit(self, sequence: Sequence, found: Found, draft: Draft) -> None:
+        insort(self._running, sequence, key=_rank)
         sequence.status = Status.RUNNING
         sequence.slot = heapq.heappop(self._free_slots)
         draft.admitted.append(sequence)
-        self._pool.share(cached)
-        sequence.pages += cached  # entered in the page table when the slot's row is written
-        sequence.num_published = len(cached)
-        sequence.num_computed = sequence.num_scheduled = len(cached) * self._page_size
+        self._pool.share(found.pages)
+        self._host.touch(found.host_keys)
+        num_restored = len(found.host_keys)
+        fresh = self._pool.allocate(num_restored + (found.source is not None))
+        assert fresh is not None, f"admitted without pages: {sequence.request_id=}"
+        # All are entered in the page table when the slot's row is written.
+        sequence.pages += [*found.pages, *fresh]
+        draft.restores += map(PageRestore, found.host_keys, fresh)
+        if found.source is not None:
+            draft.copies.append(PageCopy(found.source, fresh[-1]))
+        sequence.num_published = len(found.pages)
+        self._prefixes.publish(sequence, (len(found.pages) + num_restored) * self._page_size)
+        sequence.num_computed = sequence.num_scheduled = found.num_tokens
         if not sequence.num_preemptions:
-            sequence.num_cached = sequence.num_computed
-
-    def _cached_pages(self, sequence: Sequence) -> list[PageId]:
-        """Pages that hold a prefix of the sequence; its last token must be computed anyhow."""
-        # One that scores its prompt needs the logits of every position.
-        if self._cache is None or sequence.scores_prompt:
-            return []
-        keys = self._keys(sequence, (sequence.num_tokens - 1) // self._page_size)
-        return self._cache.find(keys)
-
-    def _is_coming(self, sequence: Sequence, num_cached: int) -> bool:
-        """Whether another is computing the page that this one lacks first: then it can wait.
-
-        Not for ever: a sequence that runs computes its prompt, or is preempted behind this one.
-        """
-        if self._cache is None or sequence.scores_prompt:
-            return False
-        keys = self._keys(sequence, (sequence.num_tokens - 1) // self._page_size)
-        if num_cached == len(keys):
-            return False
-        return any(
-            num_cached < len(other.page_keys)
-            and other.num_published <= num_cached < other.num_prompt_tokens // self._page_size
-            and other.page_keys[num_cached] == keys[num_cached]
-            for other in self._running
-        )
-
-    def _publish(self, sequence: Sequence, num_tokens: int) -> None:
-        """Names the full pages among the first `num_tokens` tokens, all of them known."""
-        num_pages = num_tokens // self._page_size
-        if self._cache is None or num_pages <= sequence.num_published:
-            return
-        keys = self._keys(sequence, num_pages)
-        for index in range(sequence.num_published, num_pages):
-            self._cache.publish(keys[index], sequence.pages[index])
-        sequence.num_published = num_pages
-
-    def _keys(self, sequence: Sequence, num_pages: int) -> list[bytes]:
-        keys = sequence.page_keys
-        while len(keys) < num_pages:
-            start = len(keys) * self._page_size
-            tokens = sequence.tokens(start, start + self._page_size)
-            keys.append(page_key(keys[-1] if keys else sequence.root_key, tokens))
-        return keys[:num_pages]
+            sequence.num_cached = found.num_tokens
 
     def _num_pages_owed(self, sequence: Sequence) -> int:
         # Pages for the tokens it has and the one that comes next, as far as not yet taken.
         num_tokens = min(sequence.length + 1, sequence.max_length)
         return pages_for(num_tokens, self._page_size) - len(sequence.pages)
 
-    def _schedule(self, sequence: Sequence, num_readouts_left: int, draft: "_Draft") -> None:
+    def _schedule(self, sequence: Sequence, num_readouts_left: int, draft: Draft) -> None:
         chunk = self._cut_chunk(sequence, draft.num_tokens_left, num_readouts_left)
         page_ids = self._take_pages(sequence, self._num_missing_pages(chunk), draft)
         if page_ids is None:
@@ -312,7 +315,7 @@ class Scheduler:
         self._enter_pages(chunk, page_ids, draft)
         draft.add(chunk)
 
-    def _enter_pages(self, chunk: Chunk, page_ids: list[PageId], draft: "_Draft") -> None:
+    def _enter_pages(self, chunk: Chunk, page_ids: list[PageId], draft: Draft) -> None:
         pages = chunk.sequence.pages
         for page_id in page_ids:
             draft.page_writes.append(PageWrite(chunk.slot, len(pages), page_id))
@@ -336,23 +339,21 @@ class Scheduler:
             sequence, sequence.slot, start, stop - start, samples, num_readouts=num_scores + samples
         )
 
-    def _take_pages(
-        self, sequence: Sequence, num_pages: int, draft: "_Draft"
-    ) -> list[PageId] | None:
-        """Takes pages, from the youngest if need be; None if that was the sequence itself."""
+    def _take_pages(self, sequence: Sequence, num_pages: int, draft: Draft) -> list[PageId] | None:
+        """Takes pages, from the last in rank if need be; None if that was the sequence itself."""
         while (page_ids := self._pool.allocate(num_pages)) is None:
-            if self._preempt_youngest(draft) is sequence:
+            if self._preempt_last(draft) is sequence:
                 return None
         return page_ids
 
-    def _preempt_youngest(self, draft: "_Draft") -> Sequence:
+    def _preempt_last(self, draft: Draft) -> Sequence:
         sequence = self._running.pop()
         draft.drop(sequence)
         self._give_back(sequence)
         sequence.status = Status.WAITING
         sequence.num_computed = sequence.num_scheduled = 0
         sequence.num_preemptions += 1
-        self._waiting.appendleft(sequence)
+        self._waiting.add(sequence)
         self._preempted.append(sequence)
         return sequence
 
@@ -365,33 +366,5 @@ class Scheduler:
         sequence.slot = None
 
 
-@dataclass(slots=True)
-class _Draft:
-    """A plan in the making, and what is left of the step's budgets."""
-
-    num_tokens_left: int
-    num_readouts_left: int
-    chunks: dict[Sequence, Chunk] = field(default_factory=dict)
-    admitted: list[Sequence] = field(default_factory=list)
-    page_writes: list[PageWrite] = field(default_factory=list)
-
-    def add(self, chunk: Chunk) -> None:
-        self.chunks[chunk.sequence] = chunk
-        self.num_tokens_left -= chunk.num_tokens
-        self.num_readouts_left -= chunk.num_readouts
-
-    def drop(self, sequence: Sequence) -> None:
-        """Takes out a sequence about to lose its slot. What it was given stays spent."""
-        if self.chunks.pop(sequence, None) is not None:
-            self.page_writes = [w for w in self.page_writes if w.slot != sequence.slot]
-
-    def seal(self, preempted: tuple[Sequence, ...]) -> StepPlan:
-        chunks = tuple(self.chunks.values())
-        return StepPlan(
-            chunks=chunks,
-            admitted=tuple(self.admitted),
-            page_writes=tuple(self.page_writes),
-            preempted=preempted,
-            num_tokens=sum(chunk.num_tokens for chunk in chunks),
-            num_readouts=sum(chunk.num_readouts for chunk in chunks),
-        )
+def _rank(sequence: Sequence) -> tuple[float, int]:
+    return sequence.rank

@@ -1,6 +1,7 @@
 """One continuation of one request, as the host sees it while it runs."""
 
 import enum
+import math
 from collections import abc
 from dataclasses import dataclass, field
 
@@ -17,7 +18,7 @@ class Status(enum.Enum):
 class Sequence:
     """One continuation of one request: a request with n=3 has three.
 
-    Compared and hashed by identity. The scheduler alone writes the fields below `scores_prompt`.
+    Compared and hashed by identity. The scheduler alone writes the fields below `priority`.
 
     A step is planned, then committed when its tokens have been read; in between it is in
     flight. What a plan promises is counted apart from what a commit has confirmed, so that
@@ -32,6 +33,7 @@ class Sequence:
     max_length: int  # tokens of prompt and output at which it stops for length
     scores_prompt: bool = False  # prompt logprobs wanted: each prompt position needs a readout
     root_key: bytes = b""  # before its first page's key: who may share pages with it
+    priority: int = 0  # lower goes first
     order: int = -1  # of first arrival at the scheduler, kept when preempted; -1 before it
     output_ids: list[int] = field(default_factory=list)
     num_computed: int = 0  # tokens whose K/V is in the pool
@@ -46,6 +48,13 @@ class Sequence:
     slot: Slot | None = None
     status: Status = Status.WAITING
     num_preemptions: int = 0
+    num_overtaken: int = 0  # while it was the oldest that waits, so many later ones began
+    is_due: bool = False  # that was often enough: now it goes before all that are not
+
+    @property
+    def rank(self) -> tuple[float, int]:
+        """Who goes first, and keeps its pages: the lower."""
+        return (-math.inf if self.is_due else self.priority, self.order)
 
     @property
     def num_prompt_tokens(self) -> int:

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import pytest
 
 from jinfer.axes import Slot
-from jinfer.schedule.plan import PageWrite, StepPlan
+from jinfer.schedule.plan import PageCopy, PageWrite, StepPlan
 from jinfer.schedule.scheduler import Scheduler
 from jinfer.schedule.sequence import Sequence, Status
 
@@ -373,3 +373,88 @@ def test_limits_that_cannot_run(changes: dict[str, int]) -> None:
     name, value = next(iter(changes.items()))
     with pytest.raises(AssertionError, match=f"{name}={value}"):
         make(**changes)
+
+
+def with_prompts(scheduler: Scheduler, *prompts: list[int]) -> list[Sequence]:
+    sequences = [Sequence(f"r{i}", 0, prompt, 64) for i, prompt in enumerate(prompts)]
+    for sequence in sequences:
+        scheduler.add(sequence)
+    return sequences
+
+
+def test_the_last_in_rank_is_preempted() -> None:
+    scheduler = make(num_pages=6, max_model_len=16)
+    a, b = [Sequence("r", i, [1, 2, 3, 4], 16, priority=-i) for i in range(2)]
+    for sequence in (a, b):
+        scheduler.add(sequence)
+    for _ in range(5):
+        run_step(scheduler)
+    steps = [run_step(scheduler) for _ in range(4)]
+    assert [s.preempted for s in steps if s.preempted] == [(a,)]  # older, but of lower priority
+    assert b.num_preemptions == 0
+
+
+def test_the_longest_known_prefix_begins_first_until_another_was_overtaken_often() -> None:
+    scheduler = make(max_slots=1, prefix_caching=True, max_overtaken=2)
+    known = list(range(12))
+    (first,) = with_prompts(scheduler, known)
+    run_step(scheduler)
+    scheduler.finish(first)
+    others = with_prompts(scheduler, [90] * 9, [*known, 1], [*known[:4], 91, 92], [*known, 2])
+    begun = []
+    while scheduler.has_work:
+        (sequence,) = run_step(scheduler).admitted
+        begun.append(others.index(sequence))
+        scheduler.finish(sequence)
+    assert begun == [1, 3, 0, 2]
+    assert [s.num_cached for s in others] == [0, 12, 4, 12]
+
+
+def test_one_that_waits_for_a_prefix_lets_others_pass() -> None:
+    scheduler = make(prefix_caching=True, max_step_tokens=16)
+    shared = list(range(24))
+    a, b, c = sequences = with_prompts(scheduler, shared, [*shared, 50], [60, 61])
+    step = run_step(scheduler)
+    assert rows(step, sequences) == [(0, 0, 16, False)]
+    step = run_step(scheduler)  # b waits for a's last pages, c does not
+    assert rows(step, sequences) == [(0, 16, 24, True), (2, 0, 2, True)]
+    step = run_step(scheduler)
+    assert rows(step, sequences)[-1] == (1, 24, 25, True)
+    assert (a.num_cached, b.num_cached, c.num_cached) == (0, 24, 0)
+
+
+def test_a_partial_page_is_copied_for_the_same_prompt() -> None:
+    scheduler = make(prefix_caching=True)
+    prompt = list(range(11))
+    a, b, c = sequences = with_prompts(scheduler, prompt, prompt, list(prompt))
+    assert rows(run_step(scheduler), sequences) == [(0, 0, 11, True)]
+    step = run_step(scheduler)
+    # b is another continuation of a's prompt; c happens to say the same, and is not compared.
+    assert rows(step, sequences) == [(0, 11, 12, True), (1, 10, 11, True), (2, 8, 11, True)]
+    assert step.copies == (PageCopy(a.pages[2], b.pages[2]),)
+    assert a.pages[:2] == b.pages[:2] == c.pages[:2]
+    assert len({a.pages[2], b.pages[2], c.pages[2]}) == 3
+
+
+def test_a_salt_keeps_partial_pages_apart() -> None:
+    scheduler = make(prefix_caching=True)
+    prompt = list(range(11))
+    a, b = [Sequence("r", i, prompt, 64, root_key=bytes([i])) for i in range(2)]
+    for sequence in (a, b):
+        scheduler.add(sequence)
+    for _ in range(2):
+        assert run_step(scheduler).copies == ()
+    assert not set(a.pages) & set(b.pages)
+
+
+def test_after_a_reset_what_runs_names_nothing_more() -> None:
+    scheduler = make(prefix_caching=True)
+    (a,) = with_prompts(scheduler, list(range(8)))
+    run_step(scheduler)
+    scheduler.forget_prefixes()
+    for _ in range(9):
+        run_step(scheduler)
+    scheduler.finish(a)
+    (b,) = with_prompts(scheduler, [*a.tokens(0, 16), 3])
+    run_step(scheduler)
+    assert b.num_cached == 0

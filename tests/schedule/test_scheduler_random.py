@@ -6,7 +6,7 @@ missed or a token not recomputed changes the outputs, which must be those of the
 """
 
 import random
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -32,7 +32,20 @@ class Limits:
     max_readouts: int = 8
     max_chunk_tokens: int | None = None
     prefix_caching: bool = False
+    num_host_pages: int = 0
+    min_restored_pages: int = 1
+    max_overtaken: int = 5
     max_steps: int = 1  # of one dispatch
+    num_priorities: int = 1
+
+    @property
+    def in_order(self) -> bool:
+        """Whether nobody begins before one that came earlier."""
+        return not self.prefix_caching and self.num_priorities == 1
+
+
+def rank(sequence: Sequence) -> tuple[float, int]:
+    return sequence.rank
 
 
 def draw(tokens: tuple[int, ...]) -> int:
@@ -51,7 +64,8 @@ class Simulation:
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
-        own = {name: value for name, value in vars(limits).items() if name != "max_steps"}
+        others = ("max_steps", "num_priorities")
+        own = {name: value for name, value in vars(limits).items() if name not in others}
         self.scheduler = Scheduler(**own)
         self.sequences: list[Sequence] = []  # all there ever were, in order of arrival
         self.alive: list[Sequence] = []
@@ -63,6 +77,9 @@ class Simulation:
         self.in_flight: deque[tuple[StepPlan, list[list[int | None]]]] = deque()
         self.stopped: set[int] = set()  # slots that drew the end token
         self.num_long = 0  # dispatches of several steps
+        self.host: dict[bytes, dict[int, tuple[Sequence, int, int]]] = {}  # cells of each page
+        self.num_overtaken: Counter[Sequence] = Counter()  # while it was the oldest that waits
+        self.num_restored = self.num_copied = 0
 
     # The moves.
 
@@ -72,7 +89,11 @@ class Simulation:
         if self.limits.prefix_caching:  # prompts of a few families begin alike
             prompt = [1 + (number % 3 * 7919 + i * 31) % 97 for i in range(num_prompt_tokens)]
             prompt[-1] = 1 + number % 5
+            before = self.sequences[-1].prompt_ids if self.sequences else prompt
+            if number % 4 == 3 and len(before) < max_length:
+                prompt = before  # another continuation of the same request
         sequence = Sequence(f"r{number}", 0, prompt, max_length, scores_prompt)
+        sequence.priority = number * 7 % self.limits.num_priorities
         self.sequences.append(sequence)
         self.alive.append(sequence)
         self.scored[sequence] = []
@@ -94,6 +115,7 @@ class Simulation:
         running = [s for s in self.alive if s.status is Status.RUNNING]
         decoding = [s for s in running if s.num_unscheduled == 1]
         growing = [s for s in running if s.num_unscheduled]
+        waiting = [s for s in self.alive if s.status is Status.WAITING]
         starts = {s: s.num_scheduled for s in self.alive}
         plan = self.scheduler.plan(self.limits.max_steps)
         if plan is None:
@@ -104,19 +126,31 @@ class Simulation:
         chunks = {chunk.sequence: chunk for chunk in plan.chunks}
         assert len(chunks) == len(plan.chunks)
         for chunk in plan.chunks:
-            cached = chunk.sequence.num_cached if chunk.sequence in plan.admitted else 0
+            cached = self.limits.prefix_caching and chunk.sequence in plan.admitted
             assert chunk.start == starts[chunk.sequence] or cached or chunk.sequence.num_preemptions
             assert self.in_flight or chunk.start == chunk.sequence.num_computed
         assert all(s in chunks or s in plan.preempted for s in decoding)
-        if growing:  # the oldest always gets on
-            assert growing[0] in chunks
-        elif not running and not self.in_flight:
-            assert self.alive[0] in chunks
+        if growing:  # the first always gets on
+            assert min(growing, key=rank) in chunks
+        if running:
+            assert min(running, key=rank) not in plan.preempted
+        self.count_overtaken(waiting, plan)
         if not plan.preempted and not self.limits.prefix_caching:
             self.check_nobody_waits_for_nothing(plan)
         self.in_flight.append((plan, self.execute(plan)))
         self.check_ownership()
         return True
+
+    def count_overtaken(self, waiting: list[Sequence], plan: StepPlan) -> None:
+        if not self.in_flight and not plan.preempted and not plan.admitted and waiting:
+            assert len(plan.chunks)  # somebody else gets on
+        left = sorted(waiting, key=lambda s: s.order)
+        for sequence in plan.admitted:
+            left.remove(sequence)
+            if left and left[0].order < sequence.order:
+                self.num_overtaken[left[0]] += 1
+                assert self.num_overtaken[left[0]] <= self.limits.max_overtaken
+                assert not self.limits.in_order
 
     def settle(self) -> None:
         plan, tokens_of_chunks = self.in_flight.popleft()
@@ -147,11 +181,32 @@ class Simulation:
 
     # The device.
 
+    def move_pages(self, plan: StepPlan) -> None:
+        page_size = self.limits.page_size
+        for save in plan.saves:
+            assert save.key not in self.host
+            cells = [self.cells.pop((save.page_id, offset)) for offset in range(page_size)]
+            self.host[save.key] = dict(enumerate(cells))
+        for restore in plan.restores:
+            for offset, cell in self.host[restore.key].items():
+                self.cells[restore.page_id, offset] = cell
+        for key in plan.forgotten:
+            del self.host[key]
+        assert len(self.host) <= self.limits.num_host_pages
+        for copy in plan.copies:
+            for offset in range(page_size):
+                cell = self.cells.get((copy.source_id, offset))
+                if cell is not None:
+                    self.cells[copy.page_id, offset] = cell
+        self.num_restored += len(plan.restores)
+        self.num_copied += len(plan.copies)
+
     def execute(self, plan: StepPlan) -> list[list[int | None]]:
+        self.move_pages(plan)
         for sequence in plan.admitted:
             assert sequence.slot is not None
             [start] = [chunk.start for chunk in plan.chunks if chunk.sequence is sequence]
-            cached = sequence.pages[: start // self.limits.page_size]
+            cached = sequence.pages[: pages_for(start, self.limits.page_size)]
             self.table[sequence.slot] = dict(enumerate(cached))
             self.stopped.discard(sequence.slot)
             if sequence not in self.first_admitted:
@@ -220,9 +275,9 @@ class Simulation:
 
     def check_nobody_waits_for_nothing(self, plan: StepPlan) -> None:
         waiting = [s for s in self.alive if s.status is Status.WAITING]
-        if not waiting or waiting[0].num_in_flight:
+        if not waiting or min(waiting, key=rank).num_in_flight:
             return
-        limits, head = self.limits, waiting[0]
+        limits, head = self.limits, min(waiting, key=rank)
         running = [s for s in self.alive if s.status is Status.RUNNING]
         # Room for all that is running, one more page each, and the head with one page more.
         promised = sum(pages_for(s.length, limits.page_size) + 1 - len(s.pages) for s in running)
@@ -240,9 +295,10 @@ class Simulation:
         assert len(running) == self.scheduler.num_running
         assert len(waiting) == self.scheduler.num_waiting
         assert self.scheduler.has_work == bool(self.alive)
-        # `alive` is in order of arrival, so this is first come first served:
-        assert running + waiting == self.alive
-        assert self.first_admitted == sorted(self.first_admitted, key=lambda s: s.order)
+        if self.limits.in_order:
+            # `alive` is in order of arrival, so this is first come first served:
+            assert running + waiting == self.alive
+            assert self.first_admitted == sorted(self.first_admitted, key=lambda s: s.order)
         slots = [s.slot for s in running]
         assert len(set(slots)) == len(slots) and set(slots) <= set(range(self.limits.max_slots))
         pages = [page_id for s in running for page_id in s.pages]
@@ -271,7 +327,7 @@ class Simulation:
             self.add(1, 2)
         self.dispatch()  # every slot is free: the lowest go first, as far as pages last
         num_fitting = (self.limits.num_pages - 1) // pages_for(2, self.limits.page_size)
-        slots = [s.slot for s in self.alive if s.slot is not None]
+        slots = sorted(s.slot for s in self.alive if s.slot is not None)
         assert slots == list(range(min(self.limits.max_slots, num_fitting)))
         self.drain()
 
@@ -289,6 +345,8 @@ def run_randomly(limits: Limits, num_requests: int, depth: int, seed: int) -> Si
                 sim.add(num_prompt_tokens, max_length, scores_prompt=rng.random() < 0.3)
         if sim.alive and rng.random() < 0.04:
             sim.end(rng.choice(sim.alive), by_abort=rng.random() < 0.5)
+        if limits.prefix_caching and rng.random() < 0.01:
+            sim.scheduler.forget_prefixes()
 
     while sim.alive or sim.in_flight or len(sim.sequences) < num_requests:
         disturb()
@@ -339,12 +397,43 @@ def test_random_requests_that_share_prefixes(name: str, depth: int) -> None:
     sim = run_randomly(limits, num_requests=150, depth=depth, seed=depth + 4)
     num_cached = sum(s.num_cached for s in sim.sequences)
     assert num_cached > 0.05 * sum(s.num_prompt_tokens for s in sim.sequences)
+    assert sim.num_copied or limits.page_size == 1 or limits.max_slots == 1
     sim.scheduler.forget_prefixes()
     sim.check_empty()
 
 
+@pytest.mark.parametrize("depth", [0, 1], ids=["read_at_once", "one_dispatch_ahead"])
+@pytest.mark.parametrize("num_host_pages", [3, 40])
+def test_random_requests_whose_pages_go_to_the_host_and_back(
+    num_host_pages: int, depth: int
+) -> None:
+    limits = replace(TIGHT, prefix_caching=True, num_host_pages=num_host_pages, max_steps=3)
+    sim = run_randomly(limits, num_requests=300, depth=depth, seed=depth + 6)
+    assert sim.num_restored > 20 and len(sim.host) > 0
+    sim.scheduler.forget_prefixes()
+    sim.check_empty()
+
+
+@pytest.mark.parametrize("prefix_caching", [False, True])
+@pytest.mark.parametrize("name", CASES)
+def test_random_requests_of_several_priorities(name: str, prefix_caching: bool) -> None:
+    limits = replace(CASES[name], num_priorities=3, prefix_caching=prefix_caching, max_steps=2)
+    sim = run_randomly(limits, num_requests=200, depth=1, seed=8)
+    if name in ("tight", "one_slot"):  # so long a queue that some were overtaken until due
+        assert max(sim.num_overtaken.values()) == limits.max_overtaken
+        assert any(s.is_due for s in sim.sequences)
+
+
 @given(
-    prefix_caching=st.booleans(),
+    order=st.fixed_dictionaries(
+        {
+            "prefix_caching": st.booleans(),
+            "num_host_pages": st.integers(0, 6),
+            "min_restored_pages": st.integers(1, 3),
+            "max_overtaken": st.integers(1, 4),
+            "num_priorities": st.integers(1, 3),
+        }
+    ),
     max_steps=st.integers(1, 9),
     max_slots=st.integers(1, 6),
     num_more_tokens=st.integers(0, 20),
@@ -357,8 +446,8 @@ def test_random_requests_that_share_prefixes(name: str, depth: int) -> None:
 )
 @settings(max_examples=60, deadline=None, derandomize=True, database=None)
 def test_any_limits(
-    *, prefix_caching, max_steps, max_slots, num_more_tokens, page_size, num_more_pages,
-    num_more_readouts, max_chunk_tokens, depth, seed,
+    *, order, max_steps, max_slots, num_more_tokens, page_size, num_more_pages, num_more_readouts,
+    max_chunk_tokens, depth, seed,
 ) -> None:  # fmt: skip
     limits = Limits(
         max_slots=max_slots,
@@ -369,7 +458,7 @@ def test_any_limits(
         max_readouts=max_slots + num_more_readouts,
         max_chunk_tokens=max_chunk_tokens,
         max_steps=max_steps,
-        prefix_caching=prefix_caching,
+        **order,
     )
     run_randomly(limits, num_requests=12, depth=depth, seed=seed)
 

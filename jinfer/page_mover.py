@@ -1,0 +1,101 @@
+"""Carries out the page moves of a plan, and keeps the pages that host memory holds."""
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import SingleDeviceSharding
+
+from jinfer.axes import PageId
+from jinfer.schedule.plan import PageCopy, PageRestore, PageSave, StepPlan
+from jinfer.schedule.prefix_cache import PageKey
+from jinfer.step.page_moves import PAGES_PER_MOVE
+
+Programs = dict[str, jax.stages.Compiled]
+
+
+class PageMover:
+    """Saves, restores and copies pages before a step, in the order that the plan wants.
+
+    Nothing here waits: programs and transfers are queued on the device behind the steps that
+    write what they read, and before those that overwrite it. Host memory is pinned where the
+    platform has that, so that a transfer runs beside the computing.
+    """
+
+    def __init__(self, programs: Programs, device: jax.Device) -> None:
+        self._programs = programs
+        self._stored: dict[PageKey, Any] = {}
+        kinds = {memory.kind for memory in device.addressable_memories()}
+        host_kind = "pinned_host" if "pinned_host" in kinds else None
+        self._on_host = SingleDeviceSharding(device, memory_kind=host_kind)
+        self._on_device = SingleDeviceSharding(device)
+
+    @property
+    def num_stored(self) -> int:
+        """Pages in host memory."""
+        return len(self._stored)
+
+    def apply(self, pages: Any, plan: StepPlan) -> Any:
+        """Carries out a plan's moves; `pages` is consumed if anything is returned in its place."""
+        self._save(pages, plan.saves)
+        pages = self._restore(pages, plan.restores)
+        for key in plan.forgotten:
+            del self._stored[key]
+        return self._copy(pages, plan.copies)
+
+    def close(self) -> None:
+        """Frees the host memory."""
+        self._stored.clear()
+        self._programs = {}
+
+    def time_restore(self, pages: Any) -> tuple[Any, float]:
+        """The pool, and the seconds that one dispatch takes to bring pages back from the host."""
+        names = [str(j).encode() for j in range(PAGES_PER_MOVE)]
+        bin_page = PageId(0)
+        self._save(pages, [PageSave(bin_page, name) for name in names])
+        jax.block_until_ready(self._stored)
+        elapsed_s = math.inf
+        for _ in range(3):
+            start_s = time.perf_counter()
+            pages = self._restore(pages, [PageRestore(name, bin_page) for name in names])
+            jax.block_until_ready(pages)
+            elapsed_s = min(elapsed_s, time.perf_counter() - start_s)
+        self._stored.clear()
+        return pages, elapsed_s
+
+    def _save(self, pages: Any, saves: Sequence[PageSave]) -> None:
+        for group in _groups(saves):
+            page_J = _padded([save.page_id for save in group])
+            contents = self._programs["gather_pages"](pages, page_J)[: len(group)]
+            for save, content in zip(group, contents, strict=True):
+                self._stored[save.key] = jax.device_put(content, self._on_host)
+
+    def _restore(self, pages: Any, restores: Sequence[PageRestore]) -> Any:
+        for group in _groups(restores):
+            page_J = _padded([restore.page_id for restore in group])
+            stored = [self._stored[restore.key] for restore in group]
+            contents = jax.device_put(stored, self._on_device)
+            contents += contents[:1] * (PAGES_PER_MOVE - len(group))  # for the bin
+            pages = self._programs["scatter_pages"](pages, page_J, tuple(contents))
+        return pages
+
+    def _copy(self, pages: Any, copies: Sequence[PageCopy]) -> Any:
+        for group in _groups(copies):
+            source_J = _padded([copy.source_id for copy in group])
+            page_J = _padded([copy.page_id for copy in group])
+            pages = self._programs["copy_pages"](pages, source_J, page_J)
+        return pages
+
+
+def _groups(moves: Sequence[Any]) -> Iterator[Sequence[Any]]:
+    for start in range(0, len(moves), PAGES_PER_MOVE):
+        yield moves[start : start + PAGES_PER_MOVE]
+
+
+def _padded(page_ids: Sequence[PageId]) -> np.ndarray:
+    page_J = np.zeros(PAGES_PER_MOVE, np.int32)  # page 0 is the bin
+    page_J[: len(page_ids)] = page_ids
+    return page_J

@@ -1,0 +1,43 @@
+"""A plan in the making."""
+
+from dataclasses import dataclass, field
+
+from jinfer.schedule.plan import Chunk, PageCopy, PageRestore, PageWrite, StepPlan
+from jinfer.schedule.sequence import Sequence
+
+
+@dataclass(slots=True)
+class Draft:
+    """Who computes what so far, and what is left of the step's budgets."""
+
+    num_tokens_left: int
+    num_readouts_left: int
+    chunks: dict[Sequence, Chunk] = field(default_factory=dict)
+    admitted: list[Sequence] = field(default_factory=list)
+    page_writes: list[PageWrite] = field(default_factory=list)
+    copies: list[PageCopy] = field(default_factory=list)
+    restores: list[PageRestore] = field(default_factory=list)
+
+    def add(self, chunk: Chunk) -> None:
+        self.chunks[chunk.sequence] = chunk
+        self.num_tokens_left -= chunk.num_tokens
+        self.num_readouts_left -= chunk.num_readouts
+
+    def drop(self, sequence: Sequence) -> None:
+        """Takes out a sequence about to lose its slot. What it was given stays spent."""
+        if self.chunks.pop(sequence, None) is not None:
+            self.page_writes = [w for w in self.page_writes if w.slot != sequence.slot]
+
+    def seal(self, **moves: tuple) -> StepPlan:
+        """The plan; `moves` are those of its fields that the draft does not know."""
+        chunks = tuple(self.chunks.values())
+        return StepPlan(
+            chunks=chunks,
+            admitted=tuple(self.admitted),
+            page_writes=tuple(self.page_writes),
+            copies=tuple(self.copies),
+            restores=tuple(self.restores),
+            num_tokens=sum(chunk.num_tokens for chunk in chunks),
+            num_readouts=sum(chunk.num_readouts for chunk in chunks),
+            **moves,
+        )

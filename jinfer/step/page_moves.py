@@ -1,0 +1,47 @@
+"""Moves of whole pages: within the pool, out of it and back. Sizes are fixed, like every program's.
+
+The pool is any pytree of arrays whose second axis is the page. Padding moves the bin page.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+from jax import lax
+from jaxtyping import Array, Int32
+
+PAGES_PER_MOVE = 8  # J: pages that one dispatch moves
+
+_page = partial(lax.dynamic_index_in_dim, axis=1)
+_set_page = partial(lax.dynamic_update_index_in_dim, axis=1)
+
+
+def copy_pages(pages: Any, source_J: Int32[Array, "J"], page_J: Int32[Array, "J"]) -> Any:
+    """Copies pages source_J to page_J, one after the other.
+
+    Donates: `pages`. Recompiles: never.
+    """
+
+    # Page by page, so that the pool is updated in place and no more than one page is held.
+    def copy(j: Any, pages: Any) -> Any:
+        return jax.tree.map(lambda a: _set_page(a, _page(a, source_J[j]), page_J[j]), pages)
+
+    return lax.fori_loop(0, source_J.shape[0], copy, pages)
+
+
+def gather_pages(pages: Any, page_J: Int32[Array, "J"]) -> tuple[Any, ...]:
+    """The contents of pages page_J, each by itself, so that each can be let go by itself."""
+    return tuple(
+        jax.tree.map(lambda a, j=j: _page(a, page_J[j], keepdims=False), pages)
+        for j in range(page_J.shape[0])
+    )
+
+
+def scatter_pages(pages: Any, page_J: Int32[Array, "J"], contents: tuple[Any, ...]) -> Any:
+    """Writes contents, as `gather_pages` gives them, into pages page_J.
+
+    Donates: `pages`. Recompiles: never.
+    """
+    for j, content in enumerate(contents):
+        pages = jax.tree.map(lambda a, c, j=j: _set_page(a, c, page_J[j]), pages, content)
+    return pages

@@ -1,0 +1,130 @@
+"""What happens around a request does not change its answer: see `stress.py`."""
+
+import asyncio
+from collections.abc import Iterator
+
+import pytest
+from stress import (
+    Faults,
+    Job,
+    Player,
+    cramped_engine,
+    random_workload,
+    stress_engine,
+    undisturbed,
+)
+
+from jinfer.async_llm import AsyncLLM
+from jinfer.engine import Engine
+from jinfer.request.params import SamplingParams
+from jinfer.request.prompt import Prompt
+
+ALL_FAULTS = Faults(preempt=0.05, abort=0.02, fail=0.02, allocate=0.2)
+
+
+@pytest.fixture(scope="module")
+def reference() -> Iterator[Engine]:
+    engine = stress_engine(enable_prefix_caching=False, max_decode_steps=1)
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="module")
+def cramped() -> Iterator[Engine]:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        engine = cramped_engine(monkeypatch)
+    yield engine
+    engine.close()
+
+
+def play(engine: Engine, reference: Engine, faults: Faults, seed: int) -> Player:
+    workload = random_workload(seed)
+    player = Player(engine, faults, seed)
+    player.play(workload)
+    player.check(undisturbed(reference, workload))
+    return player
+
+
+def preempted_equals_undisturbed(engine: Engine, reference: Engine, seeds: range) -> None:
+    num_stored = 0
+    for seed in seeds:
+        assert play(engine, reference, Faults(), seed).num_preemptions > 0, f"{seed=}"
+        num_stored += engine._mover.num_stored
+        if seed % 5 == 0:
+            engine.reset_prefix_cache()
+    assert num_stored > 0
+
+
+def test_preempted_equals_undisturbed(cramped: Engine, reference: Engine) -> None:
+    preempted_equals_undisturbed(cramped, reference, range(4))
+
+
+@pytest.mark.slow
+def test_preempted_equals_undisturbed_over_200_workloads(
+    cramped: Engine, reference: Engine
+) -> None:
+    preempted_equals_undisturbed(cramped, reference, range(4, 204))
+
+
+def disturbed(engine: Engine, reference: Engine, seeds: range) -> None:
+    players = [play(engine, reference, ALL_FAULTS, seed) for seed in seeds]
+    assert sum(p.num_preemptions for p in players) > len(seeds)
+    assert sum(p.num_refused for p in players) > len(seeds) // 2
+    assert sum(len(p.aborted) for p in players) and sum(len(p.failed) for p in players)
+    errors = [r for p in players for r in p.requests if r.error is not None]
+    assert errors and sum(len(p.requests) for p in players) > 2 * len(errors)
+
+
+def test_faults_around_a_request_do_not_change_it(cramped: Engine, reference: Engine) -> None:
+    disturbed(cramped, reference, range(300, 304))
+
+
+@pytest.mark.slow
+def test_faults_over_100_workloads(cramped: Engine, reference: Engine) -> None:
+    disturbed(cramped, reference, range(304, 404))
+
+
+def scripted(num_tokens: int) -> list[Job]:
+    """Three requests that begin alike, one with two continuations; too many pages for the pool."""
+    prompt = tuple(range(10, 30))
+    asked = dict(temperature=0.0, ignore_eos=True, logprobs=0)
+    return [
+        Job(0, Prompt(None, prompt), SamplingParams(max_tokens=num_tokens, **asked), 0),
+        Job(1, Prompt(None, prompt), SamplingParams(max_tokens=num_tokens, n=2, **asked), 0),
+        Job(2, Prompt(None, (*prompt, 5)), SamplingParams(max_tokens=num_tokens, **asked), -1),
+    ]
+
+
+@pytest.mark.parametrize("victim", [0, 1, 2])
+def test_an_abort_at_each_possible_point(cramped: Engine, reference: Engine, victim: int) -> None:
+    workload = scripted(24)
+    want = undisturbed(reference, workload)
+    turn, num_aborted = workload[victim].turn, 0
+    while True:
+        cramped.reset_prefix_cache()
+        player = Player(cramped, Faults())
+        player.play(workload, abort_at=(turn, victim))
+        player.check(want)
+        if turn >= player.num_turns:
+            break
+        num_aborted += len(player.aborted)
+        turn += 1
+    assert num_aborted > 5
+
+
+async def test_a_slow_consumer_holds_up_nobody() -> None:
+    settings = dict(max_num_seqs=2, max_num_batched_tokens=2, max_decode_steps=1, progress=False)
+    params = SamplingParams(temperature=0.0, max_tokens=30, ignore_eos=True)
+    async with AsyncLLM(**settings) as llm:
+        ended: list[str] = []
+
+        async def consume(name: str, wait_s: float) -> str:
+            text = ""
+            async for output in llm.generate("Once upon a time", params, name):
+                text = output.outputs[0].text
+                await asyncio.sleep(wait_s)
+            ended.append(name)
+            return text
+
+        slow, fast = await asyncio.gather(consume("slow", 0.5), consume("fast", 0.0))
+    assert slow == fast != "" and ended == ["fast", "slow"]
