@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jinfer.errors import RequestError
-from jinfer.llm import LLM
+from jinfer.llm import LLM, check_template_args
 from jinfer.request.output import RequestOutput
 from jinfer.request.params import SamplingParams
 from jinfer.request.prompt import Prompt, as_prompt
@@ -84,6 +84,7 @@ class AsyncLLM:
         **template_args: Any,
     ) -> AsyncIterator[RequestOutput]:
         """As `generate`, for one conversation; `template_args` as in `LLM.chat`."""
+        check_template_args(template_args)
 
         def render() -> Prompt:
             return self._llm.render(messages, **template_args)

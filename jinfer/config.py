@@ -54,10 +54,12 @@ class ModelConfig:
         if self.num_q_heads % self.num_kv_heads:
             raise ValueError(
                 "num_q_heads must be a multiple of num_kv_heads; "
-                f"got {self.num_q_heads=}, {self.num_kv_heads=}."
+                f"got num_q_heads={self.num_q_heads}, num_kv_heads={self.num_kv_heads}."
             )
         if self.head_width % 2:
-            raise ValueError(f"rotary positions need an even head width; got {self.head_width=}.")
+            raise ValueError(
+                f"rotary positions need an even head width; got head_width={self.head_width}."
+            )
 
     @property
     def num_parameters(self) -> int:

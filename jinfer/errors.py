@@ -5,6 +5,7 @@ Every message says: the rule; got name=value. What to do.
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class RequestError(ValueError):
@@ -13,6 +14,15 @@ class RequestError(ValueError):
 
 class CheckpointError(ValueError):
     """A model folder is missing something, holds something extra, or is damaged."""
+
+
+def shown(value: Any) -> str:
+    """A value as Python spells it, short enough for a sentence."""
+    try:
+        text = repr(value)
+    except ValueError:  # an integer of thousands of digits
+        text = f"an {type(value).__name__} too long to print"
+    return f"{text[:57]}..." if len(text) > 60 else text
 
 
 def unknown_keyword(owner: str, name: str, known: Iterable[str]) -> TypeError:

@@ -1,5 +1,6 @@
 """The Python API: prompts in, outputs back, everything in this process."""
 
+import inspect
 import itertools
 from collections import OrderedDict
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
@@ -13,7 +14,7 @@ from tqdm import tqdm
 
 from jinfer.config import EngineConfig
 from jinfer.engine import Engine
-from jinfer.errors import RequestError, unknown_keyword
+from jinfer.errors import RequestError, shown, unknown_keyword
 from jinfer.interrupt import deferred
 from jinfer.request.chat import ChatRenderer, choose_template
 from jinfer.request.output import RequestMetrics, RequestOutput
@@ -75,8 +76,7 @@ class LLM:
 
     def get_default_sampling_params(self) -> SamplingParams:
         """What the checkpoint's generation_config.json suggests; used where none are given."""
-        auto = self.engine.config.generation_config == "auto"
-        return SamplingParams.from_defaults(self.engine.defaults.sampling if auto else {})
+        return SamplingParams.from_defaults(self.engine.defaults.sampling)
 
     def generate(
         self,
@@ -125,6 +125,7 @@ class LLM:
           **template_args: `chat_template` (source or name), `add_generation_prompt` (default True),
             `continue_final_message`, `tools`, `documents`, `chat_template_kwargs`.
         """
+        check_template_args(template_args)
         conversations = messages if _are_conversations(messages) else [messages]
         units: list[Any] = [
             _caught(lambda c=c: self.render(c, **template_args), on_error) for c in conversations
@@ -138,8 +139,11 @@ class LLM:
 
         Leaving the loop early ends the request.
         """
-        request = self.prepare(as_prompt(prompt), sampling_params)
+        request = self.prepare(as_prompt(prompt), sampling_params)  # refused here, not later
         request.streams = True
+        return self._stream(request)
+
+    def _stream(self, request: RunningRequest) -> Generator[RequestOutput, None, None]:
         with self._running([request]) as steps:
             for _ in steps:
                 self._raise_failure(request)
@@ -202,9 +206,14 @@ class LLM:
                 "chat needs a tokenizer; got skip_tokenizer_init=True. "
                 "Render the chat yourself and pass prompt_token_ids to generate()."
             )
-        if chat_template is None or "{" not in chat_template:
+        if chat_template is None or (isinstance(chat_template, str) and "{" not in chat_template):
             chat_template = choose_template(
                 tokenizer.chat_templates, name=chat_template, tools=tools
+            )
+        if not isinstance(chat_template_kwargs, Mapping | None):
+            raise RequestError(
+                f"chat_template_kwargs must be a dict; got {shown(chat_template_kwargs)}. "
+                'Pass such as {"enable_thinking": False}.'
             )
         named = {"bos_token": "", "eos_token": "", **tokenizer.template_variables}
         text = self._renderer.render(
@@ -249,7 +258,7 @@ class LLM:
         priority: Sequence[int] | None = None,
     ) -> list[RunningRequest | RequestOutput]:
         if on_error not in ("raise", "return"):
-            raise ValueError(f"on_error must be 'raise' or 'return'; got on_error={on_error!r}.")
+            raise ValueError(f"on_error must be 'raise' or 'return'; got {on_error=}. Choose one.")
         each = zip(_params_for(units, params), priorities_for(len(units), priority), strict=True)
         return [
             unit
@@ -342,6 +351,15 @@ def engine_config(model: str | Path, engine_args: Mapping[str, Any]) -> EngineCo
         if name not in known:
             raise unknown_keyword("LLM", name, known)
     return EngineConfig(model=model, **engine_args)
+
+
+def check_template_args(template_args: Mapping[str, Any]) -> None:
+    """Refuses a keyword of `chat` that `LLM.render` does not take, with the nearest name."""
+    parameters = inspect.signature(LLM.render).parameters.values()
+    known = [one.name for one in parameters if one.kind is one.KEYWORD_ONLY]
+    for name in template_args:
+        if name not in known:
+            raise unknown_keyword("chat", name, known)
 
 
 def _units(prompts: Any, on_error: str) -> list[Prompt | RequestOutput]:

@@ -79,14 +79,16 @@ def load(config: EngineConfig) -> Loaded:
     check_config(config)
     say = partial(print, "jinfer:", file=sys.stderr, flush=True) if config.progress else _silent
     use_compilation_cache(config.compilation_cache)
-    device = jax.devices()[0]
-    platform = platform_of(device)
     folder = _folder_of(config.model)
     model = read_model_config(folder)
-    defaults = read_generation_config(folder, read_hf_config(folder))
+    defaults = read_generation_config(
+        folder, read_hf_config(folder), sampling=config.generation_config == "auto"
+    )
     tokenizer = None
     if not config.skip_tokenizer_init:
         tokenizer = load_tokenizer(_folder_of(config.tokenizer) if config.tokenizer else folder)
+    device = jax.devices()[0]  # touched last: what the files show to be wrong is told at once
+    platform = platform_of(device)
     room_bytes = _room_beside_weights(config, model, platform, free_device_bytes(device))
     plan = resolve_plan(config, model, platform=platform, free_bytes=room_bytes)
     say(_plan_line(plan))

@@ -45,6 +45,8 @@ BAD_PROMPTS = [
     (None, "a prompt must be text or token ids; got None"),
     ({"text": "hello"}, r"a prompt dict takes the keys .* got \['text'\]"),
     ("half \ud800", "a prompt must be valid Unicode"),
+    ({"prompt": "x", "cache_salt": "\ud800"}, "a cache_salt must be valid Unicode; got .*Replace"),
+    ([3, 10**5000], "got an int too long to print at position 1"),
 ]
 
 
@@ -88,6 +90,9 @@ BAD_PARAMS = [
     ({"bad_words": [" "]}, "a bad word must be more than spaces; got ' '"),
     ({"bad_words": [f"{a}{b}xq" for a in "abcdefghijkl" for b in "abcdefghijkl"]}, "at most 128"),
     ({"allowed_token_ids": [2], "min_tokens": 1}, r"min_tokens=1, and stop tokens \[2\]"),
+    # "king" is token 2255, "a" is 4009, and "aa" is that twice.
+    ({"allowed_token_ids": [2, 2255], "bad_words": ["king"], "min_tokens": 1}, "ends no bad word"),
+    ({"allowed_token_ids": [4009], "bad_words": ["aa"]}, r"got .*=\[4009\], bad_words=\['aa'\]"),
 ]
 
 
@@ -135,7 +140,7 @@ def test_sampling_params_of_a_wrong_kind_are_refused(llm: LLM) -> None:
     with pytest.raises(RequestError, match="must be SamplingParams or a list of them; got dict"):
         llm.generate("x", {"temperature": 0})  # pyright: ignore[reportArgumentType]
     with pytest.raises(RequestError, match="sampling_params must be SamplingParams; got dict"):
-        next(llm.stream("x", {"temperature": 0}))  # pyright: ignore[reportArgumentType]
+        llm.stream("x", {"temperature": 0})  # pyright: ignore[reportArgumentType]
     with pytest.raises(RequestError, match="one entry per prompt; got 1 for 2 prompts"):
         llm.generate([[5], [6]], [SamplingParams()])
     with pytest.raises(ValueError, match="on_error must be 'raise' or 'return'; got on_error='ig"):
@@ -151,6 +156,21 @@ def test_a_bad_conversation_is_refused(llm: LLM, messages: Any) -> None:
         llm.chat(messages)
     [output] = llm.chat(messages, on_error="return")
     assert isinstance(output.error, RequestError)
+
+
+def test_a_bad_argument_of_chat_is_refused(llm: LLM) -> None:
+    messages = [{"role": "user", "content": "hi"}]
+    for asked, message in (
+        ({"chat_template": 5}, "a chat template must be text; got 5"),
+        ({"chat_template": "nosuch"}, r"must be one of \['default'\]; got 'nosuch'"),
+        ({"chat_template_kwargs": 5}, "chat_template_kwargs must be a dict; got 5. Pass such as"),
+    ):
+        with pytest.raises(RequestError, match=message):
+            llm.chat(messages, **asked)
+    with pytest.raises(
+        TypeError, match="chat has no .*'chat_templat'. Did you mean chat_template?"
+    ):
+        llm.chat(messages, chat_templat="x")
 
 
 def test_text_without_a_tokenizer_is_refused(bare: LLM) -> None:
@@ -210,6 +230,17 @@ def test_a_bad_argument_is_refused_before_the_weights_are_read(
     monkeypatch.setattr("jinfer.startup.load_params", lambda *_, **__: pytest.fail("weights read"))
     with pytest.raises(ValueError, match=message):
         LLM(folder, **{"skip_tokenizer_init": True, "progress": False, **asked})
+
+
+def test_what_files_show_is_refused_before_the_device_is_touched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jax, "devices", lambda: pytest.fail("a device was touched"))
+    with pytest.raises(CheckpointError, match="has no config.json"):
+        LLM(tmp_path, progress=False)
+    write_llama_checkpoint(tmp_path, seed=1)
+    with pytest.raises(CheckpointError, match="needs tokenizer.json"):
+        LLM(tmp_path, progress=False)
 
 
 @pytest.mark.parametrize("model", [None, 5])
@@ -284,6 +315,17 @@ def test_a_config_without_a_needed_key_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match="num_attention_heads"):
         LLM(tmp_path, skip_tokenizer_init=True, **SMALL)
+
+
+def test_what_generation_config_cannot_suggest_is_refused_unless_unread(tmp_path: Path) -> None:
+    write_llama_checkpoint(tmp_path, seed=3)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [5, 6], "top_p": 7}')
+    with pytest.raises(CheckpointError, match="got top_p=7.0.*or ask for generation_config="):
+        LLM(tmp_path, skip_tokenizer_init=True, **SMALL)
+    with LLM(tmp_path, skip_tokenizer_init=True, generation_config="vllm", **SMALL) as llm:
+        assert llm.get_default_sampling_params() == SamplingParams()
+        [output] = llm.generate([7], SamplingParams(logit_bias={6: 100.0}))
+        assert list(output.outputs[0].token_ids) == [6]
 
 
 def test_an_unsupported_architecture_is_refused(tmp_path: Path) -> None:

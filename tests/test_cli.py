@@ -139,6 +139,11 @@ def test_flags_become_keywords() -> None:
     }
 
 
+def test_a_word_too_many_is_no_flag() -> None:
+    with pytest.raises(ValueError, match="jinfer info takes no such word; got b. See `jinfer info"):
+        parse(["info", "a", "b"])
+
+
 def test_what_is_not_written_is_left_to_the_model() -> None:
     args = parse(["chat"])
     assert sampling_args(args) == {}
@@ -340,9 +345,16 @@ def test_one_bad_prompt_does_not_stop_the_others(run: Callable[..., Ran], tmp_pa
 
 @pytest.mark.usefixtures("one_llm")
 def test_one_bad_prompt_alone_is_an_error(run: Callable[..., Ran]) -> None:
-    status, out, err = run("generate", "The king " * 2000, "--json")
+    for words in ([], ["--json"]):
+        status, out, err = run("generate", "The king " * 2000, *words)
+        assert (status, out) == (2, "")
+        assert re.fullmatch(r"jinfer: error: a prompt must leave room .*\n", err)
+
+
+def test_an_empty_prompt_is_refused_before_the_model_is_loaded(run: Callable[..., Ran]) -> None:
+    status, out, err = run("generate", "")
     assert (status, out) == (2, "")
-    assert re.fullmatch(r"jinfer: error: a prompt must leave room .*\n", err)
+    assert re.fullmatch(r"jinfer: error: a prompt needs at least one token; got none\. .*\n", err)
 
 
 def test_an_engine_is_made_to_measure() -> None:

@@ -52,6 +52,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         command = commands[" ".join(filter(None, (args.command, getattr(args, "benchmark", ""))))]
+        if not unknown[0].startswith("-"):
+            raise ValueError(
+                f"{command.prog} takes no such word; got {unknown[0]}. See `{command.prog} --help`."
+            )
         near = difflib.get_close_matches(unknown[0].split("=")[0], command._option_string_actions)
         hint = f"Did you mean {near[0]}?" if near else f"See `{command.prog} --help`."
         raise ValueError(f"there is no such flag; got {unknown[0]}. {hint}")

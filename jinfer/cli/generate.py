@@ -27,6 +27,8 @@ MIN_STEP_TOKENS, MAX_STEP_TOKENS = 8, 512
 def generate(args: Namespace) -> int:
     """Answers the prompts of one command; 2 if one of several was refused, else 0."""
     prompts = read_prompts(args.prompts, args.file)
+    if len(prompts) == 1 and not prompts[0].text and not prompts[0].token_ids:
+        raise RequestError("a prompt needs at least one token; got none. Write some text.")
     chosen = sampling_args(args)
     params = SamplingParams(**chosen)  # a slip is told before the model is loaded
     if not args.json:
@@ -103,9 +105,10 @@ def _refuse_unshown(args: Namespace, params: SamplingParams) -> None:
 
 
 def _stream(llm: LLM, prompt: Prompt, params: SamplingParams) -> RequestOutput:
+    outputs = llm.stream(prompt, params)  # raises if it is refused: then nothing is shown
     show(prompt.text or "", dim=True)
     shown, output = 0, None
-    for output in llm.stream(prompt, params):
+    for output in outputs:
         text = output.outputs[0].text
         show(text[shown:])
         shown = len(text)

@@ -1,5 +1,6 @@
 """Reading values out of config.json: what is missing or of the wrong type says so by name."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,7 +12,7 @@ OLD_ROPE_THETA = 10_000.0
 
 
 def required(hf: Mapping[str, Any], key: str, kind: type = int) -> Any:
-    """The value of a key that must be there; an int is a count, and a float may be written as one.
+    """The value of a key that must be there; numbers are above 0, and a float may be an int.
 
     Raises:
       CheckpointError: if the key is missing, or its value is not of this kind.
@@ -23,9 +24,10 @@ def required(hf: Mapping[str, Any], key: str, kind: type = int) -> Any:
         )
     value = hf[key]
     if kind is float and type(value) is int:
-        return float(value)
-    if type(value) is not kind or (kind is int and value < 1):
-        wanted = "a positive int" if kind is int else f"a {kind.__name__}"
+        value = float(value)
+    if type(value) is not kind or (kind in (int, float) and not 0 < value < math.inf):
+        numbers = {int: "a positive int", float: "a positive, finite float"}
+        wanted = numbers.get(kind, f"a {kind.__name__}")
         raise CheckpointError(
             f"config.json must give {key} as {wanted}; got {key}={value!r}. Correct the file."
         )
@@ -80,11 +82,17 @@ def _scaling(hf: Mapping[str, Any] | None) -> RopeScaling | None:
     factor = required(hf, "factor", float)
     if kind == "linear":
         return RopeScaling(kind=kind, factor=factor)
+    low, high = required(hf, "low_freq_factor", float), required(hf, "high_freq_factor", float)
+    if low >= high:
+        raise CheckpointError(
+            "config.json must give low_freq_factor below high_freq_factor; "
+            f"got {low} and {high}. Correct the file."
+        )
     return RopeScaling(
         kind=kind,
         factor=factor,
-        low_freq_factor=required(hf, "low_freq_factor", float),
-        high_freq_factor=required(hf, "high_freq_factor", float),
+        low_freq_factor=low,
+        high_freq_factor=high,
         original_max_position=required(hf, "original_max_position_embeddings"),
     )
 

@@ -268,10 +268,11 @@ def _as_json(job: Mapping[str, Any]) -> bytes:
 
 
 def _explained(kind: str, details: str) -> RequestError:
+    details = details.rstrip(".")
     match kind:
         case "raised":
             return RequestError(
-                f"the chat template refuses these messages; it says: {details} "
+                f"the chat template refuses these messages; it says: {details}. "
                 "Change the messages as it asks."
             )
         case "syntax":

@@ -4,10 +4,11 @@ import functools
 import numbers
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar
 
-from jinfer.errors import RequestError, unknown_keyword
+from jinfer.errors import RequestError, shown, unknown_keyword
+from jinfer.request.prompt import require_unicode
 
 # Every one of the n outputs occupies a slot of its own; beyond a thousand it is a slip, not a wish.
 MAX_N = 1024
@@ -121,6 +122,10 @@ class SamplingParams:
         """The checkpoint's sampling defaults (generation_config.json) under the user's choices."""
         return cls(**{**defaults, **chosen})
 
+    def clone(self) -> "SamplingParams":
+        """These parameters once more, as vLLM spells it; `dataclasses.replace` changes some."""
+        return replace(self)
+
     @property
     def greedy(self) -> bool:
         """Whether the likeliest token is always taken, so that no draw happens."""
@@ -170,7 +175,7 @@ class SamplingParams:
 
 def _integer(name: str, value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise RequestError(f"{name} must be an integer; got {name}={value!r}. Pass an int.")
+        raise RequestError(f"{name} must be an integer; got {name}={shown(value)}. Pass an int.")
     return operator.index(value)
 
 
@@ -195,7 +200,7 @@ def _number_within(low: float, high: float, *, above: bool = False) -> Callable[
 
     def check(name: str, value: Any) -> float:
         if isinstance(value, bool) or not isinstance(value, numbers.Real):
-            raise RequestError(f"{name} must be a number; got {name}={value!r}. Pass a float.")
+            raise RequestError(f"{name} must be a number; got {name}={shown(value)}. Pass a float.")
         try:
             number = float(value)
         except OverflowError:  # an integer past 1e308
@@ -227,13 +232,15 @@ def _top_k(name: str, value: Any) -> int:
 
 def _flag(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
-        raise RequestError(f"{name} must be True or False; got {name}={value!r}. Pass a bool.")
+        raise RequestError(f"{name} must be True or False; got {name}={shown(value)}. Pass a bool.")
     return value
 
 
 def _listed(name: str, value: Any, of: str) -> tuple[Any, ...]:
     if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
-        raise RequestError(f"{name} must be a list of {of}; got {name}={value!r}. Pass a list.")
+        raise RequestError(
+            f"{name} must be a list of {of}; got {name}={shown(value)}. Pass a list."
+        )
     return tuple(value)
 
 
@@ -250,28 +257,30 @@ def _strings(limit: int) -> Callable[[str, Any], tuple[str, ...]]:
             return ()
         texts = (value,) if isinstance(value, str) else _listed(name, value, "strings")
         _at_most(name, texts, limit)
-        for text in texts:
+        for i, text in enumerate(texts):
             if not isinstance(text, str) or not text:
                 raise RequestError(
-                    f"{name} must hold strings that are not empty; got {text!r}. Drop it."
+                    f"{name} must hold strings that are not empty; got {shown(text)}. Drop it."
                 )
             if len(text) > MAX_STOP_CHARS:
                 raise RequestError(
                     f"{name} holds strings of at most {MAX_STOP_CHARS} characters; "
                     f"got one of {len(text)}. Shorten it."
                 )
+            require_unicode(f"{name}[{i}]", text)
         return tuple(dict.fromkeys(texts))
 
     return check
 
 
-def _token_id(name: str, value: Any) -> int:
-    return _integer_within(0, MAX_COUNT)(f"each id of {name}", value)
+def _token_ids(name: str, value: Any) -> tuple[int, ...]:
+    check = _integer_within(0, MAX_COUNT)
+    ids = [check(f"{name}[{i}]", one) for i, one in enumerate(_listed(name, value, "token ids"))]
+    return tuple(dict.fromkeys(ids))
 
 
 def _stop_token_ids(name: str, value: Any) -> tuple[int, ...]:
-    ids = () if value is None else _listed(name, value, "token ids")
-    ids = tuple(dict.fromkeys(_token_id(name, one) for one in ids))
+    ids = () if value is None else _token_ids(name, value)
     _at_most(name, ids, MAX_STOP_TOKEN_IDS)
     return ids
 
@@ -279,7 +288,7 @@ def _stop_token_ids(name: str, value: Any) -> tuple[int, ...]:
 def _allowed_token_ids(name: str, value: Any) -> tuple[int, ...] | None:
     if value is None:
         return None
-    ids = tuple(dict.fromkeys(_token_id(name, one) for one in _listed(name, value, "token ids")))
+    ids = _token_ids(name, value)
     if not ids:
         raise RequestError(
             "allowed_token_ids must allow at least one token; got an empty list. "
@@ -293,15 +302,16 @@ def _logit_bias(name: str, value: Any) -> dict[int, float] | None:
         return None
     if not isinstance(value, Mapping):
         raise RequestError(
-            f"logit_bias must map token ids to numbers; got logit_bias={value!r}. Pass a dict."
+            f"logit_bias must map token ids to numbers; got logit_bias={shown(value)}. Pass a dict."
         )
     _at_most(name, value, MAX_LOGIT_BIASES)
+    is_id = _integer_within(0, MAX_COUNT)
     within = _number_within(-MAX_ABS_LOGIT_BIAS, MAX_ABS_LOGIT_BIAS)
     bias = {}
     for key, number in value.items():
         # JSON has no integer keys, so requests that came over a wire spell them as text.
         is_text = isinstance(key, str) and key.isascii() and key.isdigit() and len(key) <= 10
-        token_id = _token_id(name, int(key) if is_text else key)
+        token_id = is_id("a key of logit_bias", int(key) if is_text else key)
         bias[token_id] = within(f"{name}[{token_id}]", number)
     return bias or None
 

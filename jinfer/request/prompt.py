@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from jinfer.errors import RequestError
+from jinfer.errors import RequestError, shown
 
 _HOW = 'Pass a string, a list of token ids, {"prompt": ...} or {"prompt_token_ids": [...]}.'
 
@@ -42,7 +42,7 @@ def split_prompts(prompts: Any) -> tuple[list[Prompt], bool]:
     if _is_one(prompts):
         return [as_prompt(prompts)], True
     if not isinstance(prompts, Sequence | np.ndarray):
-        raise RequestError(f"a prompt must be text or token ids; got {_shown(prompts)}. {_HOW}")
+        raise RequestError(f"a prompt must be text or token ids; got {shown(prompts)}. {_HOW}")
     return [as_prompt(prompt) for prompt in prompts], False
 
 
@@ -60,7 +60,7 @@ def as_prompt(prompt: Any) -> Prompt:
         return Prompt(text=prompt, token_ids=None)
     if isinstance(prompt, Sequence | np.ndarray) and not isinstance(prompt, bytes | bytearray):
         return Prompt(text=None, token_ids=_as_ids(prompt))
-    raise RequestError(f"a prompt must be text or token ids; got {_shown(prompt)}. {_HOW}")
+    raise RequestError(f"a prompt must be text or token ids; got {shown(prompt)}. {_HOW}")
 
 
 def check_prompt_ids(token_ids: Sequence[int], *, vocab_size: int, max_model_len: int) -> None:
@@ -89,9 +89,20 @@ def check_prompt_ids(token_ids: Sequence[int], *, vocab_size: int, max_model_len
         (i, one) for i, one in enumerate(token_ids) if not 0 <= one < vocab_size
     )
     raise RequestError(
-        f"prompt token ids must be in [0, {vocab_size}); got {token_id} at position {position}. "
-        "Encode the prompt with the tokenizer of this model."
+        f"prompt token ids must be in [0, {vocab_size}); got {shown(token_id)} at position "
+        f"{position}. Encode the prompt with the tokenizer of this model."
     )
+
+
+def require_unicode(what: str, text: str) -> None:
+    """Refuses half of a surrogate pair, which has no UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(
+            f"{what} must be valid Unicode; got {text[error.start]!r} at character {error.start}. "
+            "Replace it."
+        ) from None
 
 
 def _is_one(prompts: Any) -> bool:
@@ -118,12 +129,13 @@ def _from_mapping(prompt: Mapping[str, Any]) -> Prompt:
         )
     text, token_ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
     if text is not None and not isinstance(text, str):
-        raise RequestError(f'"prompt" must be a string; got {_shown(text)}. {_HOW}')
+        raise RequestError(f'"prompt" must be a string; got {shown(text)}. {_HOW}')
     if text is None and token_ids is None:
         raise RequestError(f"a prompt dict must hold a prompt; got only None in it. {_HOW}")
     salt = prompt.get("cache_salt", "")
     if not isinstance(salt, str):
-        raise RequestError(f'"cache_salt" must be a string; got {_shown(salt)}. {_HOW}')
+        raise RequestError(f'"cache_salt" must be a string; got {shown(salt)}. {_HOW}')
+    require_unicode("a cache_salt", salt)
     ids = None if token_ids is None else _as_ids(token_ids)
     return Prompt(text=text, token_ids=ids, cache_salt=salt)
 
@@ -137,16 +149,10 @@ def _as_ids(token_ids: Any) -> tuple[int, ...]:
             )
         return tuple(token_ids.tolist())
     if isinstance(token_ids, str | bytes | bytearray) or not isinstance(token_ids, Sequence):
-        raise RequestError(f"token ids must be a list of integers; got {_shown(token_ids)}. {_HOW}")
+        raise RequestError(f"token ids must be a list of integers; got {shown(token_ids)}. {_HOW}")
     for position, one in enumerate(token_ids):
         if isinstance(one, bool) or not isinstance(one, int | np.integer):
             raise RequestError(
-                f"token ids must be integers; got {_shown(one)} at position {position}. {_HOW}"
+                f"token ids must be integers; got {shown(one)} at position {position}. {_HOW}"
             )
     return tuple(operator.index(one) for one in token_ids)
-
-
-def _shown(value: Any) -> str:
-    """A value short enough for a sentence."""
-    text = repr(value)
-    return f"{text[:57]}..." if len(text) > 60 else text

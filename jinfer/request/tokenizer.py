@@ -8,7 +8,8 @@ import functools
 from collections.abc import Iterable
 from pathlib import Path
 
-from jinfer.errors import CheckpointError, RequestError
+from jinfer.errors import CheckpointError
+from jinfer.request.prompt import require_unicode
 from jinfer.request.tokenizer_backends import Backend, HFBackend, SentencePieceBackend
 from jinfer.request.tokenizer_files import TokenizerFiles, read_tokenizer_files
 
@@ -50,13 +51,7 @@ class Tokenizer:
           RequestError: the text holds half of a surrogate pair, which has no UTF-8.
         """
         if not text.isascii():
-            try:
-                text.encode()
-            except UnicodeEncodeError as error:
-                raise RequestError(
-                    f"a prompt must be valid Unicode; got {text[error.start]!r} at character "
-                    f"{error.start}. Replace it."
-                ) from None
+            require_unicode("a prompt", text)
         return self._backend.encode(text, add_special_tokens=add_special_tokens)
 
     def decode(self, token_ids: Iterable[int], skip_special_tokens: bool = True) -> str:

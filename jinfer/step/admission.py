@@ -6,7 +6,7 @@ from collections.abc import Sequence as Seq
 import jax
 import numpy as np
 
-from jinfer.errors import RequestError
+from jinfer.errors import RequestError, shown
 from jinfer.request.params import SamplingParams
 from jinfer.schedule.sequence import Sequence
 from jinfer.step import masks
@@ -72,15 +72,36 @@ def check_row(
     """
     masks.pad_stop_ids(stop_ids, vocab_size)
     allowed = params.allowed_token_ids
-    if params.min_tokens and allowed is not None and set(allowed) <= set(stop_ids):
-        raise RequestError(
-            "allowed_token_ids must allow a token that does not stop while min_tokens forbids "
-            f"stopping; got allowed_token_ids={list(allowed)}, min_tokens={params.min_tokens}, and "
-            f"stop tokens {sorted(stop_ids)}. Allow one more token, or set min_tokens=0."
-        )
+    if allowed is not None:
+        _refuse_dead_ends(params, allowed, stop_ids, bad_words)
     if params.logit_bias:
         masks.pad_bias(params.logit_bias, vocab_size)
     if allowed is not None or bad_words:
         banned_ids = [word[0] for word in bad_words if len(word) == 1]
         masks.allowed_bits(vocab_size, allowed_ids=allowed, banned_ids=banned_ids)
         masks.pad_bad_words([w for w in bad_words if len(w) > 1], vocab_size)
+
+
+def _refuse_dead_ends(
+    params: SamplingParams, allowed: Seq[int], stop_ids: Seq[int], bad_words: Seq[Seq[int]]
+) -> None:
+    """Some allowed token must be free at every step: no bad word ends in it, and it never stops.
+
+    A word of several tokens bans its last one only behind the others, so this refuses a little
+    too much: of two allowed tokens that are each banned behind the other, one could repeat.
+    """
+    enders = {word[-1] for word in bad_words}
+    unstoppable = set(stop_ids) if params.min_tokens else set()
+    if set(allowed) <= unstoppable:
+        raise RequestError(
+            "allowed_token_ids must allow a token that does not stop while min_tokens forbids "
+            f"stopping; got allowed_token_ids={list(allowed)}, min_tokens={params.min_tokens}, and "
+            f"stop tokens {sorted(stop_ids)}. Allow one more token, or set min_tokens=0."
+        )
+    if set(allowed) <= unstoppable | enders:
+        raise RequestError(
+            "allowed_token_ids must allow a token that ends no bad word and, under min_tokens, "
+            f"does not stop; got allowed_token_ids={shown(list(allowed))}, "
+            f"bad_words={shown(list(params.bad_words))}, min_tokens={params.min_tokens}. "
+            "Allow one more token, or drop a bad word."
+        )

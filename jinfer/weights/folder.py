@@ -35,7 +35,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}. Check the file.") from None
-    except ValueError as error:  # undecodable text included
+    except (ValueError, RecursionError) as error:  # undecodable text included
         raise CheckpointError(f"{path} is not JSON: {error}. Download it again.") from None
     if not isinstance(content, dict):
         raise CheckpointError(

@@ -55,7 +55,9 @@ def read_model_config(folder: Path) -> ModelConfig:
     except CheckpointError:
         raise
     except ValueError as error:  # numbers that contradict each other
-        raise CheckpointError(f"{folder / 'config.json'} contradicts itself: {error}") from None
+        raise CheckpointError(
+            f"{folder / 'config.json'} contradicts itself: {error} Correct the file."
+        ) from None
 
 
 def load_params(

@@ -130,7 +130,7 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int]:
         text = file.read(header_bytes)
     try:
         header = json.loads(text)
-    except ValueError:  # undecodable bytes included
+    except (ValueError, RecursionError):  # undecodable bytes included
         raise _damaged(path, f"its table is not JSON, got {text[:40]!r}") from None
     if not isinstance(header, dict):
         raise _damaged(path, f"its table is not a JSON object, got {text[:40]!r}")
@@ -141,7 +141,7 @@ def _stored_tensor(path: Path, name: str, entry: Any, data_start: int) -> tuple[
     """One entry of the table, and where its bytes end in the data."""
     if not isinstance(entry, Mapping) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
         raise _damaged(path, f"its entry for {name} is {entry!r:.80}")
-    if entry["dtype"] not in DTYPES:
+    if not isinstance(entry["dtype"], str) or entry["dtype"] not in DTYPES:
         raise CheckpointError(
             f"a tensor's dtype must be one of {', '.join(DTYPES)}; "
             f"got dtype={entry['dtype']!r} for {name} in {path}. Use another checkpoint."

@@ -152,7 +152,9 @@ def test_rope_scaling_without_a_kind_is_not_guessed() -> None:
         ("hidden_size", "64", "a positive int"),
         ("num_attention_heads", 0, "a positive int"),
         ("num_hidden_layers", True, "a positive int"),
-        ("rms_norm_eps", "1e-5", "a float"),
+        ("rms_norm_eps", "1e-5", "a positive, finite float"),
+        ("rms_norm_eps", 0.0, "a positive, finite float"),
+        ("rope_theta", float("nan"), "a positive, finite float"),
         ("tie_word_embeddings", 1, "a bool"),
         ("rope_scaling", "linear", "a dict"),
     ],
@@ -160,6 +162,11 @@ def test_rope_scaling_without_a_kind_is_not_guessed() -> None:
 def test_wrong_type_is_named(key, value, kind) -> None:
     with pytest.raises(CheckpointError, match=f"give {key} as {kind}; got {key}={value!r}"):
         parse(**{key: value})
+
+
+def test_llama3_factors_must_be_in_order() -> None:
+    with pytest.raises(CheckpointError, match="low_freq_factor below .*; got 4.0 and 4.0. Correct"):
+        parse(rope_scaling={**LLAMA3_ROPE, "low_freq_factor": 4.0, "high_freq_factor": 4.0})
 
 
 @pytest.mark.parametrize("kind", ["yarn", "dynamic", "longrope"])

@@ -90,10 +90,14 @@ def test_is_a_value() -> None:
         ({"stop": ["x"] * 65}, "stop holds at most 64 entries; got 65"),
         ({"stop": "x" * 1025}, "stop holds strings of at most 1024 characters; got one of 1025"),
         ({"stop_token_ids": "12"}, "stop_token_ids must be a list of token ids; got .*'12'"),
-        ({"stop_token_ids": [-1]}, r"each id of stop_token_ids must be in \[0, 2147483647\]"),
-        ({"stop_token_ids": [True]}, "each id of stop_token_ids must be an integer"),
+        ({"stop_token_ids": [-1]}, r"stop_token_ids\[0\] must be in \[0, 2147483647\]"),
+        ({"stop_token_ids": [5, True]}, r"stop_token_ids\[1\] must be an integer; got .*=True"),
         ({"stop_token_ids": range(65)}, "stop_token_ids holds at most 64 entries; got 65"),
         ({"bad_words": ["w"] * 257}, "bad_words holds at most 256 entries; got 257"),
+        ({"bad_words": ["a", "\ud800"]}, r"bad_words\[1\] must be valid Unicode; got '.ud800'"),
+        ({"stop": "a\ud800"}, r"stop\[0\] must be valid Unicode; got .* at character 1. Replace"),
+        ({"n": [1] * 10**5}, r"n must be an integer; got n=\[1, 1.{,60}\.\.\.\. Pass an int"),
+        ({"ignore_eos": 10**5000}, "got ignore_eos=an int too long to print. Pass a bool"),
         ({"bad_words": [""]}, "bad_words must hold strings that are not empty"),
         ({"ignore_eos": 1}, "ignore_eos must be True or False; got ignore_eos=1"),
         ({"detokenize": None}, "detokenize must be True or False; got detokenize=None"),
@@ -104,7 +108,7 @@ def test_is_a_value() -> None:
         ({"logprobs": True}, "logprobs must be an integer; got logprobs=True"),
         ({"logit_bias": {1: 101}}, r"logit_bias\[1\] must be in \[-100, 100\]; got .*=101.0"),
         ({"logit_bias": {1: float("nan")}}, r"logit_bias\[1\] must be in .* got .*=nan"),
-        ({"logit_bias": {"x": 1}}, "each id of logit_bias must be an integer; got .*'x'"),
+        ({"logit_bias": {"x": 1}}, "a key of logit_bias must be an integer; got .*'x'"),
         ({"logit_bias": [1]}, r"logit_bias must map token ids to numbers; got logit_bias=\[1\]"),
         ({"logit_bias": {i: 0 for i in range(1025)}}, "logit_bias holds at most 1024 entries"),
         ({"allowed_token_ids": []}, "allowed_token_ids must allow at least one token"),
@@ -120,6 +124,11 @@ def test_is_a_value() -> None:
 def test_refusals(keywords: dict, message: str) -> None:
     with pytest.raises(RequestError, match=message):
         SamplingParams(**keywords)
+
+
+def test_a_clone_is_equal_and_another() -> None:
+    params = SamplingParams(temperature=0.5, stop=["x"], logit_bias={1: 2.0})
+    assert params.clone() == params and params.clone() is not params
 
 
 def test_unknown_keyword_names_the_nearest() -> None:

@@ -120,7 +120,7 @@ def test_rows_that_do_not_fit_are_refused() -> None:
     ):
         check_row(few, [2], [], VOCAB_SIZE)
     check_row(SamplingParams(allowed_token_ids=[2, 3], min_tokens=1), [2], [], VOCAB_SIZE)
-    with pytest.raises(RequestError, match="at least one token to draw"):
+    with pytest.raises(RequestError, match="ends no bad word"):
         check_row(SamplingParams(allowed_token_ids=[5]), [], [(5,)], VOCAB_SIZE)
     with pytest.raises(RequestError, match="a bad word must have 1 to 8 tokens; got 9"):
         check_row(SamplingParams(), [], [tuple(range(9))], VOCAB_SIZE)

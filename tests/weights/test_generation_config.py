@@ -62,6 +62,35 @@ def test_end_tokens_must_be_ids(tmp_path, eos) -> None:
         read(tmp_path, {"eos_token_id": eos})
 
 
+@pytest.mark.parametrize(
+    ("eos", "message"),
+    [
+        ([2, 128], "in the vocabulary; got eos_token_id=128 with vocab_size=128. Correct"),
+        (list(range(65)), "at most 64 end tokens; got 65. Correct"),
+    ],
+)
+def test_end_tokens_that_no_request_could_have(tmp_path, eos, message) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        read(tmp_path, {"eos_token_id": eos}, {"vocab_size": 128})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("temperature", -1),
+        ("temperature", float("nan")),
+        ("top_k", 50.0),
+        ("top_p", 0),
+        ("repetition_penalty", 0.0),
+        ("max_new_tokens", 0),
+    ],
+)
+def test_sampling_values_must_be_in_range_where_they_are_read(tmp_path, key, value) -> None:
+    with pytest.raises(CheckpointError, match="suggests what cannot be: .*; got .* Correct the fi"):
+        read(tmp_path, {key: value})
+    assert read_generation_config(tmp_path, {}, sampling=False).sampling == {}
+
+
 @pytest.mark.parametrize("value", ["0.6", True, [0.6]])
 def test_sampling_values_must_be_numbers(tmp_path, value) -> None:
     with pytest.raises(

@@ -73,6 +73,16 @@ def test_damaged_file(tmp_path, header, data, header_bytes, message) -> None:
         read_table(path)
 
 
+def test_nonsense_in_the_table_is_named(tmp_path) -> None:
+    for header, message in (
+        ({"t": {**entry(), "dtype": []}}, r"got dtype=\[\] for t"),
+        (b"[" * 100_000, "its table is not JSON"),
+    ):
+        path = write_raw(tmp_path / "t.safetensors", header, b"\0" * 8)
+        with pytest.raises(CheckpointError, match=message):
+            read_table(path)
+
+
 def test_file_shorter_than_its_length_field(tmp_path) -> None:
     (tmp_path / "t.safetensors").write_bytes(b"\1\0\0")
     with pytest.raises(CheckpointError, match="table needs 1 bytes, got 3 in all"):
