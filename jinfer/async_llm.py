@@ -11,6 +11,7 @@ from typing import Any
 
 from jinfer.errors import RequestError
 from jinfer.llm import LLM, check_template_args
+from jinfer.metrics import MetricsSnapshot
 from jinfer.request.output import RequestOutput
 from jinfer.request.params import SamplingParams
 from jinfer.request.prompt import Prompt, as_prompt
@@ -95,6 +96,14 @@ class AsyncLLM:
     def abort(self, request_id: str) -> None:
         """Ends a request where it stands; its stream yields a last output, "abort"."""
         self._submit(lambda: self._abort(request_id))
+
+    def metrics(self) -> MetricsSnapshot:
+        """As `LLM.metrics`; from any thread, also while the engine runs."""
+        return self._llm.metrics()
+
+    def prometheus(self) -> str:
+        """As `LLM.prometheus`, for a service to answer a scrape with."""
+        return self._llm.prometheus()
 
     def _why_stopped(self) -> RuntimeError:
         why = f"it failed with {self._failure!r}" if self._failure else "it was closed"

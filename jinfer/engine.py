@@ -2,66 +2,33 @@
 
 import hashlib
 import time
-from collections.abc import Iterator
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-import jax
 import numpy as np
 
 from jinfer.config import EngineConfig
+from jinfer.dispatched import Dispatched, Observer
 from jinfer.errors import RequestError
+from jinfer.metrics import EngineMetrics, MetricsSnapshot
 from jinfer.request.params import SamplingParams
 from jinfer.request.prompt import Prompt, check_prompt_ids
+from jinfer.request.stop import Finish
 from jinfer.running import Continuation, RunningRequest
 from jinfer.schedule.capacity import bucket_for
-from jinfer.schedule.plan import Chunk, StepPlan
+from jinfer.schedule.plan import Chunk
 from jinfer.schedule.prefix_cache import root_key
 from jinfer.schedule.scheduler import Scheduler
 from jinfer.schedule.sequence import Sequence, Status
 from jinfer.startup import free_arrays, load
 from jinfer.step.admission import check_row, sampling_row
-from jinfer.step.batch import DecodeOutput, StepOutput
+from jinfer.step.batch import StepOutput
 from jinfer.step.pack import BucketShape, DecodeShape, pack, pack_decode
 from jinfer.step.programs import CompileGuard
 from jinfer.step.slots import ADMISSION_ROWS, RESTORED_TOKENS, admission_rows
 
 # Decode steps of one dispatch while a stop string is looked for: what comes after it is in vain.
 STEPS_WITH_STOP_STRINGS = 4
-
-
-@dataclass(frozen=True, slots=True)
-class Dispatched:
-    """What the device is computing, or has computed, and the host has not read."""
-
-    plan: StepPlan
-    output: StepOutput | DecodeOutput  # its logprobs None where nobody wants them
-
-    def read(self) -> Iterator[tuple[StepOutput, list[tuple[Chunk, range]]]]:
-        """Waits, and yields each step's output with its chunks and their readouts."""
-        output = jax.device_get(self.output)  # the wait
-        if isinstance(output, StepOutput):
-            yield output, list(self._readouts())
-            return
-        chunks_of_rows = [list(chunk.steps()) for chunk in self.plan.chunks]
-        for i in range(max(output.num_drawn_B, default=0)):
-            chunks = [
-                (chunks_of_rows[row][i], range(row, row + 1))
-                for row in range(len(chunks_of_rows))
-                if i < output.num_drawn_B[row]
-            ]
-            logprobs = jax.tree.map(lambda a_IB, i=i: a_IB[i], output.logprobs)
-            yield StepOutput(token_R=output.token_IB[i], logprobs=logprobs), chunks
-        for chunk, num_drawn in zip(self.plan.chunks, output.num_drawn_B, strict=False):
-            assert num_drawn == chunk.num_steps or chunk.sequence.status is Status.FINISHED, (
-                f"the device stopped, the host did not: {chunk.sequence.request_id=}, {num_drawn=}"
-            )
-
-    def _readouts(self) -> Iterator[tuple[Chunk, range]]:
-        start = 0
-        for chunk in self.plan.chunks:
-            yield chunk, range(start, start + chunk.num_readouts)
-            start += chunk.num_readouts
 
 
 class Engine:
@@ -100,6 +67,8 @@ class Engine:
         self._num_streams = 0  # requests here whose tokens somebody watches as they come
         self._num_with_stop_strings = 0
         self._num_seeds_drawn = 0
+        self._metrics = EngineMetrics()
+        self.observer: Observer | None = None
         self._why_stopped: str | None = None
 
     @property
@@ -110,6 +79,16 @@ class Engine:
     def num_late_compiles(self) -> int:
         """Compilations since warm-up; anything but 0 is a bug."""
         return self._guard.num_late
+
+    def metrics(self) -> MetricsSnapshot:
+        """What it does now and has done so far; any thread may ask."""
+        num_pages = self.plan.num_pages - 1  # without the bin
+        return self._metrics.snapshot(
+            num_running=self.scheduler.num_running,
+            num_waiting=self.scheduler.num_waiting,
+            num_pages_used=num_pages - self.scheduler.num_free_pages,
+            num_pages=num_pages,
+        )
 
     def require_alive(self) -> None:
         """Raises RuntimeError if the engine is closed or broken."""
@@ -243,6 +222,7 @@ class Engine:
         plan = self.scheduler.plan(self._max_steps())  # host: who runs, and on which pages
         if plan is None:
             return None
+        self._metrics.num_preemptions += len(plan.preempted)
         self._pages = self._mover.apply(self._pages, plan)
         self._admit(plan.admitted)
         if plan.num_steps == 1:
@@ -254,10 +234,13 @@ class Engine:
             shape = self._decode_shapes[size]
             batch = pack_decode(plan, shape, wants_logprobs=self._wants_logprobs)
             run = self._programs[f"decode of {size} rows"]
+        start_s = time.monotonic()
         self._pages, self._slots, output = run(self._params, self._pages, self._slots, batch)
+        if self.observer is not None:
+            self.observer.dispatched(start_s, output)
         if not any(map(self._wants_logprobs, plan.chunks)):
             output = replace(output, logprobs=None)  # spares bringing them up
-        return Dispatched(plan, output)
+        return Dispatched(plan, output, num_places=size)
 
     def _max_steps(self) -> int:
         """Many where only the device looks at the tokens, few where the host must as well."""
@@ -283,6 +266,11 @@ class Engine:
             metrics = self._continuations[sequence].request.metrics
             if metrics.first_scheduled_time is None:  # not again after a preemption
                 metrics.first_scheduled_time = now
+                self._metrics.admitted(
+                    queue_s=now - metrics.arrival_time,
+                    num_prompt_tokens=sequence.num_prompt_tokens,
+                    num_cached_tokens=sequence.num_cached,
+                )
             self._restore_counts(sequence)
 
     def _slot_row(self, sequence: Sequence):
@@ -315,6 +303,8 @@ class Engine:
         advanced: dict[str, RunningRequest] = {}
         for output, chunks in dispatched.read():
             now = time.monotonic()
+            if self.observer is not None:
+                self.observer.read([chunk for chunk, _ in chunks], dispatched.num_places)
             for chunk, readouts in chunks:
                 self._read_chunk(chunk, readouts, output, now, advanced)
         return list(advanced.values())
@@ -354,18 +344,32 @@ class Engine:
                 self._release(other)
             self._retire(request)
             return
+        if chunk.samples:
+            self._count_token(continuation, now)
         if continuation.finish is not None:
             self._release(continuation)
         if request.finished:
             self._retire(request)
+
+    def _count_token(self, continuation: Continuation, now: float) -> None:
+        metrics, before = continuation.request.metrics, continuation.last_token_time
+        continuation.last_token_time = now
+        self._metrics.drew_token(
+            ttft_s=metrics.ttft_s if metrics.num_output_tokens == 1 else None,
+            gap_s=None if before is None else now - before,
+        )
 
     def _release(self, continuation: Continuation) -> None:
         self.scheduler.abort(continuation.sequence)
         self._continuations.pop(continuation.sequence, None)
 
     def _retire(self, request: RunningRequest) -> None:
-        request.metrics.finished_time = time.monotonic()
+        request.metrics.finished_time = now = time.monotonic()
         if self._requests.pop(request.request_id, None) is not None:
+            reason = request.continuations[0].finish or Finish.ABORT  # what ran on is aborted next
+            self._metrics.finished(
+                str(reason), e2e_s=now - request.metrics.arrival_time, tpot_s=request.metrics.tpot_s
+            )
             self._num_streams -= request.streams
             self._num_with_stop_strings -= bool(request.params.stop)
 

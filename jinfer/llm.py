@@ -16,6 +16,7 @@ from jinfer.config import EngineConfig
 from jinfer.engine import Engine
 from jinfer.errors import RequestError, shown, unknown_keyword
 from jinfer.interrupt import deferred
+from jinfer.metrics import MetricsSnapshot
 from jinfer.request.chat import ChatRenderer, choose_template
 from jinfer.request.output import RequestMetrics, RequestOutput
 from jinfer.request.params import SamplingParams, priorities_for
@@ -69,6 +70,14 @@ class LLM:
     def reset_prefix_cache(self) -> None:
         """Forgets every cached prefix, so that the next prompts are computed whole."""
         self.engine.reset_prefix_cache()
+
+    def metrics(self) -> MetricsSnapshot:
+        """What runs and waits now, and counts and times since the start; cheap, always on."""
+        return self.engine.metrics()
+
+    def prometheus(self) -> str:
+        """The same as the text that Prometheus scrapes, with vLLM's names after "jinfer:"."""
+        return self.metrics().prometheus(str(self.engine.config.model))
 
     def get_tokenizer(self) -> Any:
         """The tokenizer, or None under skip_tokenizer_init."""

@@ -112,6 +112,7 @@ class Continuation:
         self.sequence = sequence
         self.finish: Finish | None = None
         self.stop_reason: int | str | None = None
+        self.last_token_time: float | None = None  # of `time.monotonic()`, when it was read
         self.text = ""
         self._stopped_by_text = False
         self.cumulative_logprob: float | None = None

@@ -85,7 +85,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"jinfer {__version__}\n"
 
 
-BENCHMARKS = ("kernels",)
+BENCHMARKS = ("latency", "throughput", "serve", "startup", "kernels")
 
 
 @pytest.mark.parametrize(

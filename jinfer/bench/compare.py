@@ -1,147 +1,152 @@
-"""jinfer beside `transformers.generate`: same shape, same prompts, one process, taking turns.
+"""jinfer beside transformers: same model, same prompts, one process, taking turns.
 
-    python -m jinfer.bench.compare --prompts 1 8 32
-
-Needs the `agreement` extra. Random weights: the speed of a greedy step does not depend on them.
-Runs alternate, so that a machine whose speed drifts slows both; read the ratio, not the rates.
+Needs the `agreement` extra. Runs alternate, so that a machine whose speed drifts slows all of
+them; read the ratios, not the rates.
 """
 
-import argparse
-import json
-import os
-import platform
+import copy
 import statistics
-import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import jax
-import numpy as np
+from jinfer.bench.table import figure, table
+from jinfer.bench.workload import Job
 
-from jinfer.llm import LLM
-from jinfer.request.params import SamplingParams
-
-# A Llama of 125 million parameters and its embeddings.
-SHAPE_125M = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "vocab_size": 32_000,
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 30,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "head_dim": 64,
-    "max_position_embeddings": 2048,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 10_000.0,
-    "rope_scaling": None,
-    "attention_bias": False,
-    "mlp_bias": False,
-    "tie_word_embeddings": True,
-    "hidden_act": "silu",
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-
-Run = Callable[[np.ndarray], None]  # prompts [num_prompts, num_input_tokens] -> nothing
+Run = Callable[[Sequence[Job]], object]  # answers the jobs, greedily
+GENERATE_ROWS = 32  # prompts of one call of `generate`, in the order of the jobs
 
 
-def jinfer_run(folder: Path, num_output_tokens: int, max_model_len: int) -> Run:
-    """Loads the shape into jinfer; the result answers a batch of prompts greedily."""
-    llm = LLM(
-        folder,
-        load_format="dummy",
-        dtype="float32",
-        skip_tokenizer_init=True,
-        max_model_len=max_model_len,
-        late_compile="error",
-    )
-    params = SamplingParams(temperature=0.0, max_tokens=num_output_tokens, ignore_eos=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Compared:
+    """Seconds of each way to answer the same jobs."""
 
-    def run(prompt_BT: np.ndarray) -> None:
-        outputs = llm.generate(prompt_BT.tolist(), params, use_tqdm=False)
-        assert all(len(o.outputs[0].token_ids) == num_output_tokens for o in outputs)
-
-    return run
+    num_jobs: int
+    num_output_tokens: int
+    median_s: dict[str, float]
 
 
-def transformers_run(folder: Path, num_output_tokens: int) -> Run:
-    """The same in transformers, on as many threads as there are processors."""
-    import torch  # pyright: ignore[reportMissingImports]
-    from transformers import (  # pyright: ignore[reportMissingImports]
-        AutoConfig,
-        AutoModelForCausalLM,
-    )
-
-    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)).float().eval()
-
-    @torch.no_grad()
-    def run(prompt_BT: np.ndarray) -> None:
-        model.generate(
-            torch.tensor(prompt_BT),
-            max_new_tokens=num_output_tokens,
-            min_new_tokens=num_output_tokens,
-            do_sample=False,
-            eos_token_id=None,
-            pad_token_id=0,
-        )
-
-    return run
-
-
-def measure(runs: dict[str, Run], prompt_BT: np.ndarray, repeats: int) -> dict[str, float]:
-    """Median seconds of each run, after one of each that does not count."""
+def compare(runs: dict[str, Run], jobs: Sequence[Job], repeats: int) -> Compared:
+    """Medians of `repeats`, the runs taking turns, after one of each that does not count."""
     elapsed_s: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(repeats + 1):
         for name, run in runs.items():
             start_s = time.perf_counter()
-            run(prompt_BT)
+            run(jobs)
             elapsed_s[name].append(time.perf_counter() - start_s)
-    return {name: statistics.median(times[1:]) for name, times in elapsed_s.items()}
-
-
-def versions() -> str:
-    """What the figures belong to."""
-    import torch  # pyright: ignore[reportMissingImports]
-    import transformers  # pyright: ignore[reportMissingImports]
-
-    return (
-        f"{platform.processor() or platform.machine()}, {os.cpu_count()} processors, "
-        f"Python {platform.python_version()}, jax {jax.__version__}, torch {torch.__version__}, "
-        f"transformers {transformers.__version__}"
+    return Compared(
+        num_jobs=len(jobs),
+        num_output_tokens=sum(job.num_output_tokens for job in jobs),
+        median_s={name: statistics.median(times[1:]) for name, times in elapsed_s.items()},
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="jinfer beside transformers.generate.")
-    parser.add_argument("--prompts", type=int, nargs="+", default=[1, 8, 32])
-    parser.add_argument("--input-tokens", type=int, default=64)
-    parser.add_argument("--output-tokens", type=int, default=64)
-    parser.add_argument("--repeats", type=int, default=3)
-    args = parser.parse_args()
-    rng = np.random.default_rng(0)
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        (folder / "config.json").write_text(json.dumps(SHAPE_125M))
-        context = args.input_tokens + args.output_tokens
-        runs = {
-            "jinfer": jinfer_run(folder, args.output_tokens, context),
-            "transformers": transformers_run(folder, args.output_tokens),
-        }
-        print(f"{versions()}\n125M Llama shape, float32, {args.input_tokens} tokens in, ", end="")
-        print(f"{args.output_tokens} out; median of {args.repeats}; output tokens per second\n")
-        print("| prompts | jinfer | transformers.generate | ratio |\n|---|---|---|---|")
-        for num_prompts in args.prompts:
-            prompt_BT = rng.integers(3, 32_000, size=(num_prompts, args.input_tokens))
-            median_s = measure(runs, prompt_BT, args.repeats)
-            num_tokens = num_prompts * args.output_tokens
-            mine, theirs = (num_tokens / median_s[name] for name in runs)
-            print(
-                f"| {num_prompts} | {mine:.1f} | {theirs:.1f} | {mine / theirs:.2f} |", flush=True
+def compared_text(rows: Sequence[Compared], repeats: int) -> str:
+    """Output tokens per second of each way, and how many times as fast the first is."""
+    first, *others = rows[0].median_s
+    header = ["prompts", first]
+    for name in others:
+        header += [name, "ratio"]
+    lines = []
+    for row in rows:
+        rate = {name: row.num_output_tokens / s for name, s in row.median_s.items()}
+        cells = [str(row.num_jobs), figure(rate[first])]
+        for name in others:
+            cells += [figure(rate[name]), f"{rate[first] / rate[name]:.2f}"]
+        lines.append(cells)
+    said = f"output tokens per second, medians of {repeats} turns; ratio: {first} over the other"
+    return f"{table(header, lines)}\n\n{said}\n"
+
+
+@contextmanager
+def transformers_runs(folder: Path, *, dummy: bool, dtype: str) -> Iterator[dict[str, Run]]:
+    """The ways of transformers, on as many threads as there are processors.
+
+    Args:
+      folder: the model's, in Hugging Face layout.
+      dummy: random weights of its shape.
+      dtype: of the weights.
+
+    Raises:
+      ValueError: torch or transformers is not installed.
+    """
+    try:
+        import torch  # pyright: ignore[reportMissingImports]
+        import transformers  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise ValueError(
+            f"--compare needs torch and transformers; got {error}. "
+            'Do: pip install "jinfer[agreement]".'
+        ) from None
+    loader, torch_dtype = transformers.AutoModelForCausalLM, getattr(torch, dtype)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    model: Any = (
+        loader.from_config(transformers.AutoConfig.from_pretrained(folder))
+        if dummy
+        else loader.from_pretrained(folder)
+    )
+    model = model.to("cuda" if torch.cuda.is_available() else "cpu", torch_dtype).eval()
+    model.generation_config.eos_token_id = None  # every answer is as long as was asked
+    model.generation_config.pad_token_id = 0
+    with _continuous(_twin(model, loader), transformers) as continuous:
+        yield {"generate": _generate(model, torch), "continuous batching": continuous}
+
+
+def _twin(model: Any, loader: Any) -> Any:
+    """The same parameters in another module: continuous batching changes how its own attends."""
+    twin = loader.from_config(copy.deepcopy(model.config)).to(model.dtype).eval()
+    twin.load_state_dict(model.state_dict(), assign=True)
+    twin.tie_weights()
+    return twin
+
+
+def _generate(model: Any, torch: Any) -> Run:
+    """`generate`: a batch is padded to its longest prompt and runs to its longest answer."""
+
+    @torch.no_grad()
+    def run(jobs: Sequence[Job]) -> None:
+        for start in range(0, len(jobs), GENERATE_ROWS):
+            batch = jobs[start : start + GENERATE_ROWS]
+            longest = max(len(job.prompt_ids) for job in batch)
+            pads = [longest - len(job.prompt_ids) for job in batch]
+            rows = [[0] * pad + list(job.prompt_ids) for pad, job in zip(pads, batch, strict=True)]
+            mask = [[0] * pad + [1] * (longest - pad) for pad in pads]
+            most = max(job.num_output_tokens for job in batch)
+            model.generate(
+                torch.tensor(rows, device=model.device),
+                attention_mask=torch.tensor(mask, device=model.device),
+                max_new_tokens=most,
+                min_new_tokens=most,
+                do_sample=False,
             )
 
+    return run
 
-if __name__ == "__main__":
-    main()
+
+@contextmanager
+def _continuous(model: Any, transformers: Any) -> Iterator[Run]:
+    """Its continuous batching; each answer as long as asked, in a manager that stays."""
+    config = transformers.GenerationConfig(
+        do_sample=False, eos_token_id=-1, pad_token_id=0, max_new_tokens=1024
+    )
+    with model.continuous_batching_context_manager(generation_config=config) as manager:
+
+        def run(jobs: Sequence[Job]) -> None:
+            for job in jobs:
+                manager.add_request(list(job.prompt_ids), max_new_tokens=job.num_output_tokens)
+            num_left = len(jobs)
+            while num_left:
+                result = manager.get_result(timeout=1)
+                if result is None:
+                    if not manager.is_running():
+                        raise RuntimeError("transformers' continuous batching ended early")
+                    continue
+                if result.error is not None:
+                    raise RuntimeError(f"transformers' continuous batching: {result.error}")
+                num_left -= result.is_finished()
+
+        yield run

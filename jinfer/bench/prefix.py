@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jinfer.bench.compare import SHAPE_125M
+from jinfer.bench.models import SHAPE_125M
 from jinfer.llm import LLM
 from jinfer.request.params import SamplingParams
 

@@ -112,7 +112,7 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     _add_generate(commands["generate"])
     _add_chat(commands["chat"])
     _add_info(commands["info"])
-    commands |= add_bench(commands["bench"], formatter)
+    commands |= add_bench(commands["bench"], formatter, _add_engine)
     return parser, commands
 
 
@@ -120,6 +120,7 @@ def _add_generate(parser: _Parser) -> None:
     parser.add_argument("prompts", nargs="*", metavar="PROMPT", help='text; "-" = standard input')
     parser.add_argument("--file", metavar="FILE", help="read prompts from a file")
     parser.add_argument("--json", action="store_true", help=_JSON)
+    parser.add_argument("--profile", metavar="FOLDER", help="write a trace for jax.profiler")
     _add_model(parser)
     report = partial(_add, parser.add_argument_group("what comes back"))
     report("n", type=int, metavar="N", help="outputs per prompt")

@@ -10,13 +10,15 @@ from typing import Any
 
 def bench(args: Namespace) -> int:
     """Runs one benchmark; returns 0."""
-    if args.json is not None:
-        _check_writable(args.json)  # not after minutes of measuring
+    for name in (args.json, getattr(args, "plot", None)):
+        if name is not None:
+            _check_writable(name)  # not after minutes of measuring
     if getattr(args, "target", None):
         # Nothing runs here, and the compilers of absent chips come without their chips' drivers.
         os.environ["JAX_PLATFORMS"] = "cpu"
     # Each imports what it runs on, after that.
-    module = importlib.import_module(f"jinfer.cli.bench_{args.benchmark}")
+    home = args.benchmark if args.benchmark in ("kernels", "startup") else "engine"
+    module = importlib.import_module(f"jinfer.cli.bench_{home}")
     figures: dict[str, Any] = module.run(args)
     if args.json is not None:
         Path(args.json).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")

@@ -5,6 +5,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from jinfer.shipped import DEFAULT_MODEL
+
 _BENCH = """\
 Measures, and says how close to the limit: each command prints a table, and with --json FILE
 writes the same figures as JSON. Timings of one run belong together; compare them as ratios.
@@ -15,15 +17,42 @@ sets it against a large copy and a large matrix product measured in the same run
 scaled-down set is timed. With --target nothing runs: the kernels are compiled for that chip,
 which need not be here, and what the compiler says is printed beside the chip's own bound.
 """
+_LATENCY = """\
+How long one batch takes, alone: the batch is sent, answered whole, and sent again with new
+prompts. The first time does not count.
+"""
+_THROUGHPUT = """\
+How many tokens per second where all requests are there at the start. With --compare, beside
+transformers: its generate and its continuous batching, on the same prompts, taking turns.
+"""
+_SERVE = """\
+What users of a service would see: requests arrive at random times, --rate per second in the mean,
+or as a trace says, and every token is wanted as it comes.
+"""
+_STARTUP = """\
+From the command to the first token, in processes of their own: cold, with an empty folder for
+compiled programs, and warm, with what the first left there.
+"""
+_WORKLOADS = ("fixed", "sharegpt", "trace", "shared-prefix")
 
 
-def add_bench(parser: Any, formatter: Any) -> dict[str, Any]:
-    """Adds the commands of `jinfer bench` to its parser; returns them by name."""
+def add_bench(parser: Any, formatter: Any, add_engine: Callable[[Any], None]) -> dict[str, Any]:
+    """Adds the commands of `jinfer bench` to its parser; returns them by name.
+
+    Args:
+      parser: of `jinfer bench`.
+      formatter: of help texts.
+      add_engine: adds the engine's flags to a parser.
+    """
     parser.description = _BENCH
     subparsers = parser.add_subparsers(
         dest="benchmark", required=True, metavar="BENCHMARK", title="benchmarks"
     )
     described: dict[str, tuple[str, str, Callable[[Any], None]]] = {
+        "latency": ("one batch, alone", _LATENCY, _add_latency),
+        "throughput": ("many requests at once", _THROUGHPUT, _add_throughput),
+        "serve": ("requests that arrive over time", _SERVE, _add_serve),
+        "startup": ("from the command to the first token", _STARTUP, _add_startup),
         "kernels": ("attention kernels, against copy and product", _KERNELS, _add_kernels),
     }
     commands = {}
@@ -37,14 +66,79 @@ def add_bench(parser: Any, formatter: Any) -> dict[str, Any]:
             allow_abbrev=False,
         )
         add_flags(command)
-        _add_report(command)
+        _add_report(command, plots=name not in ("kernels", "startup"))
+        if name != "kernels":
+            add_engine(command)
         commands[f"bench {name}"] = command
     return commands
 
 
-def _add_report(parser: Any) -> None:
+def _add_report(parser: Any, *, plots: bool) -> None:
     add = partial(_flag, parser.add_argument_group("report"))
     add("json", metavar="FILE", help="write every figure to this file")
+    if plots:
+        add("plot", metavar="FILE", help="draw times and rates (needs matplotlib)")
+        add("profile", metavar="FOLDER", help="write a trace for jax.profiler's viewers")
+
+
+def _add_model(parser: Any) -> None:
+    _flag(
+        parser,
+        "model",
+        default=DEFAULT_MODEL,
+        metavar="MODEL",
+        help="a folder, a hub name, a shipped model, or a shape with random weights: 125m, 8b; "
+        f"default: {DEFAULT_MODEL}",
+    )
+    parser.add_argument("-q", "--quiet", action="store_true", help="only tables and errors")
+
+
+def _add_latency(parser: Any) -> None:
+    _add_model(parser)
+    add, count = partial(_flag, parser), {"metavar": "N", "type": _positive}
+    add("batch-size", **count, default=1, help="requests of one batch; default: 1")
+    add("input-tokens", **count, default=32, help="tokens of each prompt; default: 32")
+    add("output-tokens", **count, default=128, help="tokens of each answer; default: 128")
+    add("repeats", **count, default=5, help="batches; default: 5")
+    add("stream", action="store_true", help="want every token as it comes: one step a dispatch")
+    add("seed", metavar="N", type=int, default=0, help="of the prompts; default: 0")
+
+
+def _add_workload(parser: Any) -> None:
+    _add_model(parser)
+    add = partial(_flag, parser.add_argument_group("workload"))
+    count = {"metavar": "N", "type": _positive}
+    add(
+        "workload",
+        choices=_WORKLOADS,
+        default="fixed",
+        metavar="NAME",
+        help="fixed lengths (default), sharegpt (log-normal, its means), trace, shared-prefix",
+    )
+    add("num-prompts", **count, nargs="+", default=[64], help="requests; several: one run each")
+    add("input-tokens", **count, default=128, help="of fixed and shared-prefix; default: 128")
+    add("output-tokens", **count, default=128, help="of fixed and shared-prefix; default: 128")
+    add("shared-tokens", **count, default=96, help="of the input, shared by all; default: 96")
+    add("trace", metavar="FILE", help="a CSV of the Azure LLM inference traces")
+    add("scale", metavar="X", type=float, default=1.0, help="factor on a trace's lengths")
+    add("seed", metavar="N", type=int, default=0, help="of lengths, prompts, arrivals; default: 0")
+
+
+def _add_throughput(parser: Any) -> None:
+    _add_workload(parser)
+    add = partial(_flag, parser)
+    add("compare", action="store_true", help="beside transformers (needs torch and transformers)")
+    add("repeats", metavar="N", type=_positive, help="turns of --compare; default: 3")
+
+
+def _add_serve(parser: Any) -> None:
+    _add_workload(parser)
+    said = "requests per second; default: 1, or the trace's own times"
+    _flag(parser, "rate", metavar="X", type=float, help=said)
+
+
+def _add_startup(parser: Any) -> None:
+    _add_model(parser)
 
 
 def _add_kernels(parser: Any) -> None:

@@ -9,6 +9,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from jinfer.cli.arguments import engine_args, sampling_args
+from jinfer.cli.profile import profiled
 from jinfer.cli.prompts import read_prompts
 from jinfer.cli.screen import counted, milliseconds, note, show
 from jinfer.errors import RequestError
@@ -37,10 +38,11 @@ def generate(args: Namespace) -> int:
     with LLM(args.model, **asked) as llm:
         params = replace(llm.get_default_sampling_params(), **chosen)
         start_s = time.monotonic()
-        if len(prompts) == 1 and params.n == 1 and not args.json:
-            outputs = [_stream(llm, prompts[0], params)]
-        else:
-            outputs = _print_in_order(llm, prompts, params, args.json)
+        with profiled(args.profile):
+            if len(prompts) == 1 and params.n == 1 and not args.json:
+                outputs = [_stream(llm, prompts[0], params)]
+            else:
+                outputs = _print_in_order(llm, prompts, params, args.json)
         elapsed_s = time.monotonic() - start_s
     served = [output.metrics for output in outputs if output.error is None]
     if served and not args.quiet:

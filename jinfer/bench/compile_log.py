@@ -1,0 +1,34 @@
+"""What JAX says of its compilations."""
+
+from typing import Any
+
+import jax
+
+_COMPILED = "/jax/core/compile/backend_compile_duration"  # also of programs read from the cache
+_HIT = "/jax/compilation_cache/cache_hits"
+
+
+class CompileLog:
+    """Counts from when it is made until the process ends."""
+
+    def __init__(self) -> None:
+        self._num_ready = self._num_hits = 0
+        self._compile_s = 0.0
+        jax.monitoring.register_event_duration_secs_listener(self._on_duration)
+        jax.monitoring.register_event_listener(self._on_event)
+
+    def figures(self) -> dict[str, float]:
+        """Programs compiled and read, and the seconds of both, summed over threads."""
+        return {
+            "num_compiled": self._num_ready - self._num_hits,
+            "num_read": self._num_hits,
+            "compile_s": self._compile_s,
+        }
+
+    def _on_duration(self, event: str, duration_secs: float, **_: Any) -> None:
+        if event == _COMPILED:
+            self._num_ready += 1
+            self._compile_s += duration_secs
+
+    def _on_event(self, event: str, **_: Any) -> None:
+        self._num_hits += event == _HIT

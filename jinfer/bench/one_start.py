@@ -1,0 +1,40 @@
+"""One start, in a process of its own: `python -m jinfer.bench.one_start MODEL ENGINE_ARGUMENTS`.
+
+Prints one line of JSON, how long each part took. ENGINE_ARGUMENTS are JSON, keywords of LLM.
+"""
+
+import json
+import sys
+import time
+
+BEGUN_S = time.perf_counter()
+
+from jinfer.bench.compile_log import CompileLog  # noqa: E402 - the time of importing counts
+from jinfer.bench.models import model_arguments  # noqa: E402
+from jinfer.llm import LLM  # noqa: E402
+from jinfer.request.params import SamplingParams  # noqa: E402
+
+IMPORTED_S = time.perf_counter()
+
+
+def main() -> None:
+    model, engine_args = sys.argv[1], json.loads(sys.argv[2])
+    log = CompileLog()
+    with model_arguments(model) as keywords:
+        start_s = time.perf_counter()
+        with LLM(**{**keywords, **engine_args}) as llm:
+            ready_s = time.perf_counter()
+            params = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True)
+            llm.generate([[3, 4, 5, 6]], params, use_tqdm=False)
+            answered_s = time.perf_counter()
+    figures = {
+        "import_s": IMPORTED_S - BEGUN_S,
+        "engine_s": ready_s - start_s,
+        "first_token_s": answered_s - ready_s,
+        **log.figures(),
+    }
+    print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main()

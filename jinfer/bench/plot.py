@@ -1,0 +1,56 @@
+"""A picture of one run; matplotlib is an extra, `bench`."""
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+
+import numpy as np
+
+from jinfer.bench.runner import Recording
+
+
+def require_matplotlib() -> None:
+    """Raises ValueError where there is none, before anything is measured."""
+    if find_spec("matplotlib") is None:
+        raise ValueError(
+            "--plot needs matplotlib; got an environment without it. "
+            'Do: pip install "jinfer[bench]".'
+        )
+
+
+def plot(recordings: Sequence[Recording], path: str, *, title: str) -> None:
+    """Draws how the times are distributed, and how many tokens came per second.
+
+    Args:
+      recordings: of runs one after the other.
+      path: of the picture; its ending says the format.
+      title: what was run.
+    """
+    import matplotlib  # pyright: ignore[reportMissingImports]
+
+    matplotlib.use("agg")  # a file is all that is wanted, and there may be no screen
+    from matplotlib import pyplot  # pyright: ignore[reportMissingImports]
+
+    served = [one for recording in recordings for one in recording.served]
+    columns = {
+        "TTFT": [one.ttft_s for one in served],
+        "TPOT": [one.tpot_s for one in served if one.tpot_s is not None],
+        "ITL": [gap for one in served for gap in one.itl_s],
+    }
+    figure, (times, rates) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    for name, values in columns.items():
+        if values:
+            shares = np.arange(1, len(values) + 1) / len(values)
+            times.step(np.sort(values) * 1e3, shares, where="post", label=name)
+    times.set(xlabel="milliseconds", ylabel="share at or below", ylim=(0, 1))
+    times.set_xscale("symlog", linthresh=0.1)
+    times.set_xlim(0, None)
+    times.legend()
+    start_s = min(one.arrived_s for one in served)
+    token_s = [one.arrived_s + s - start_s for one in served for s in one.token_s]
+    num_bins = 50
+    counts, edges = np.histogram(token_s, bins=num_bins)
+    rates.stairs(counts / np.diff(edges), edges)
+    rates.set(xlabel="seconds", ylabel="output tokens per second", ylim=(0, None))
+    figure.suptitle(title)
+    figure.savefig(path)
+    pyplot.close(figure)

@@ -1,0 +1,154 @@
+"""From recordings to the figures that are told, and their table."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from jinfer.bench.ceilings import Ceilings
+from jinfer.bench.runner import Recording
+from jinfer.bench.table import figure, percent, table
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Spread:
+    """One quantity over many requests or tokens, in seconds."""
+
+    mean: float
+    median: float
+    p99: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Spread | None":
+        """None of no values; between two values percentiles are interpolated."""
+        if not values:
+            return None
+        median, p99 = np.percentile(values, (50, 99)).tolist()
+        return cls(mean=float(np.mean(values)), median=median, p99=p99)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Roofline:
+    """What had to be moved and computed, and the least time for it at the measured ceilings."""
+
+    num_bytes: int
+    num_flops: int
+    bound_s: float  # summed over steps, each bound by bandwidth or by arithmetic
+    took_s: float  # there were requests
+    ceilings: Ceilings
+
+    @property
+    def share(self) -> float:
+        """1 would be at the limit."""
+        return self.bound_s / self.took_s
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Report:
+    """The figures of one benchmark of an engine."""
+
+    num_requests: int
+    num_input_tokens: int
+    num_output_tokens: int
+    elapsed_s: float
+    spreads: dict[str, Spread | None]
+    device_busy: float  # share of the elapsed time
+    device_waited: float  # share of the time in which there were requests
+    padding_waste: float  # share of token places computed for nothing
+    kv_waste: float  # share of allocated cells unfilled
+    num_late_compiles: int
+    num_preemptions: int
+    num_cached_tokens: int
+    num_steps: int
+    roofline: Roofline
+
+    def as_json(self) -> dict[str, Any]:
+        """Every figure, rates and shares included."""
+        rates = {name: rate for name, rate in self.rates().items()}
+        return {**asdict(self), **rates, "roofline_share": self.roofline.share}
+
+    def rates(self) -> dict[str, float]:
+        """Per second of the elapsed time."""
+        return {
+            "requests_per_s": self.num_requests / self.elapsed_s,
+            "input_tokens_per_s": self.num_input_tokens / self.elapsed_s,
+            "output_tokens_per_s": self.num_output_tokens / self.elapsed_s,
+            "total_tokens_per_s": (self.num_input_tokens + self.num_output_tokens) / self.elapsed_s,
+        }
+
+
+def make_report(recordings: Sequence[Recording], ceilings: Ceilings) -> Report:
+    """Adds up runs that came one after the other."""
+    served = [one for recording in recordings for one in recording.served]
+    elapsed_s = sum(r.elapsed_s for r in recordings)
+    with_work_s = elapsed_s - sum(r.idle_s for r in recordings)
+    steps = [step for r in recordings for step in r.steps]
+    num_places = sum(r.num_places for r in recordings)
+    roofline = Roofline(
+        num_bytes=sum(step.num_bytes for step in steps),
+        num_flops=sum(step.num_flops for step in steps),
+        bound_s=sum(ceilings.bound_s(step.num_bytes, step.num_flops) for step in steps),
+        took_s=with_work_s,
+        ceilings=ceilings,
+    )
+    return Report(
+        num_requests=len(served),
+        num_input_tokens=sum(one.num_input_tokens for one in served),
+        num_output_tokens=sum(len(one.token_s) for one in served),
+        elapsed_s=elapsed_s,
+        spreads={
+            "queue": Spread.of([one.queue_s for one in served]),
+            "TTFT": Spread.of([one.ttft_s for one in served]),
+            "TPOT": Spread.of([one.tpot_s for one in served if one.tpot_s is not None]),
+            "ITL": Spread.of([gap for one in served for gap in one.itl_s]),
+            "end to end": Spread.of([one.e2e_s for one in served]),
+        },
+        device_busy=sum(r.device.busy_s for r in recordings) / elapsed_s,
+        device_waited=sum(r.device.waited_s for r in recordings) / with_work_s,
+        padding_waste=1 - sum(r.num_tokens for r in recordings) / max(1, num_places),
+        kv_waste=float(np.mean([r.kv_waste for r in recordings])),
+        num_late_compiles=sum(r.num_late_compiles for r in recordings),
+        num_preemptions=sum(r.num_preemptions for r in recordings),
+        num_cached_tokens=sum(r.num_cached_tokens for r in recordings),
+        num_steps=len(steps),
+        roofline=roofline,
+    )
+
+
+def report_text(report: Report) -> str:
+    """The tables, for 100 columns."""
+    rates, r = report.rates(), report.roofline
+    times = [
+        (name, *(figure(value * 1e3) for value in (spread.mean, spread.median, spread.p99)))
+        for name, spread in report.spreads.items()
+        if spread is not None
+    ]
+    speed = (
+        f"{figure(rates['requests_per_s'])} requests/s; tokens/s: "
+        f"{figure(rates['input_tokens_per_s'])} in, {figure(rates['output_tokens_per_s'])} out, "
+        f"{figure(rates['total_tokens_per_s'])} in all; {report.elapsed_s:,.2f} s"
+    )
+    lines = [
+        ("device busy", percent(report.device_busy), "of the elapsed time"),
+        ("waited for host", percent(report.device_waited), "of the time with requests"),
+        ("padding waste", percent(report.padding_waste), "of the token places computed"),
+        ("KV waste", percent(report.kv_waste), "of the cells allocated and not filled"),
+        ("late compiles", str(report.num_late_compiles), "after warm-up; must be 0"),
+        ("preemptions", str(report.num_preemptions), ""),
+        ("from prefix cache", f"{report.num_cached_tokens:,}", "prompt tokens"),
+    ]
+    name_width = max(len(name) for name, _, _ in lines)
+    value_width = max(len(value) for _, value, _ in lines)
+    shares = "\n".join(
+        f"{name:<{name_width}}  {value:>{value_width}}  {said}".rstrip()
+        for name, value, said in lines
+    )
+    roofline = (
+        f"roofline: {report.num_steps:,} steps had to move {figure(r.num_bytes / 1e9)} GB and to "
+        f"compute {figure(r.num_flops / 1e12)} TFLOP,\nat least {figure(r.bound_s)} s at the "
+        f"measured rates; took {figure(r.took_s)} s: {percent(r.share)} reached\n"
+        f"in the same run: {r.ceilings}"
+    )
+    header = ("ms", "mean", "median", "p99")
+    return f"{speed}\n\n{table(header, times)}\n\n{shares}\n\n{roofline}\n"

@@ -1,0 +1,68 @@
+"""What each step of an engine had to move and compute, however it was done."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from jinfer.config import ModelConfig
+from jinfer.schedule.plan import Chunk
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepWork:
+    """Bytes and flops of one step."""
+
+    num_bytes: int
+    num_flops: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Costs:
+    """What a model's step is made of.
+
+    Counted are the matrix products and attention, masked positions left out; each weight is read
+    once a step, the KV of a row's context once a step, new KV written once. Norms, activations
+    and sampling are not: they are small, and what is left out only makes a bound looser.
+    """
+
+    weight_bytes: int  # of a step; of an embedding apart from the unembedding only rows are read
+    kv_bytes: int  # of one token, all layers
+    flops_per_token: int
+    flops_per_readout: int  # the unembedding, where logits are wanted
+    flops_per_pair: int  # of a query and a key that it sees, all heads and layers
+
+    @classmethod
+    def of(cls, model: ModelConfig, *, itemsize: int, kv_bytes: int) -> "Costs":
+        """Counts for a model.
+
+        Args:
+          model: its shape.
+          itemsize: bytes of a weight.
+          kv_bytes: of one token in the pool, all layers.
+        """
+        heads = 2 * model.num_q_heads + 2 * model.num_kv_heads
+        block = model.width * (heads * model.head_width + 3 * model.mlp_width)
+        embedding = model.vocab_size * model.width
+        num_read = model.num_parameters - (0 if model.tied_embeddings else embedding)
+        return cls(
+            weight_bytes=num_read * itemsize,
+            kv_bytes=kv_bytes,
+            flops_per_token=2 * model.num_layers * block,
+            flops_per_readout=2 * embedding,
+            flops_per_pair=4 * model.num_layers * model.num_q_heads * model.head_width,
+        )
+
+    def step(self, chunks: Sequence[Chunk]) -> StepWork:
+        """The work of a step that computes these chunks."""
+        num_tokens = sum(chunk.num_tokens for chunk in chunks)
+        num_kv = sum(chunk.stop for chunk in chunks)  # old ones read, new ones written
+        num_pairs = sum(
+            chunk.num_tokens * chunk.start + chunk.num_tokens * (chunk.num_tokens + 1) // 2
+            for chunk in chunks
+        )
+        num_readouts = sum(chunk.num_readouts for chunk in chunks)
+        return StepWork(
+            num_bytes=self.weight_bytes + num_kv * self.kv_bytes,
+            num_flops=num_tokens * self.flops_per_token
+            + num_pairs * self.flops_per_pair
+            + num_readouts * self.flops_per_readout,
+        )

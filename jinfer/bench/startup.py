@@ -1,0 +1,70 @@
+"""`jinfer bench startup`: from the command to the first token, cold and warm."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from jinfer.bench.table import table
+
+Figures = dict[str, float]
+
+
+def measure_startup(
+    model: str, engine_args: Mapping[str, Any], say: Callable[[str], object]
+) -> dict[str, Figures]:
+    """Starts twice, each in a process of its own, with one folder for compiled programs.
+
+    Args:
+      model: a shape's name, a shipped model, a folder or a hub name.
+      engine_args: keywords of LLM; of `compilation_cache` only the folder is replaced.
+      say: told what begins.
+
+    Raises:
+      ValueError: a start was refused.
+    """
+    with TemporaryDirectory() as folder:
+        asked = {**engine_args, "compilation_cache": folder, "progress": False}
+        figures = {}
+        for name in ("cold", "warm"):
+            say(f"{name} start")
+            figures[name] = _start(model, asked)
+    return figures
+
+
+def _start(model: str, engine_args: Mapping[str, Any]) -> Figures:
+    command = [sys.executable, "-m", "jinfer.bench.one_start", model, json.dumps(engine_args)]
+    # A folder that the environment names would be found again by the next cold start.
+    environment = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
+    begun_s = time.perf_counter()
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    total_s = time.perf_counter() - begun_s
+    if done.returncode:
+        raise ValueError(f"a start failed; got: {_last_line(done.stderr)}")
+    return {**json.loads(_last_line(done.stdout)), "total_s": total_s}
+
+
+def _last_line(text: str) -> str:
+    return (text.strip().splitlines() or ["no output"])[-1]
+
+
+_ROWS = (
+    ("import jinfer and JAX", "import_s"),
+    ("weights, plan, programs", "engine_s"),
+    ("first token", "first_token_s"),
+    ("process, from start to end", "total_s"),
+)
+
+
+def startup_text(figures: Mapping[str, Figures]) -> str:
+    """The table: seconds, and where the programs came from."""
+    columns = list(figures.values())
+    rows = [(said, *(f"{each[key]:.2f}" for each in columns)) for said, key in _ROWS]
+    rows.append(("programs compiled", *(f"{each['num_compiled']:.0f}" for each in columns)))
+    rows.append(("programs read from disk", *(f"{each['num_read']:.0f}" for each in columns)))
+    rows.append(("in them, s over all threads", *(f"{each['compile_s']:.2f}" for each in columns)))
+    return table(("seconds", *figures), rows)

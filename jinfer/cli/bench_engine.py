@@ -1,0 +1,208 @@
+"""`jinfer bench latency`, `throughput` and `serve`: one engine, several ways to ask it."""
+
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jinfer.bench.ceilings import Ceilings, measure_ceilings
+from jinfer.bench.compare import compare, compared_text, transformers_runs
+from jinfer.bench.machine import machine_line, versions
+from jinfer.bench.models import SHAPES, model_arguments
+from jinfer.bench.plot import plot, require_matplotlib
+from jinfer.bench.report import make_report, report_text
+from jinfer.bench.runner import Recording, run_jobs
+from jinfer.bench.workload import (
+    Job,
+    fitted,
+    make_jobs,
+    poisson_arrivals,
+    read_trace,
+    sharegpt_lengths,
+)
+from jinfer.cli.arguments import engine_args
+from jinfer.cli.profile import profiled
+from jinfer.cli.screen import note, show
+from jinfer.config import EngineConfig
+from jinfer.llm import LLM
+from jinfer.resolve import platform_of, resolve_dtype
+from jinfer.shipped import find_shipped
+from jinfer.weights.hub import resolve_model
+
+COMPARED_TURNS = 3
+Plans = list[tuple[str, list[list[Job]]]]  # what is said of each run, and its batches, in turn
+
+
+def run(args: Namespace) -> dict[str, Any]:
+    """Measures, prints the tables, and returns every figure for the JSON file."""
+    _check(args)
+    platform = platform_of(jax.devices()[0])
+    with model_arguments(args.model) as keywords:
+        asked = {"late_compile": "error", **keywords, **_sizes(args), **engine_args(args)}
+        if getattr(args, "compare", False):
+            return _compare(args, asked)
+        note("measuring what the device can do")
+        dtype = _product_dtype(args, platform)
+        ceilings = measure_ceilings(platform, dtype)
+        with LLM(**asked) as llm:
+            model_line = _model_line(args, llm)
+            runs = [(said, _record(args, llm, batches)) for said, batches in _plans(args, llm)]
+        ceilings = ceilings.faster(measure_ceilings(platform, dtype))
+    show(f"{machine_line()}\n{model_line}\n")
+    reports = [_report(said, recordings, ceilings) for said, recordings in runs]
+    if args.plot is not None:
+        plot([r for _, r in runs][-1], args.plot, title=f"{args.benchmark}: {runs[-1][0]}")
+    return {"benchmark": args.benchmark, "model": args.model, **versions(), "runs": reports}
+
+
+def _report(said: str, recordings: list[Recording], ceilings: Ceilings) -> dict[str, Any]:
+    report = make_report(recordings, ceilings)
+    show(f"\n{said}\n{report_text(report)}")
+    return {"workload": said, **report.as_json()}
+
+
+def _check(args: Namespace) -> None:
+    if args.plot is not None:
+        require_matplotlib()
+    if args.benchmark == "latency":
+        return
+    if (args.workload == "trace") != (args.trace is not None):
+        raise ValueError(
+            "--workload trace and --trace FILE go together; "
+            f"got --workload {args.workload}, --trace {args.trace}. Give both or neither."
+        )
+    if args.scale <= 0:
+        raise ValueError(f"--scale must be above 0; got {args.scale}. Choose such a factor.")
+    if args.benchmark == "throughput":
+        _check_compare(args)
+    if args.benchmark == "serve" and args.rate is not None and args.rate <= 0:
+        raise ValueError(f"--rate must be above 0; got {args.rate}. Choose such a rate.")
+
+
+def _check_compare(args: Namespace) -> None:
+    """Refuses what a comparison, or a run without one, would ignore."""
+    asked = {"--plot": args.plot, "--profile": args.profile} if args.compare else {}
+    asked = asked or {"--repeats": args.repeats}
+    for flag, value in asked.items():
+        if value is not None:
+            which = "with" if args.compare else "without"
+            raise ValueError(f"{flag} does nothing {which} --compare; got {flag} {value}. Drop it.")
+
+
+def _sizes(args: Namespace) -> dict[str, int]:
+    """An engine made to measure, where nobody asked for another."""
+    if args.benchmark != "latency" or "max_num_seqs" in args or "max_num_batched_tokens" in args:
+        return {}
+    step_tokens = min(512, 1 << (args.batch_size * args.input_tokens).bit_length())
+    return {
+        "max_num_seqs": args.batch_size,
+        "max_num_batched_tokens": max(8, args.batch_size, step_tokens),
+    }
+
+
+def _product_dtype(args: Namespace, platform: str) -> str:
+    """Of the matrix product to measure: what the engine will compute in."""
+    asked = getattr(args, "dtype", "auto")
+    if asked not in ("auto", "float32", "bfloat16", "float16", "float", "half"):
+        return "float32"  # refused, with a sentence, where the engine is made
+    return resolve_dtype(EngineConfig(model=args.model, dtype=asked), platform)
+
+
+def _plans(args: Namespace, llm: LLM) -> Plans:
+    engine = llm.engine
+    rng = np.random.default_rng(args.seed)
+    vocab_size, max_len = engine.model.vocab_size, engine.plan.max_model_len
+    if args.benchmark == "latency":
+        lengths, num_cut = fitted([(args.input_tokens, args.output_tokens)], max_len)
+        batches = [
+            make_jobs(lengths * args.batch_size, vocab_size=vocab_size, rng=rng)
+            for _ in range(args.repeats + 1)
+        ]
+        said = f"batch of {args.batch_size}, {args.repeats} times" + _said_lengths(
+            lengths * args.batch_size, num_cut
+        )
+        return [(said, batches)]
+    return [_workload(args, num_jobs, vocab_size, max_len, rng) for num_jobs in args.num_prompts]
+
+
+def _workload(
+    args: Namespace, num_jobs: int, vocab_size: int, max_len: int, rng: np.random.Generator
+) -> tuple[str, list[list[Job]]]:
+    arrivals: list[float] | None = None
+    lengths = [(args.input_tokens, args.output_tokens)] * num_jobs
+    if args.workload == "sharegpt":
+        lengths = sharegpt_lengths(num_jobs, rng)
+    elif args.workload == "trace":
+        lengths, arrivals = read_trace(args.trace, num_jobs, args.scale)
+    when = "all at the start"
+    if args.benchmark == "throughput":
+        arrivals = None
+    elif arrivals is None or args.rate is not None:
+        rate = args.rate or 1.0
+        arrivals, when = poisson_arrivals(len(lengths), rate, rng), f"{rate:g} a second"
+    else:
+        when = "as in the trace"
+    lengths, num_cut = fitted(lengths, max_len)
+    jobs = make_jobs(
+        lengths,
+        vocab_size=vocab_size,
+        rng=rng,
+        arrivals=arrivals,
+        num_shared=args.shared_tokens if args.workload == "shared-prefix" else 0,
+    )
+    said = f"{args.workload}, {len(jobs)} requests, {when}" + _said_lengths(lengths, num_cut)
+    return said, [jobs]
+
+
+def _said_lengths(lengths: Sequence[tuple[int, int]], num_cut: int) -> str:
+    num_input, num_output = (sum(column) for column in zip(*lengths, strict=True))
+    cut = f"; {num_cut:,} cut to fit the context" if num_cut else ""
+    return f"; {num_input:,} tokens in, {num_output:,} out{cut}"
+
+
+def _record(args: Namespace, llm: LLM, batches: list[list[Job]]) -> list[Recording]:
+    """Runs the batches one after the other; of several the first is only to warm up."""
+    streams = args.benchmark == "serve" or getattr(args, "stream", False)
+    first, *others = batches
+    if others:
+        run_jobs(llm, first, streams=streams)
+        batches = others
+    note(f"running {sum(map(len, batches))} requests")
+    with profiled(args.profile):
+        return [run_jobs(llm, batch, streams=streams) for batch in batches]
+
+
+def _model_line(args: Namespace, llm: LLM) -> str:
+    plan, model = llm.engine.plan, llm.engine.model
+    return (
+        f"{args.model}, {model.num_parameters / 1e6:,.1f} million parameters, {plan.dtype}, "
+        f"{plan.attention} attention, {plan.max_slots} slots, {plan.max_step_tokens} tokens a step"
+    )
+
+
+def _compare(args: Namespace, asked: dict[str, Any]) -> dict[str, Any]:
+    dummy = asked.get("load_format") == "dummy"
+    folder = Path(asked["model"]) if args.model in SHAPES else None
+    folder = folder or find_shipped(args.model) or resolve_model(args.model)
+    with (
+        LLM(**asked) as llm,
+        transformers_runs(folder, dummy=dummy, dtype=llm.engine.plan.dtype) as theirs,
+    ):
+        runs: dict[str, Callable[[Sequence[Job]], object]] = {
+            "jinfer": lambda jobs: run_jobs(llm, jobs, streams=False),
+            **theirs,
+        }
+        rows, repeats = [], args.repeats or COMPARED_TURNS
+        show(f"{machine_line()}\n{_model_line(args, llm)}\n")
+        for said, [jobs] in _plans(args, llm):
+            note(said)
+            rows.append(compare(runs, jobs, repeats))
+        show(f"\n{said}\n\n{compared_text(rows, repeats)}")
+    figures = [
+        {"num_prompts": r.num_jobs, "num_output_tokens": r.num_output_tokens, "s": r.median_s}
+        for r in rows
+    ]
+    return {"benchmark": "throughput", "model": args.model, **versions(), "compared": figures}

@@ -1,0 +1,57 @@
+"""A dispatch on its way: what the device was given, and how it is read back."""
+
+from collections.abc import Iterator
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import jax
+
+from jinfer.schedule.plan import Chunk, StepPlan
+from jinfer.schedule.sequence import Status
+from jinfer.step.batch import DecodeOutput, StepOutput
+
+
+@dataclass(frozen=True, slots=True)
+class Dispatched:
+    """What the device is computing, or has computed, and the host has not read."""
+
+    plan: StepPlan
+    output: StepOutput | DecodeOutput  # its logprobs None where nobody wants them
+    num_places: int  # tokens or rows of its program, padding included; in each of its steps
+
+    def read(self) -> Iterator[tuple[StepOutput, list[tuple[Chunk, range]]]]:
+        """Waits, and yields each step's output with its chunks and their readouts."""
+        output = jax.device_get(self.output)  # the wait
+        if isinstance(output, StepOutput):
+            yield output, list(self._readouts())
+            return
+        chunks_of_rows = [list(chunk.steps()) for chunk in self.plan.chunks]
+        for i in range(max(output.num_drawn_B, default=0)):
+            chunks = [
+                (chunks_of_rows[row][i], range(row, row + 1))
+                for row in range(len(chunks_of_rows))
+                if i < output.num_drawn_B[row]
+            ]
+            logprobs = jax.tree.map(lambda a_IB, i=i: a_IB[i], output.logprobs)
+            yield StepOutput(token_R=output.token_IB[i], logprobs=logprobs), chunks
+        for chunk, num_drawn in zip(self.plan.chunks, output.num_drawn_B, strict=False):
+            assert num_drawn == chunk.num_steps or chunk.sequence.status is Status.FINISHED, (
+                f"the device stopped, the host did not: {chunk.sequence.request_id=}, {num_drawn=}"
+            )
+
+    def _readouts(self) -> Iterator[tuple[Chunk, range]]:
+        start = 0
+        for chunk in self.plan.chunks:
+            yield chunk, range(start, start + chunk.num_readouts)
+            start += chunk.num_readouts
+
+
+class Observer(Protocol):
+    """Whoever wants to know of every step, such as a benchmark."""
+
+    def dispatched(self, start_s: float, output: Any) -> None:
+        """A program was called at `time.monotonic() == start_s`; its output may not be ready."""
+
+    def read(self, chunks: Seq[Chunk], num_places: int) -> None:
+        """One step of a dispatch was read: what it computed, in so many places."""

@@ -1,0 +1,152 @@
+"""Each benchmark of an engine, from the command to its table and its JSON."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jinfer.bench.ceilings import Ceilings
+from jinfer.bench.plot import require_matplotlib
+from jinfer.bench.table import WIDTH
+from jinfer.cli import bench_engine, main
+
+SMALL = "--max-num-seqs 4 --max-num-batched-tokens 16 -q".split()
+CEILINGS = Ceilings(copy_bytes_per_s=1e10, read_bytes_per_s=1e10, flops_per_s=1e11, dtype="float32")
+
+Bench = Callable[..., tuple[str, dict[str, Any]]]
+
+
+@pytest.fixture
+def bench(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Bench:
+    """Runs a benchmark; returns its output and JSON. Measuring ceilings takes seconds: given."""
+    monkeypatch.setattr(bench_engine, "measure_ceilings", lambda platform, dtype: CEILINGS)
+    file = tmp_path / "figures.json"
+
+    def bench(*words: str) -> tuple[str, dict[str, Any]]:
+        assert main(["bench", *words, "--json", str(file)]) == 0
+        out = capsys.readouterr().out
+        assert max(map(len, out.splitlines())) <= WIDTH
+        return out, json.loads(file.read_text())
+
+    return bench
+
+
+def check_run(run: dict[str, Any], *, num_requests: int, num_input: int, num_output: int) -> None:
+    """What holds for every run of an engine."""
+    assert run["num_requests"] == num_requests
+    assert (run["num_input_tokens"], run["num_output_tokens"]) == (num_input, num_output)
+    assert run["num_late_compiles"] == 0
+    assert 0 < run["device_busy"] <= 1 and 0 <= run["device_waited"] < 1
+    assert 0 <= run["padding_waste"] < 1 and 0 <= run["kv_waste"] < 1
+    assert 0 < run["roofline_share"]
+    spreads = run["spreads"]
+    assert 0 < spreads["TTFT"]["median"] <= spreads["end to end"]["p99"]
+    assert run["output_tokens_per_s"] == pytest.approx(num_output / run["elapsed_s"])
+
+
+def test_latency(bench: Bench) -> None:
+    words = ["--batch-size", "2", "--input-tokens", "8", "--output-tokens", "6", "--repeats", "2"]
+    out, figures = bench("latency", *words, *SMALL)
+    [run] = figures["runs"]
+    check_run(run, num_requests=4, num_input=32, num_output=24)
+    assert "batch of 2, 2 times; 16 tokens in, 12 out" in out and "roofline: " in out
+
+
+def test_throughput(bench: Bench) -> None:
+    words = ["--workload", "shared-prefix", "--shared-tokens", "32", "--input-tokens", "40"]
+    out, figures = bench(
+        "throughput", *words, "--num-prompts", "2", "6", "--output-tokens", "5", *SMALL
+    )
+    few, many = figures["runs"]
+    check_run(few, num_requests=2, num_input=80, num_output=10)
+    check_run(many, num_requests=6, num_input=240, num_output=30)
+    assert many["num_cached_tokens"] >= 5 * 32  # all but the first
+    assert "shared-prefix, 6 requests, all at the start" in out
+
+
+def test_serve_from_a_trace(bench: Bench, tmp_path: Path) -> None:
+    trace = tmp_path / "trace.csv"
+    trace.write_text(
+        "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46.6805900,36,8\n"
+        "2023-11-16 18:15:46.7805900,20,16\n2023-11-16 18:15:47.1805900,9,4\n"
+    )
+    words = ["--workload", "trace", "--trace", str(trace), "--scale", "0.5", "--num-prompts", "3"]
+    profile = tmp_path / "profile"
+    out, figures = bench("serve", *words, "--profile", str(profile), *SMALL)
+    [run] = figures["runs"]
+    check_run(run, num_requests=3, num_input=32, num_output=14)
+    assert run["elapsed_s"] > 0.5  # the last one arrives then
+    assert "as in the trace; 32 tokens in, 14 out" in out
+    assert list(profile.rglob("*.xplane.pb"))
+
+
+def test_startup(bench: Bench) -> None:
+    sizes = "--max-num-seqs 1 --max-num-batched-tokens 8 --max-decode-steps 1 -q".split()
+    out, figures = bench("startup", *sizes)
+    cold, warm = figures["cold"], figures["warm"]
+    assert cold["num_read"] == 0 < cold["num_compiled"]
+    assert warm["num_compiled"] == 0 and warm["num_read"] == cold["num_compiled"]
+    assert "programs read from disk" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("throughput --workload trace", "go together; got --workload trace, --trace None"),
+        ("serve --trace a.csv", "go together; got --workload fixed, --trace a.csv"),
+        ("throughput --repeats 2", "--repeats does nothing without --compare; got --repeats 2"),
+        ("throughput --compare --profile a", "--profile does nothing with --compare"),
+        ("throughput --scale 0", r"--scale must be above 0; got 0.0"),
+        ("throughput --workload poem", "invalid choice: 'poem'"),
+        ("serve --rate -1", r"--rate must be above 0; got -1.0"),
+        ("latency --batch-size 0", "a number from 1 on; got '0'"),
+        ("startup --compilation-cache /x", "startup makes a folder of its own"),
+        ("latency --model /no/such -q", "got model='/no/such'"),
+        ("latency --plot /no/such/file.png", "can be written; got '/no/such/file.png'"),
+    ],
+)
+def test_bad_input(
+    words: str,
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(bench_engine, "measure_ceilings", lambda platform, dtype: CEILINGS)
+    assert main(["bench", *words.split()]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_what_is_not_installed_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jinfer.bench.plot.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"needs matplotlib; got .* pip install"):
+        require_matplotlib()
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with (
+        pytest.raises(ValueError, match=r"--compare needs torch and transformers; got .*"),
+        bench_engine.transformers_runs(Path("-"), dummy=False, dtype="float32"),
+    ):
+        pass
+
+
+def test_plot(bench: Bench, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason='no matplotlib here; pip install "jinfer[bench]"')
+    words = ["--num-prompts", "3", "--input-tokens", "8", "--output-tokens", "5"]
+    picture = tmp_path / "picture.png"
+    bench("throughput", *words, "--plot", str(picture), *SMALL)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.agreement
+def test_compare(bench: Bench) -> None:
+    words = ["--num-prompts", "1", "3", "--input-tokens", "8", "--output-tokens", "4"]
+    out, figures = bench("throughput", "--compare", "--repeats", "1", *words, *SMALL)
+    assert [row["num_prompts"] for row in figures["compared"]] == [1, 3]
+    for row in figures["compared"]:
+        assert set(row["s"]) == {"jinfer", "generate", "continuous batching"}
+        assert all(elapsed_s > 0 for elapsed_s in row["s"].values())
+    assert "prompts  jinfer  generate  ratio  continuous batching  ratio" in out

@@ -1,0 +1,157 @@
+"""From what was recorded to what is told."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jinfer.bench.ceilings import Ceilings
+from jinfer.bench.compare import Compared, compare, compared_text
+from jinfer.bench.device_log import DeviceTimes, device_times
+from jinfer.bench.report import Spread, make_report, report_text
+from jinfer.bench.roofline import Costs, StepWork
+from jinfer.bench.runner import Recording, Served
+from jinfer.bench.startup import startup_text
+from jinfer.bench.table import WIDTH
+from jinfer.bench.workload import Job
+from jinfer.config import ModelConfig
+from jinfer.schedule.plan import Chunk
+from jinfer.schedule.sequence import Sequence
+
+CEILINGS = Ceilings(copy_bytes_per_s=1e9, read_bytes_per_s=5e8, flops_per_s=1e10, dtype="float32")
+MODEL = ModelConfig(
+    family="llama",
+    vocab_size=100,
+    width=8,
+    mlp_width=16,
+    num_layers=3,
+    num_q_heads=4,
+    num_kv_heads=2,
+    head_width=2,
+    max_position=64,
+    rms_eps=1e-5,
+    rope_theta=1e4,
+)
+
+
+def test_spreads() -> None:
+    assert Spread.of([]) is None
+    assert Spread.of([2.0]) == Spread(mean=2.0, median=2.0, p99=2.0)
+    spread = Spread.of([float(i) for i in range(101)])
+    assert spread == Spread(mean=50.0, median=50.0, p99=99.0)
+
+
+def chunk(start: int, num_tokens: int, num_readouts: int) -> Chunk:
+    sequence = Sequence(request_id="a", index=0, prompt_ids=(), max_length=64)
+    return Chunk(sequence, 0, start, num_tokens, True, num_readouts)  # pyright: ignore
+
+
+def test_costs_are_those_of_the_model() -> None:
+    costs = Costs.of(MODEL, itemsize=2, kv_bytes=96)
+    block = 8 * 2 * (4 + 2 + 2 + 4) + 3 * 8 * 16  # q, k, v, o and the three of the MLP
+    norms = 2 * 8
+    assert costs.weight_bytes == 2 * (3 * (block + norms) + 8 + 800)  # the unembedding, not both
+    assert costs.flops_per_token == 2 * 3 * block
+    assert costs.flops_per_readout == 2 * 800
+
+
+def test_a_step_counts_what_is_seen() -> None:
+    costs = Costs.of(MODEL, itemsize=2, kv_bytes=96)
+    work = costs.step([chunk(5, 1, 1), chunk(2, 3, 1)])
+    pairs = 6 + (3 + 4 + 5)
+    assert work.num_bytes == costs.weight_bytes + (6 + 5) * 96
+    assert work.num_flops == (
+        4 * costs.flops_per_token + pairs * costs.flops_per_pair + 2 * costs.flops_per_readout
+    )
+    assert costs.flops_per_pair == 2 * 2 * 3 * 4 * 2  # two products, each multiply and add
+
+
+def test_a_step_begins_when_it_was_sent_or_the_one_before_was_done() -> None:
+    dispatches = [(1.0, 3.0), (2.0, 5.0), (6.0, 7.0)]
+    times = device_times(dispatches, start_s=0.0, without_work=[])
+    assert times == DeviceTimes(busy_s=5.0, waited_s=2.0)
+    idle = device_times(dispatches, start_s=0.0, without_work=[(5.5, 5.75), (8.0, 9.0)])
+    assert idle == DeviceTimes(busy_s=5.0, waited_s=1.75)
+    assert device_times([], start_s=0.0, without_work=[]) == DeviceTimes(busy_s=0, waited_s=0)
+
+
+@given(st.lists(st.tuples(st.floats(0, 5), st.floats(0, 5)), max_size=8))
+def test_busy_and_waiting_fill_the_time(gaps: list[tuple[float, float]]) -> None:
+    dispatches, sent_s, done_s = [], 0.0, 0.0
+    for gap_s, run_s in gaps:
+        sent_s += gap_s
+        done_s = max(sent_s, done_s) + run_s
+        dispatches.append((sent_s, done_s))
+    times = device_times(dispatches, start_s=0.0, without_work=[])
+    assert times.busy_s + times.waited_s == pytest.approx(done_s)
+    assert times.busy_s == pytest.approx(sum(run_s for _, run_s in gaps))
+
+
+def recording() -> Recording:
+    return Recording(
+        served=[
+            Served(10, 0.0, queue_s=0.25, token_s=[1.0, 1.5, 2.5]),
+            Served(20, 0.0, queue_s=0.5, token_s=[2.0]),
+        ],
+        elapsed_s=4.0,
+        idle_s=1.0,
+        device=DeviceTimes(busy_s=2.0, waited_s=0.75),
+        steps=[
+            StepWork(num_bytes=10**9, num_flops=10**9),  # bound by bandwidth: 1 s
+            StepWork(num_bytes=10**8, num_flops=5 * 10**9),  # by arithmetic: 0.5 s
+        ],
+        num_places=16,
+        num_tokens=12,
+        kv_waste=0.125,
+        num_late_compiles=0,
+        num_preemptions=1,
+        num_cached_tokens=1234,
+    )
+
+
+def test_report() -> None:
+    report = make_report([recording()], CEILINGS)
+    assert report.num_output_tokens == 4 and report.num_input_tokens == 30
+    assert report.rates()["total_tokens_per_s"] == 34 / 4
+    assert report.spreads["TTFT"] == Spread(mean=1.5, median=1.5, p99=pytest.approx(1.99))
+    assert report.spreads["TPOT"] == Spread(mean=0.75, median=0.75, p99=0.75)
+    itl = report.spreads["ITL"]
+    assert itl is not None and itl.mean == 0.75
+    assert report.device_busy == 0.5 and report.device_waited == 0.25
+    assert report.padding_waste == 0.25 and report.kv_waste == 0.125
+    assert report.roofline.bound_s == 1.5 and report.roofline.share == 0.5
+    assert report.as_json()["roofline_share"] == 0.5
+
+
+def test_report_reads_well() -> None:
+    text = report_text(make_report([recording()], CEILINGS))
+    assert max(map(len, text.splitlines())) <= WIDTH
+    assert "at least 1.50 s at the measured rates; took 3.00 s: 50.0 % reached" in text
+    assert "waited for host    25.0 %  of the time with requests" in text
+    assert "from prefix cache   1,234  prompt tokens" in text
+
+
+def test_two_recordings_add_up() -> None:
+    report = make_report([recording(), recording()], CEILINGS)
+    assert report.elapsed_s == 8.0 and report.num_requests == 4
+    assert report.roofline.share == 0.5 and report.device_busy == 0.5
+
+
+def test_comparison_takes_turns_and_drops_the_first() -> None:
+    turns = []
+    runs = {name: lambda jobs, name=name: turns.append(name) for name in ("jinfer", "other")}
+    row = compare(runs, [Job(prompt_ids=(3, 4), num_output_tokens=7)] * 2, repeats=2)
+    assert turns == ["jinfer", "other"] * 3
+    assert row.num_jobs == 2 and row.num_output_tokens == 14
+    told = Compared(num_jobs=8, num_output_tokens=100, median_s={"jinfer": 0.5, "other": 2.0})
+    assert compared_text([told], 3).splitlines()[:2] == [
+        "prompts  jinfer  other  ratio",
+        "8           200   50.0   4.00",
+    ]
+
+
+def test_startup_table() -> None:
+    cold = {"import_s": 1.0, "engine_s": 20.5, "first_token_s": 0.1, "total_s": 22.0}
+    counts = {"num_compiled": 9.0, "num_read": 0.0, "compile_s": 30.0}
+    text = startup_text({"cold": {**cold, **counts}, "warm": {**cold, **counts, "engine_s": 2.0}})
+    assert "weights, plan, programs      20.50   2.00" in text
+    assert "programs compiled                9      9" in text
