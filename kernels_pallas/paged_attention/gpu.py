@@ -23,11 +23,13 @@ from kernels_pallas.paged_attention.xla import _cut, _Rows, _write
 DTYPES = ("bfloat16", "float16")
 QUERY_ROWS = 64  # of one wgmma
 BLOCK_TOKENS = 64  # keys in a stage of the ring
-# 128 kB of keys and values on their way, or 64 at width 64: untuned, as no chip was at hand.
+# 128 kB of 16-bit keys and values on their way, or 64 at width 64: untuned, for want of a chip.
 STAGES_OF_HEAD_WIDTH = {64: 4, 128: 4, 256: 2}
 # A part below this many tokens is not worth a block of its own and a share of the combine.
 MIN_PART_TOKENS = 512
 NUM_MULTIPROCESSORS = 132
+# What their kinds are called: the description of a chip in a mesh says no more.
+HOPPER = ("H100", "H200", "H800", "H20")
 
 
 def paged_attention_gpu(  # noqa: PLR0913 - the contract of every implementation
@@ -210,12 +212,15 @@ def _check_chip() -> None:
         )
     # Of what is compiled for: the mesh may name a chip that is not here.
     device = jax.sharding.get_abstract_mesh().abstract_device or backend.get_default_device()
-    # A chip that does not say is taken for a Hopper, as Mosaic does.
-    capability = getattr(device, "compute_capability", "9.0")
-    if device.platform not in ("gpu", "cuda") or not capability.startswith("9."):
+    capability = getattr(device, "compute_capability", None)
+    if capability is None:
+        is_hopper = any(name in device.device_kind for name in HOPPER)
+    else:
+        is_hopper = capability.startswith("9.")
+    if device.platform not in ("gpu", "cuda") or not is_hopper:
         raise NotImplementedError(
             "paged attention on GPU needs a Hopper chip (compute capability 9.0); "
-            f"got {device.device_kind}. Choose the xla implementation."
+            f'got {device.device_kind}. Choose the xla implementation, attention="xla_wide".'
         )
 
 

@@ -52,6 +52,9 @@ def attend_tiles(
     another computes on them: two wgmma of 64 query rows, of which a tile may use fewer, with an
     online softmax in registers between them. Its weights go through shared memory, which is
     what interpret mode can follow; taken from registers, they would save a trip on the chip.
+    A stage of 8-bit cells is converted to bfloat16, which holds them exactly, beside the ring
+    before wgmma reads it. A key's scale then multiplies its column of the scores, a value's
+    its column of the weights.
 
     Args:
       tile_X4: of each tile its row, the positions of the first and last key that it sees, and
@@ -66,9 +69,11 @@ def attend_tiles(
       divided by, which is very low where nothing is seen.
 
     Cost: reads each page from the first to the last key once per tile. Shared memory: 64
-      tokens' keys and values per stage, 64 rows of queries (later outputs) and of weights.
-      For sm_90a: 80 kB and 150 registers at width 64, 152 kB and 220 at 128, both without
-      spills; 168 kB and 255 at 256, with 428 bytes spilled. One block per multiprocessor.
+      tokens' keys and values per stage, 64 rows of queries (later outputs) and of weights;
+      for 8-bit pages also 64 tokens' keys and values in 16 bits. For sm_90a, without spills:
+      80 kB and 150 registers at width 64, 152 kB and 220 at 128; of 8 bits 66 kB and 216,
+      122 kB and 255. At 256 all have 255 registers and spill: 168 kB and 428 to 508 bytes, of
+      8 bits 169 kB and 148 bytes. One block per multiprocessor.
     """
     num_tiles, num_kv_heads, num_rows, head_width = q_XKQH.shape
     grid = (num_tiles, options.num_parts, num_kv_heads)

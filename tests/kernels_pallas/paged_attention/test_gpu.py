@@ -2,14 +2,18 @@
 
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend import backend
 
+from kernels_pallas.compat import told_the_chip
 from kernels_pallas.paged_attention.cases import CASES, LAYER, Case, build
 from kernels_pallas.paged_attention.gpu import (
+    _check_chip,
     _num_parts,
     paged_attention_gpu,
     stored_head_width,
@@ -20,6 +24,7 @@ OLD_JAX = jax.__version_info__ < (0, 11)
 interpreted_only_on_new_jax = pytest.mark.skipif(
     OLD_JAX, reason="jax before 0.11 cannot interpret Mosaic GPU kernels"
 )
+newer_jax_is_not_refused = pytest.mark.skipif(OLD_JAX, reason="jax before 0.11 is refused first")
 TOLERANCE = {"bfloat16": 2e-2, "float16": 5e-3}
 # More keys than the ring has stages for, even in three parts, so that stages are used again.
 LONG = Case(name="long", kv_len=(1200, 0, 65, 64), query_len=(1, 0, 1, 1), page_size=32)
@@ -34,6 +39,7 @@ DECLINED = {
     "width_96": r"must be one of \[64, 128, 256\]; got 96. Allocate it with 128, zeros fill",
     "int8_pages": SMALL_PAGES,
     "int8_pages_all_options": SMALL_PAGES,
+    "bfloat16_fp8_pages": SMALL_PAGES,
 }
 
 
@@ -186,11 +192,49 @@ def test_stored_head_width_is_the_next_that_the_kernel_takes():
     assert widths == [64, 64, 128, 128, 128, 256, 256]
 
 
-@pytest.mark.skipif(OLD_JAX, reason="jax before 0.11 is refused first")
-def test_refuses_other_chips():
+@newer_jax_is_not_refused
+def test_refuses_to_run_on_a_cpu():
     args, options = arrays()
-    with pytest.raises(NotImplementedError, match=r"needs a Hopper chip .*; got cpu\. Choose"):
+    message = r"needs a Hopper chip .*; got cpu\. Choose the xla .*, attention=\"xla_wide\"\."
+    with pytest.raises(NotImplementedError, match=message):
         paged_attention_gpu(*args, **options)
+
+
+def chip(kind, **more):
+    return SimpleNamespace(platform="cuda", device_kind=kind, num_cores=100, **more)
+
+
+OTHERS = (
+    *(("Tesla T4", "7.5"), ("NVIDIA A100-SXM4-80GB", "8.0"), ("NVIDIA L4", "8.9")),
+    *(("NVIDIA B200", "10.0"), ("NVIDIA GeForce RTX 5090", "12.0")),
+)
+HOPPERS = (("NVIDIA H100 80GB HBM3", "9.0"), ("NVIDIA H200", "9.0"), ("NVIDIA GH200 480GB", "9.0"))
+
+
+@newer_jax_is_not_refused
+@pytest.mark.parametrize(("kind", "capability"), OTHERS)
+def test_refuses_chips_before_and_after_hopper(kind, capability, monkeypatch):
+    args, options = arrays()
+    message = rf"Hopper chip \(compute capability 9.0\); got {kind}\. .*attention=\"xla_wide\"\."
+    # A mesh tells its chip's kind and no more.
+    with told_the_chip(chip(kind)), pytest.raises(NotImplementedError, match=message):
+        paged_attention_gpu(*args, **options)
+    monkeypatch.setattr(
+        backend, "get_default_device", lambda: chip(kind, compute_capability=capability)
+    )
+    with pytest.raises(NotImplementedError, match=message):
+        paged_attention_gpu(*args, **options)
+
+
+@newer_jax_is_not_refused
+@pytest.mark.parametrize(("kind", "capability"), HOPPERS)
+def test_takes_hopper_chips(kind, capability, monkeypatch):
+    with told_the_chip(chip(kind)):
+        _check_chip()
+    monkeypatch.setattr(
+        backend, "get_default_device", lambda: chip(kind, compute_capability=capability)
+    )
+    _check_chip()
 
 
 @pytest.mark.skipif(not OLD_JAX, reason="needs jax before 0.11")
