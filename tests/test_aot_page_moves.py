@@ -7,7 +7,14 @@ from typing import Any
 import jax
 import pytest
 from jax.experimental import topologies
-from test_aot_programs import CONFIG, H200, LLAMA_3_8B, TARGETS, shapes_of
+from test_aot_programs import (
+    CONFIG,
+    H200,
+    LLAMA_3_8B,
+    TARGETS,
+    no_compilation_cache,  # noqa: F401  a fixture of every test here
+    shapes_of,
+)
 
 from jinfer.config import EnginePlan, ModelConfig
 from jinfer.resolve import resolve_plan
