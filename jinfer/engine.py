@@ -176,8 +176,11 @@ class Engine:
         for continuation in unfinished:
             self._release(continuation)
         self._retire(request)
-        for continuation in unfinished:
-            continuation.abort()
+        try:
+            for continuation in unfinished:
+                continuation.abort()
+        except Exception as error:  # in its last piece of text: it is over in any case
+            request.fail(error)
         return request
 
     def step(self) -> list[RunningRequest]:

@@ -73,7 +73,7 @@ class Faults:
     allocate: float = 0.0  # per allocation: no pages to be had
 
 
-def random_workload(seed: int, num_jobs: int = 8) -> list[Job]:
+def random_workload(seed: int, num_jobs: int = 10) -> list[Job]:
     """Prompts that begin alike or do not, several continuations, stops, salts and priorities."""
     rng = random.Random(seed)
     families = [[rng.randrange(3, 1000) for _ in range(48)] for _ in range(2)]
@@ -83,22 +83,22 @@ def random_workload(seed: int, num_jobs: int = 8) -> list[Job]:
         begin = rng.choice(families)[: rng.choice((0, 7, 8, 24, 33, 48))]
         token_ids = tuple(begin + [rng.randrange(3, 1000) for _ in range(rng.randint(1, 9))])
         params = SamplingParams(
-            max_tokens=rng.randint(16, MAX_MODEL_LEN - len(token_ids)),
+            max_tokens=rng.randint(28, MAX_MODEL_LEN - len(token_ids)),
             temperature=rng.choice((0.0, 0.8)),
             seed=seed * 100 + number,
             n=rng.choice((1, 1, 1, 2, 3)),
-            stop=STOPS[: rng.choice((0, 0, 0, 1, 3))],
+            stop=STOPS[: rng.choice((0, 0, 0, 0, 1, 3))],
             frequency_penalty=rng.choice((0.0, 0.4)),
             logprobs=0,
             prompt_logprobs=rng.choice((None, None, None, 1)),
-            ignore_eos=rng.random() < 0.8,
+            ignore_eos=rng.random() < 0.9,
         )
         prompt = Prompt(text=None, token_ids=token_ids, cache_salt=rng.choice(("", "", "tenant")))
         jobs.append(Job(turn, prompt, params, rng.choice((0, 0, -1, 1))))
     return jobs
 
 
-class _Broken:
+class Broken:
     """Stands where a request's stop strings are looked for."""
 
     def feed(self, *_: Any, **__: Any) -> Any:
@@ -159,8 +159,10 @@ class Player:
             for index, tokens in enumerate(tokens_of(got)):
                 assert tokens == tokens_of(whole)[index][: len(tokens)]
                 near, far = logprobs_of(got, index), logprobs_of(whole, index)[: len(tokens)]
-                # A failed request has one token more than logprobs that were taken in.
-                np.testing.assert_allclose(near, far[: len(near)], atol=1e-5)
+                # A failed request has one token more than logprobs that were taken in. Sums of
+                # float32 in another order: alone or in a batch, with nothing cached or preempted,
+                # 10,000 tokens differ by up to 8e-6.
+                np.testing.assert_allclose(near, far[: len(near)], atol=1e-5, rtol=1e-5)
 
     def _add(self, job: Job) -> None:
         number = str(len(self.requests))
@@ -182,7 +184,7 @@ class Player:
             self._abort(self.rng.choice(alive))
         if alive and self.rng.random() < self.faults.fail:
             request = self.rng.choice(alive)
-            self.rng.choice(request.continuations)._stops = _Broken()  # pyright: ignore
+            self.rng.choice(request.continuations)._stops = Broken()  # pyright: ignore
             self.failed.add(request.request_id)
 
     @contextmanager

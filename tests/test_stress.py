@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 from stress import (
+    Broken,
     Faults,
     Job,
     Player,
@@ -82,6 +83,26 @@ def test_faults_around_a_request_do_not_change_it(cramped: Engine, reference: En
 @pytest.mark.slow
 def test_faults_over_100_workloads(cramped: Engine, reference: Engine) -> None:
     disturbed(cramped, reference, range(304, 404))
+
+
+def test_a_request_that_cannot_even_be_ended_ends(cramped: Engine) -> None:
+    request, other = [
+        cramped.prepare(
+            name, Prompt(None, (5, 6, 7)), SamplingParams(max_tokens=60, ignore_eos=True)
+        )
+        for name in ("broken", "whole")
+    ]
+    for each in (request, other):
+        cramped.add(each)
+    for _ in range(4):
+        cramped.step()
+    request.continuations[0]._stops = Broken()  # pyright: ignore
+    assert cramped.abort("broken") is request
+    assert request.finished and str(request.output().error) == "injected"
+    while cramped.has_work:
+        cramped.step()
+    assert other.finished and other.error is None
+    assert cramped.scheduler.num_free_pages == cramped.plan.num_pages - 1
 
 
 def scripted(num_tokens: int) -> list[Job]:
