@@ -25,7 +25,7 @@ from jinfer.bench.workload import (
 )
 from jinfer.cli.arguments import engine_args
 from jinfer.cli.profile import profiled
-from jinfer.cli.screen import note, show
+from jinfer.cli.screen import counted, note, show
 from jinfer.config import EngineConfig
 from jinfer.llm import LLM
 from jinfer.resolve import platform_of, resolve_dtype
@@ -44,7 +44,7 @@ def run(args: Namespace) -> dict[str, Any]:
         asked = {"late_compile": "error", **keywords, **_sizes(args), **engine_args(args)}
         if getattr(args, "compare", False):
             return _compare(args, asked)
-        note("measuring what the device can do")
+        _say(args)("measuring what the device can do")
         dtype = _product_dtype(args, platform)
         ceilings = measure_ceilings(platform, dtype)
         with LLM(**asked) as llm:
@@ -56,6 +56,11 @@ def run(args: Namespace) -> dict[str, Any]:
     if args.plot is not None:
         plot([r for _, r in runs][-1], args.plot, title=f"{args.benchmark}: {runs[-1][0]}")
     return {"benchmark": args.benchmark, "model": args.model, **versions(), "runs": reports}
+
+
+def _say(args: Namespace) -> Callable[[str], object]:
+    """Tells what goes on, unless only tables and errors are wanted."""
+    return (lambda text: None) if args.quiet else note
 
 
 def _report(said: str, recordings: list[Recording], ceilings: Ceilings) -> dict[str, Any]:
@@ -153,7 +158,9 @@ def _workload(
         arrivals=arrivals,
         num_shared=args.shared_tokens if args.workload == "shared-prefix" else 0,
     )
-    said = f"{args.workload}, {len(jobs)} requests, {when}" + _said_lengths(lengths, num_cut)
+    said = f"{args.workload}, {counted(len(jobs), 'request')}, {when}" + _said_lengths(
+        lengths, num_cut
+    )
     return said, [jobs]
 
 
@@ -170,7 +177,7 @@ def _record(args: Namespace, llm: LLM, batches: list[list[Job]]) -> list[Recordi
     if others:
         run_jobs(llm, first, streams=streams)
         batches = others
-    note(f"running {sum(map(len, batches))} requests")
+    _say(args)(f"running {sum(map(len, batches))} requests")
     with profiled(args.profile):
         return [run_jobs(llm, batch, streams=streams) for batch in batches]
 
@@ -179,7 +186,8 @@ def _model_line(args: Namespace, llm: LLM) -> str:
     plan, model = llm.engine.plan, llm.engine.model
     return (
         f"{args.model}, {model.num_parameters / 1e6:,.1f} million parameters, {plan.dtype}, "
-        f"{plan.attention} attention, {plan.max_slots} slots, {plan.max_step_tokens} tokens a step"
+        f"{plan.attention} attention, {counted(plan.max_slots, 'slot')}, "
+        f"steps of up to {counted(plan.max_step_tokens, 'token')}"
     )
 
 
@@ -198,7 +206,7 @@ def _compare(args: Namespace, asked: dict[str, Any]) -> dict[str, Any]:
         rows, repeats = [], args.repeats or COMPARED_TURNS
         show(f"{machine_line()}\n{_model_line(args, llm)}\n")
         for said, [jobs] in _plans(args, llm):
-            note(said)
+            _say(args)(said)
             rows.append(compare(runs, jobs, repeats))
         show(f"\n{said}\n\n{compared_text(rows, repeats)}")
     figures = [

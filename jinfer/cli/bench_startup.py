@@ -16,7 +16,9 @@ def run(args: Namespace) -> dict[str, Any]:
             "startup makes a folder of its own to be cold; got "
             f"--compilation-cache {args.compilation_cache}. Leave it out."
         )
-    figures = measure_startup(args.model, engine_args(args), note)
+    figures = measure_startup(
+        args.model, engine_args(args), (lambda said: None) if args.quiet else note
+    )
     # The device belonged to the starts; this process never opens it.
     show(f"{machine_line(with_device=False)}\n{args.model}\n\n{startup_text(figures)}\n")
     return {"benchmark": "startup", "model": args.model, **versions(), **figures}

@@ -29,7 +29,8 @@ def bench(
 
     def bench(*words: str) -> tuple[str, dict[str, Any]]:
         assert main(["bench", *words, "--json", str(file)]) == 0
-        out = capsys.readouterr().out
+        out, err = capsys.readouterr()
+        assert err == ""  # -q
         assert max(map(len, out.splitlines())) <= WIDTH
         return out, json.loads(file.read_text())
 
