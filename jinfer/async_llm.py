@@ -4,12 +4,12 @@ import asyncio
 import itertools
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from jinfer.errors import RequestError
+from jinfer.errors import RequestError, shown
 from jinfer.llm import LLM, check_template_args
 from jinfer.metrics import MetricsSnapshot
 from jinfer.request.output import RequestOutput
@@ -93,9 +93,19 @@ class AsyncLLM:
         async for output in self._answer(render, sampling_params, request_id):
             yield output
 
-    def abort(self, request_id: str) -> None:
-        """Ends a request where it stands; its stream yields a last output, "abort"."""
-        self._submit(lambda: self._abort(request_id))
+    def abort(self, request_id: str | Iterable[str]) -> "_Nothing":
+        """Ends requests where they stand; their streams yield a last output, "abort".
+
+        Returns at once. vLLM's is awaited, so this may be; and need not.
+
+        Raises:
+          RequestError: an id is not a string.
+        """
+        ids = [request_id] if isinstance(request_id, str) else list(request_id)
+        for one in ids:
+            _check_id(one)
+            self._submit(lambda one=one: self._abort(one))
+        return _Nothing()
 
     def metrics(self) -> MetricsSnapshot:
         """As `LLM.metrics`; from any thread, also while the engine runs."""
@@ -117,6 +127,7 @@ class AsyncLLM:
         priority: int = 0,
     ) -> AsyncIterator[RequestOutput]:
         request_id = f"request-{next(self._ids)}" if request_id is None else request_id
+        _check_id(request_id)
         # Rendering and tokenizing take milliseconds: not on the event loop.
         request = await asyncio.to_thread(
             lambda: self._llm.prepare(make_prompt(), params, request_id, priority)
@@ -167,15 +178,14 @@ class AsyncLLM:
         with self._wake:
             while not (self._commands or self._llm.engine.has_work or self._closing):
                 self._wake.wait()
-            commands, self._commands = self._commands, deque()
-        for command in commands:
-            command()
+        while self._commands:  # one by one: after one that fails, `_run` still tells the others
+            self._commands.popleft()()
         return not self._closing
 
     def _add(self, request: RunningRequest, stream: "_Stream") -> None:
         try:
             self._llm.engine.add(request)
-        except (RequestError, RuntimeError) as error:  # its id is taken, or the engine is down
+        except Exception as error:  # its id is taken, or the engine is down: for its caller alone
             stream.fail(error)
         else:
             self._streams[request.request_id] = stream
@@ -194,6 +204,19 @@ class AsyncLLM:
         if request.finished:
             del self._streams[request.request_id]
         stream.put(request.output())
+
+
+def _check_id(request_id: Any) -> None:
+    if not isinstance(request_id, str):
+        raise RequestError(f"request_id must be a string; got {shown(request_id)}. Pass a str.")
+
+
+class _Nothing:
+    """What there is to await of a call that is over."""
+
+    def __await__(self) -> Generator[None, None, None]:
+        return
+        yield
 
 
 class _Stream:

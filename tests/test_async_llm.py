@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from jinfer import LLM, AsyncLLM, RequestError, SamplingParams
+from jinfer.async_llm import _Stream
 from jinfer.running import Continuation
 
 # The programs of tests/test_llm.py.
@@ -114,7 +115,9 @@ async def test_abort_gives_a_last_output(llm: AsyncLLM, wanted: Any) -> None:
     assert 1 <= len(ids_of(last)) < 110
     assert ids_of(await other) == wanted[2]
     llm.abort("mine")  # is gone: nothing happens
-    llm.abort("never was")
+    await llm.abort(["never was", "mine"])
+    with pytest.raises(RequestError, match="request_id must be a string; got 5. Pass a str"):
+        llm.abort([5])  # pyright: ignore[reportArgumentType]
 
 
 async def test_a_bad_request_costs_no_other(llm: AsyncLLM, wanted: Any) -> None:
@@ -129,6 +132,23 @@ async def test_a_bad_request_costs_no_other(llm: AsyncLLM, wanted: Any) -> None:
             async for _ in llm.generate(prompt, params):  # pyright: ignore[reportArgumentType]
                 pytest.fail("answered")
     assert [ids_of(output) for output in await asyncio.gather(*good)] == wanted[:4]
+
+
+async def test_what_fails_on_the_engines_thread_costs_no_other(llm: AsyncLLM, wanted: Any) -> None:
+    with pytest.raises(RequestError, match=r"request_id must be a string; got \['x'\]. Pass a str"):
+        await run(llm, 1, request_id=["x"])
+    with pytest.raises(
+        TypeError, match="chat has no .*'chat_templat'. Did you mean chat_template?"
+    ):
+        async for _ in llm.chat([{"role": "user", "content": "hi"}], chat_templat="x"):
+            pass
+    request = llm._llm.prepare(llm._llm.render([{"role": "user", "content": "hi"}]), None)
+    request.request_id = []  # pyright: ignore[reportAttributeAccessIssue]
+    stream = _Stream(asyncio.get_running_loop())
+    llm._submit(lambda: llm._add(request, stream))
+    with pytest.raises(TypeError, match="unhashable"):
+        await stream.next()
+    assert ids_of(await run(llm, 1)) == wanted[1]
 
 
 async def test_an_id_in_use_is_refused_and_its_owner_goes_on(llm: AsyncLLM, wanted: Any) -> None:
