@@ -147,7 +147,9 @@ class Engine:
             eos_token_ids=self.defaults.eos_token_ids,
             max_model_len=self.plan.max_model_len,
             tokenizer=self.tokenizer,
-            root_key=root_key(str(self.config.model), self.plan.dtype, prompt.cache_salt),
+            root_key=root_key(
+                str(self.config.model), self.plan.dtype, self.plan.kv_dtype, prompt.cache_salt
+            ),
         )
         request.metrics.arrival_time = arrival_time
         check_row(request.params, request.stop_ids, request.bad_words, self.model.vocab_size)

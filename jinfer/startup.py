@@ -22,7 +22,7 @@ from jinfer.resolve import (
     resolve_plan,
 )
 from jinfer.shipped import find_shipped
-from jinfer.step.attention import ATTENTION
+from jinfer.step.attention import ATTENTION, require_served
 from jinfer.step.compile_cache import use_compilation_cache
 from jinfer.step.decode import run_decode
 from jinfer.step.kv_cache import KVPages, allocate_pages, pages_shape
@@ -82,7 +82,10 @@ def load(config: EngineConfig) -> Loaded:
         tokenizer = load_tokenizer(_folder_of(config.tokenizer) if config.tokenizer else folder)
     decide = partial(resolve_plan, config, model, platform=platform)
     # What cannot be is refused now, not after minutes of reading weights.
-    decide(free_bytes=_room_beside_weights(config, model, platform, free_device_bytes(device)))
+    plan = decide(
+        free_bytes=_room_beside_weights(config, model, platform, free_device_bytes(device))
+    )
+    require_served(plan, model, pool_shape(plan, model))
     params = _load_weights(config, model, folder, platform, say)
     try:
         plan = decide(free_bytes=free_device_bytes(device))
@@ -94,9 +97,7 @@ def load(config: EngineConfig) -> Loaded:
             pages_per_slot=plan.pages_per_slot,
             vocab_size=model.vocab_size,
         )
-        shape = pages_shape(
-            model, num_pages=plan.num_pages, page_size=plan.page_size, dtype=plan.dtype
-        )
+        shape = pool_shape(plan, model)
         slots = jax.eval_shape(make_slots)
         programs = _compile(plan, model, params, shape, slots, config.progress, say)
         return Loaded(
@@ -112,6 +113,17 @@ def load(config: EngineConfig) -> Loaded:
     except BaseException:
         free_arrays(params)  # a notebook keeps the traceback, and that the weights
         raise
+
+
+def pool_shape(plan: EnginePlan, model: ModelConfig) -> Any:
+    """The pool of KV pages that the plan asks for, as shapes."""
+    return pages_shape(
+        model,
+        num_pages=plan.num_pages,
+        page_size=plan.page_size,
+        dtype=plan.kv_dtype,
+        head_width=plan.kv_head_width,
+    )
 
 
 def free_arrays(*trees: Any) -> None:
@@ -165,8 +177,9 @@ def _capacity_line(plan: EnginePlan) -> str:
     pool_gib = plan.num_pages * plan.page_bytes / 2**30
     concurrency = min(plan.max_slots, plan.kv_capacity / plan.max_model_len)
     return (
-        f"KV cache {pool_gib:.2f} GiB: {plan.kv_capacity:,} tokens in {plan.num_pages - 1:,} pages "
-        f"of {plan.page_size}; {concurrency:.1f} sequences of {plan.max_model_len:,} tokens at once"
+        f"KV cache {pool_gib:.2f} GiB of {plan.kv_dtype}: {plan.kv_capacity:,} tokens in "
+        f"{plan.num_pages - 1:,} pages of {plan.page_size}; {concurrency:.1f} sequences of "
+        f"{plan.max_model_len:,} tokens at once"
     )
 
 
@@ -233,7 +246,7 @@ def _compile(
     plan: EnginePlan,
     model: ModelConfig,
     params: Params,
-    pages: jax.ShapeDtypeStruct,
+    pages: Any,
     slots: SlotState,
     progress: bool,
     say: Any,

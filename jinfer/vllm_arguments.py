@@ -27,7 +27,6 @@ _SETTLED: dict[str, tuple[tuple[Any, ...], str]] = {
     "trust_remote_code": ((False, True), "No code of a checkpoint is ever run."),
     "tokenizer_mode": (("auto", "hf"), "The folder's files decide."),
     "quantization": ((None,), "Weights are floating point."),
-    "kv_cache_dtype": (("auto",), "KV pages have the dtype of the weights."),
     "swap_space": ((0,), _NO_OFFLOAD),
     "cpu_offload_gb": ((0,), _NO_OFFLOAD),
     "enable_lora": ((None, False), "Adapters are not served yet."),

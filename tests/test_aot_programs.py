@@ -13,8 +13,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from jinfer.config import EngineConfig, EnginePlan, ModelConfig
 from jinfer.models.decoder import Decoder
 from jinfer.resolve import resolve_plan
-from jinfer.startup import step_programs
-from jinfer.step.kv_cache import pages_shape
+from jinfer.startup import pool_shape, step_programs
 from jinfer.step.slots import empty_slots
 from kernels_pallas.compat import told_the_chip
 
@@ -85,7 +84,7 @@ def shapes_of(model: ModelConfig, plan: EnginePlan) -> tuple[Any, Any, Any]:
     else:
         block = {name: of_dtype(shape) for name, shape in decoder.block_shapes.items()}
         params["blocks"] = [block] * model.num_layers
-    pages = pages_shape(model, num_pages=plan.num_pages, page_size=plan.page_size, dtype=plan.dtype)
+    pages = pool_shape(plan, model)
     slots = jax.eval_shape(
         lambda: empty_slots(
             max_slots=plan.max_slots,

@@ -15,7 +15,7 @@ from jinfer.vllm_arguments import translated
         {"trust_remote_code": True},
         {"trust_remote_code": False},
         {"enable_prefix_caching": True, "enable_chunked_prefill": True, "enforce_eager": False},
-        {"tokenizer_mode": "auto", "quantization": None, "kv_cache_dtype": "auto"},
+        {"tokenizer_mode": "auto", "quantization": None, "cpu_offload_gb": 0},
         {"disable_log_stats": True, "revision": None, "swap_space": 0},
     ],
 )
@@ -29,7 +29,6 @@ def test_what_jinfer_does_anyway_is_accepted(usual: dict[str, Any]) -> None:
         ("tensor_parallel_size", 2, "must be 1; got tensor_parallel_size=2. jinfer runs on one"),
         ("enforce_eager", True, "got enforce_eager=True. Every step is compiled .* Leave it out"),
         ("quantization", "awq", "must be None; got quantization='awq'. Weights are floating point"),
-        ("kv_cache_dtype", "fp8", "must be 'auto'; got kv_cache_dtype='fp8'. KV pages have"),
         ("revision", "v2", "must be None or 'main'; got revision='v2'. .*download another"),
     ],
 )
