@@ -141,6 +141,7 @@ class EnginePlan:
     max_decode_steps: int
     max_logprobs: int  # J of the top-logprob lists
     layer_loop: str
+    weight_layout: str  # "default" | "16x128": tiles of weight matrices in device memory
     attention: str
 
     @property

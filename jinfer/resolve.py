@@ -121,7 +121,12 @@ def resolve_layer_loop(config: EngineConfig, platform: str) -> str:
 
 
 def resolve_plan(
-    config: EngineConfig, model: ModelConfig, *, platform: str, free_bytes: int
+    config: EngineConfig,
+    model: ModelConfig,
+    *,
+    platform: str,
+    free_bytes: int,
+    device_kind: str = "",
 ) -> EnginePlan:
     """Decides everything that the user left open.
 
@@ -130,6 +135,7 @@ def resolve_plan(
       model: what the checkpoint fixes.
       platform: "cpu", "gpu" or "tpu".
       free_bytes: device memory that is free once the weights are in place.
+      device_kind: the chip, as `jax.Device.device_kind` names it.
 
     Raises:
       ValueError: an argument is out of its range, or the KV cache has no room.
@@ -177,6 +183,7 @@ def resolve_plan(
         max_decode_steps=max_decode_steps,
         max_logprobs=min(max(config.max_logprobs, 1), model.vocab_size),
         layer_loop=resolve_layer_loop(config, platform),
+        weight_layout=_weight_layout(device_kind, dtype),
         attention=attention,
     )
 
@@ -192,6 +199,11 @@ def free_device_bytes(device: jax.Device) -> int:
         return int(fields["MemAvailable"].split()[0]) * 1024
     # No portable way to ask what is available (macOS): half of what is installed.
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+
+
+def _weight_layout(device_kind: str, dtype: str) -> str:
+    """See jinfer/weights/layout.py; other dtypes and chips are multiplied as they lie."""
+    return "16x128" if device_kind == "TPU7x" and dtype == "bfloat16" else "default"
 
 
 def _page_size(platform: str, kv_dtype: str) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import SingleDeviceSharding
 from tqdm import tqdm
 
 from jinfer.config import EngineConfig, EnginePlan, GenerationDefaults, ModelConfig
@@ -18,7 +19,6 @@ from jinfer.resolve import (
     free_device_bytes,
     platform_of,
     resolve_dtype,
-    resolve_layer_loop,
     resolve_plan,
 )
 from jinfer.shipped import find_shipped
@@ -42,6 +42,7 @@ from jinfer.weights.dummy import dummy_params
 from jinfer.weights.folder import read_hf_config
 from jinfer.weights.generation_config import read_generation_config
 from jinfer.weights.hub import resolve_model
+from jinfer.weights.layout import hold_as, put_held
 from jinfer.weights.load import load_params, read_model_config
 
 Compiled = dict[str, jax.stages.Compiled]
@@ -80,13 +81,13 @@ def load(config: EngineConfig) -> Loaded:
     tokenizer = None
     if not config.skip_tokenizer_init:
         tokenizer = load_tokenizer(_folder_of(config.tokenizer) if config.tokenizer else folder)
-    decide = partial(resolve_plan, config, model, platform=platform)
+    decide = partial(resolve_plan, config, model, platform=platform, device_kind=device.device_kind)
     # What cannot be is refused now, not after minutes of reading weights.
     plan = decide(
         free_bytes=_room_beside_weights(config, model, platform, free_device_bytes(device))
     )
     require_served(plan, model, pool_shape(plan, model))
-    params = _load_weights(config, model, folder, platform, say)
+    params = _load_weights(config, plan, model, folder, say)
     try:
         plan = decide(free_bytes=free_device_bytes(device))
         say(_plan_line(plan))
@@ -152,15 +153,15 @@ def _folder_of(name: str | Path) -> Path:
 
 
 def _load_weights(
-    config: EngineConfig, model: ModelConfig, folder: Path, platform: str, say: Any
+    config: EngineConfig, plan: EnginePlan, model: ModelConfig, folder: Path, say: Any
 ) -> Params:
-    dtype = resolve_dtype(config, platform)
-    layer_loop = resolve_layer_loop(config, platform)
+    hold = hold_as(plan.weight_layout, SingleDeviceSharding(jax.devices()[0]))
+    tree = {"dtype": plan.dtype, "layer_loop": plan.layer_loop}
     if config.load_format == "dummy":
-        params = dummy_params(model, dtype=dtype, layer_loop=layer_loop, seed=config.seed)
-        say(f"made {model.num_parameters:,} random parameters, {dtype}")
+        params = dummy_params(model, **tree, seed=config.seed, hold=hold)
+        say(f"made {model.num_parameters:,} random parameters, {plan.dtype}")
         return params
-    params, report = load_params(folder, model, dtype=dtype, layer_loop=layer_loop)
+    params, report = load_params(folder, model, **tree, put=partial(put_held, hold=hold))
     say(report)
     return params
 
@@ -168,7 +169,8 @@ def _load_weights(
 def _plan_line(plan: EnginePlan) -> str:
     sizes = ", ".join(map(str, plan.token_buckets))
     return (
-        f"{plan.platform}, {plan.dtype}, {plan.attention} attention, {plan.layer_loop} layers; "
+        f"{plan.platform}, {plan.dtype}, {plan.attention} attention, {plan.layer_loop} layers, "
+        f"{plan.weight_layout} weights; "
         f"{plan.max_slots} slots, steps of {sizes} tokens, up to {plan.max_decode_steps} at once"
     )
 
@@ -195,7 +197,7 @@ def step_programs(
         precision="highest" if plan.dtype == "float32" else "default",
     )
     shapes = partial(jax.tree.map, lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype))
-    state = (shapes(params), pages, shapes(slots))
+    state = (jax.tree.map(partial(_weight_shape, plan), params), pages, shapes(slots))
     vocab_size = model.vocab_size
     int32 = partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
     steps = [
@@ -240,6 +242,12 @@ def step_programs(
             donate=(0,),
         ),
     ]
+
+
+def _weight_shape(plan: EnginePlan, weight: Any) -> jax.ShapeDtypeStruct:
+    """With the format that a weight is held in, unless that is what a program takes anyway."""
+    held = None if plan.weight_layout == "default" else weight.format
+    return jax.ShapeDtypeStruct(weight.shape, weight.dtype, sharding=held)
 
 
 def _compile(

@@ -13,8 +13,11 @@ def told_the_chip(device: Any) -> AbstractContextManager[Any]:
     Args:
       device: of a topology description, from `jax.experimental.topologies`.
     """
+    # A TPU says num_cores, a GPU core_count; and "gpu" names only GPUs that are present.
+    num_cores = getattr(device, "num_cores", None) or getattr(device, "core_count", None)
+    platform = "cuda" if device.platform == "gpu" else device.platform
     abstract = AbstractDevice(
-        device_kind=device.device_kind, num_cores=device.num_cores, platform=device.platform
+        device_kind=device.device_kind, num_cores=num_cores, platform=platform
     )
     mesh = jax.sharding.AbstractMesh((1,), ("tensor",), abstract_device=abstract)
     return jax.sharding.use_abstract_mesh(mesh)

@@ -36,6 +36,7 @@ def shape_of(num_tokens: int, max_slots: int, page_size: int) -> BucketShape:
         max_decode_steps=1,
         max_logprobs=1,
         layer_loop="scan",
+        weight_layout="default",
         attention="xla",
     )
     return BucketShape.of(num_tokens, plan)
