@@ -102,6 +102,7 @@ class EngineConfig:
     skip_tokenizer_init: bool = False  # prompts must then be token ids
     load_format: str = "auto"  # "auto" reads safetensors; "dummy" draws random weights
     dtype: str = "auto"  # "auto": float32 on CPU, else bfloat16; "float32" | "bfloat16" | "float16"
+    kv_cache_dtype: str = "auto"  # of KV pages; "auto": as dtype; "int8" | "fp8" = "fp8_e4m3"
     max_model_len: int | None = None  # tokens of prompt and output together
     max_num_seqs: int | None = None  # slots: sequences that run at the same time
     max_num_batched_tokens: int | None = None  # token budget of one step
@@ -127,7 +128,9 @@ class EnginePlan:
     """What was decided, once, at start-up. No `None`, no sentinel, no later edits."""
 
     platform: str  # "cpu" | "gpu" | "tpu"
-    dtype: str  # of weights, activations and KV pages
+    dtype: str  # of weights and activations
+    kv_dtype: str  # of KV pages; those of 8 bits carry scales
+    kv_head_width: int  # of a key or value in its page; the model's own, or wider
     max_model_len: int
     max_slots: int
     max_step_tokens: int
@@ -142,6 +145,7 @@ class EnginePlan:
     max_decode_steps: int
     max_logprobs: int  # J of the top-logprob lists
     layer_loop: str
+    weight_layout: str  # "default" | "16x128": tiles of weight matrices in device memory
     attention: str
 
     @property

@@ -133,7 +133,9 @@ class Engine:
             max_model_len=self.plan.max_model_len,
             tokenizer=self.tokenizer,
             priority=priority,
-            root_key=root_key(str(self.config.model), self.plan.dtype, prompt.cache_salt),
+            root_key=root_key(
+                str(self.config.model), self.plan.dtype, self.plan.kv_dtype, prompt.cache_salt
+            ),
         )
         request.metrics.arrival_time = arrival_time
         check_row(request.params, request.stop_ids, request.bad_words, self.model.vocab_size)

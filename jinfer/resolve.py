@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jinfer.config import EngineConfig, EnginePlan, ModelConfig
 from jinfer.schedule.capacity import plan_pages, row_buckets, token_buckets
-from jinfer.step.attention import ATTENTION, default_attention
+from jinfer.step.attention import ATTENTION, default_attention, stored_head_width
 from jinfer.step.kv_cache import page_bytes
 
 Check = Callable[[str, Any], None]
@@ -25,6 +26,15 @@ _DTYPES = {
     "float": "float32",
     "half": "float16",
 }
+# The same for KV pages; None = the dtype of the weights.
+_KV_DTYPES = {
+    "auto": None,
+    "int8": "int8",
+    "fp8": "float8_e4m3fn",
+    "fp8_e4m3": "float8_e4m3fn",
+}
+# Tokens per page on TPUs where pages hold 8 bits: their scales then fill whole rows of lanes.
+_TPU_8_BIT_PAGE_SIZE = 128
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,7 +111,7 @@ def platform_of(device: jax.Device) -> str:
 
 
 def resolve_dtype(config: EngineConfig, platform: str) -> str:
-    """The dtype of weights, activations and KV pages."""
+    """The dtype of weights and activations."""
     return _DTYPES[config.dtype] or _DEFAULTS[platform].dtype
 
 
@@ -111,7 +121,12 @@ def resolve_layer_loop(config: EngineConfig, platform: str) -> str:
 
 
 def resolve_plan(
-    config: EngineConfig, model: ModelConfig, *, platform: str, free_bytes: int
+    config: EngineConfig,
+    model: ModelConfig,
+    *,
+    platform: str,
+    free_bytes: int,
+    device_kind: str = "",
 ) -> EnginePlan:
     """Decides everything that the user left open.
 
@@ -120,6 +135,7 @@ def resolve_plan(
       model: what the checkpoint fixes.
       platform: "cpu", "gpu" or "tpu".
       free_bytes: device memory that is free once the weights are in place.
+      device_kind: the chip, as `jax.Device.device_kind` names it.
 
     Raises:
       ValueError: an argument is out of its range, or the KV cache has no room.
@@ -129,8 +145,13 @@ def resolve_plan(
     max_slots = config.max_num_seqs or defaults.max_slots
     max_step_tokens = config.max_num_batched_tokens or max(defaults.max_step_tokens, max_slots)
     max_decode_steps = config.max_decode_steps or defaults.max_decode_steps
-    page_size = config.page_size or defaults.page_size
-    one_page_bytes = page_bytes(model, page_size=page_size, dtype=dtype)
+    kv_dtype = _KV_DTYPES[config.kv_cache_dtype] or dtype
+    attention = config.attention or default_attention(model, platform=platform, dtype=dtype)
+    kv_head_width = stored_head_width(attention, model.head_width)
+    page_size = config.page_size or _page_size(platform, kv_dtype)
+    one_page_bytes = page_bytes(
+        model, page_size=page_size, dtype=kv_dtype, head_width=kv_head_width
+    )
     share = config.gpu_memory_utilization * defaults.memory_share
     scratch_bytes = _scratch_bytes(model, max_slots, max_step_tokens)
     room_bytes = max(0, int(free_bytes * share) - scratch_bytes)
@@ -147,6 +168,8 @@ def resolve_plan(
     return EnginePlan(
         platform=platform,
         dtype=dtype,
+        kv_dtype=kv_dtype,
+        kv_head_width=kv_head_width,
         max_model_len=max_model_len,
         max_slots=max_slots,
         max_step_tokens=max_step_tokens,
@@ -161,7 +184,8 @@ def resolve_plan(
         max_decode_steps=max_decode_steps,
         max_logprobs=min(max(config.max_logprobs, 1), model.vocab_size),
         layer_loop=resolve_layer_loop(config, platform),
-        attention=config.attention or default_attention(model, platform=platform, dtype=dtype),
+        weight_layout=_weight_layout(device_kind, dtype),
+        attention=attention,
     )
 
 
@@ -176,6 +200,17 @@ def free_device_bytes(device: jax.Device) -> int:
         return int(fields["MemAvailable"].split()[0]) * 1024
     # No portable way to ask what is available (macOS): half of what is installed.
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+
+
+def _weight_layout(device_kind: str, dtype: str) -> str:
+    """See jinfer/weights/layout.py; other dtypes and chips are multiplied as they lie."""
+    return "16x128" if device_kind == "TPU7x" and dtype == "bfloat16" else "default"
+
+
+def _page_size(platform: str, kv_dtype: str) -> int:
+    if platform == "tpu" and jnp.dtype(kv_dtype).itemsize == 1:
+        return _TPU_8_BIT_PAGE_SIZE
+    return _DEFAULTS[platform].page_size
 
 
 def _context(config: EngineConfig, model: ModelConfig, room_tokens: int) -> int:
@@ -262,6 +297,7 @@ _CHECKS: dict[str, Check] = {
     "skip_tokenizer_init": _flag,
     "load_format": _one_of("auto", "safetensors", "dummy"),
     "dtype": _one_of(*_DTYPES),
+    "kv_cache_dtype": _one_of(*_KV_DTYPES),
     "max_model_len": _integer(2),
     "max_num_seqs": _integer(1),
     "max_num_batched_tokens": _integer(1),

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import SingleDeviceSharding
 from tqdm import tqdm
 
 from jinfer.config import EngineConfig, EnginePlan, GenerationDefaults, ModelConfig
@@ -26,7 +27,7 @@ from jinfer.resolve import (
     resolve_plan,
 )
 from jinfer.shipped import find_shipped
-from jinfer.step.attention import ATTENTION
+from jinfer.step.attention import ATTENTION, require_served
 from jinfer.step.compile_cache import use_compilation_cache
 from jinfer.step.decode import run_decode
 from jinfer.step.kv_cache import KVPages, allocate_pages, pages_shape
@@ -47,6 +48,7 @@ from jinfer.weights.dummy import dummy_params
 from jinfer.weights.folder import read_hf_config
 from jinfer.weights.generation_config import read_generation_config
 from jinfer.weights.hub import resolve_model
+from jinfer.weights.layout import Hold, hold_as, put_held
 from jinfer.weights.load import load_params, open_checked, param_shapes, read_model_config
 
 Compiled = dict[str, jax.stages.Compiled]
@@ -90,7 +92,15 @@ def load(config: EngineConfig) -> Loaded:
     device = jax.devices()[0]  # touched last: what the files show to be wrong is told at once
     platform = platform_of(device)
     room_bytes = _room_beside_weights(config, model, platform, free_device_bytes(device))
-    plan = resolve_plan(config, model, platform=platform, free_bytes=room_bytes)
+    plan = resolve_plan(
+        config,
+        model,
+        platform=platform,
+        free_bytes=room_bytes,
+        device_kind=device.device_kind,
+    )
+    shape = pool_shape(plan, model)
+    require_served(plan, model, shape)
     say(_plan_line(plan))
     say(_capacity_line(plan))
     if config.load_format != "dummy":
@@ -101,11 +111,11 @@ def load(config: EngineConfig) -> Loaded:
         pages_per_slot=plan.pages_per_slot,
         vocab_size=model.vocab_size,
     )
-    shape = pages_shape(model, num_pages=plan.num_pages, page_size=plan.page_size, dtype=plan.dtype)
-    shapes = param_shapes(model, dtype=plan.dtype, layer_loop=plan.layer_loop)
-    programs = step_programs(plan, model, shapes, shape, jax.eval_shape(make_slots))
+    hold = hold_as(plan.weight_layout, SingleDeviceSharding(device))
+    weights = param_shapes(model, dtype=plan.dtype, layer_loop=plan.layer_loop, hold=hold)
+    programs = step_programs(plan, model, weights, shape, jax.eval_shape(make_slots))
     with _compiling(programs, config.progress) as compiling:
-        params = _load_weights(config, model, folder, plan, say)
+        params = _load_weights(config, model, folder, plan, hold, say)
         try:
             compiled, report = compiling.result()
             say(report)
@@ -164,6 +174,17 @@ def break_even_pages(
     return pages, slots, num_pages if num_pages <= PAGES_PER_MOVE else None
 
 
+def pool_shape(plan: EnginePlan, model: ModelConfig) -> Any:
+    """The pool of KV pages that the plan asks for, as shapes."""
+    return pages_shape(
+        model,
+        num_pages=plan.num_pages,
+        page_size=plan.page_size,
+        dtype=plan.kv_dtype,
+        head_width=plan.kv_head_width,
+    )
+
+
 def free_arrays(*trees: Any) -> None:
     """Frees the device memory of every array, whoever else may still refer to it."""
     for array in jax.tree.leaves(trees):
@@ -190,14 +211,14 @@ def _folder_of(name: str | Path) -> Path:
 
 
 def _load_weights(
-    config: EngineConfig, model: ModelConfig, folder: Path, plan: EnginePlan, say: Any
+    config: EngineConfig, model: ModelConfig, folder: Path, plan: EnginePlan, hold: Hold, say: Any
 ) -> Params:
-    dtype, layer_loop = plan.dtype, plan.layer_loop
+    tree = {"dtype": plan.dtype, "layer_loop": plan.layer_loop}
     if config.load_format == "dummy":
-        params = dummy_params(model, dtype=dtype, layer_loop=layer_loop, seed=config.seed)
-        say(f"made {model.num_parameters:,} random parameters, {dtype}")
+        params = dummy_params(model, **tree, seed=config.seed, hold=hold)
+        say(f"made {model.num_parameters:,} random parameters, {plan.dtype}")
         return params
-    params, report = load_params(folder, model, dtype=dtype, layer_loop=layer_loop)
+    params, report = load_params(folder, model, **tree, put=partial(put_held, hold=hold))
     say(report)
     return params
 
@@ -205,7 +226,8 @@ def _load_weights(
 def _plan_line(plan: EnginePlan) -> str:
     sizes = ", ".join(map(str, plan.token_buckets))
     return (
-        f"{plan.platform}, {plan.dtype}, {plan.attention} attention, {plan.layer_loop} layers; "
+        f"{plan.platform}, {plan.dtype}, {plan.attention} attention, {plan.layer_loop} layers, "
+        f"{plan.weight_layout} weights; "
         f"{plan.max_slots} slots, steps of {sizes} tokens, up to {plan.max_decode_steps} at once"
     )
 
@@ -214,8 +236,9 @@ def _capacity_line(plan: EnginePlan) -> str:
     pool_gib = plan.num_pages * plan.page_bytes / 2**30
     concurrency = min(plan.max_slots, plan.kv_capacity / plan.max_model_len)
     return (
-        f"KV cache {pool_gib:.2f} GiB: {plan.kv_capacity:,} tokens in {plan.num_pages - 1:,} pages "
-        f"of {plan.page_size}; {concurrency:.1f} sequences of {plan.max_model_len:,} tokens at once"
+        f"KV cache {pool_gib:.2f} GiB of {plan.kv_dtype}: {plan.kv_capacity:,} tokens in "
+        f"{plan.num_pages - 1:,} pages of {plan.page_size}; {concurrency:.1f} sequences of "
+        f"{plan.max_model_len:,} tokens at once"
     )
 
 
@@ -241,7 +264,7 @@ def step_programs(
         precision="highest" if plan.dtype == "float32" else "default",
     )
     shapes = partial(jax.tree.map, lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype))
-    state = (shapes(params), pages, shapes(slots))
+    state = (params, pages, shapes(slots))
     vocab_size = model.vocab_size
     int32 = partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
     steps = [

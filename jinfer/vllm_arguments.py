@@ -28,7 +28,6 @@ _SETTLED: dict[str, tuple[tuple[Any, ...], str]] = {
     "trust_remote_code": ((False, True), "No code of a checkpoint is ever run."),
     "tokenizer_mode": (("auto", "hf"), "The folder's files decide."),
     "quantization": ((None,), "Weights are floating point."),
-    "kv_cache_dtype": (("auto",), "KV pages have the dtype of the weights."),
     "swap_space": ((0,), _NO_SWAP),
     "kv_offloading_backend": (("native",), _NO_SWAP),
     "scheduling_policy": (("fcfs", "priority"), "Priorities count, and are 0 where none is given."),

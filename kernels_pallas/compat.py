@@ -13,9 +13,9 @@ def told_the_chip(device: Any) -> AbstractContextManager[Any]:
     Args:
       device: of a topology description, from `jax.experimental.topologies`.
     """
-    platform, num_cores = device.platform, getattr(device, "num_cores", None)
-    if platform == "gpu":  # as a description says it; Pallas looks for the name of the backend
-        platform, num_cores = "cuda", device.core_count
+    # A TPU says num_cores, a GPU core_count; and "gpu" names only GPUs that are present.
+    num_cores = getattr(device, "num_cores", None) or getattr(device, "core_count", None)
+    platform = "cuda" if device.platform == "gpu" else device.platform
     abstract = AbstractDevice(
         device_kind=device.device_kind, num_cores=num_cores, platform=platform
     )

@@ -203,6 +203,7 @@ BAD_ARGUMENTS = [
     ),
     ({"dtype": "int3"}, "dtype must be one of 'auto', .*; got dtype='int3'"),
     ({"dtype": 32}, "dtype must be one of"),
+    ({"kv_cache_dtype": "fp8_e5m2"}, "kv_cache_dtype must be one of 'auto', 'int8', 'fp8', .*e5m2"),
     ({"gpu_memory_utilization": 2}, r"gpu_memory_utilization must be in \(0, 1\]; got .*=2"),
     ({"gpu_memory_utilization": "a"}, "gpu_memory_utilization must be in"),
     ({"gpu_memory_utilization": float("nan")}, "gpu_memory_utilization must be in .*nan"),

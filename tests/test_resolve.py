@@ -14,6 +14,7 @@ from jinfer.resolve import (
     resolve_layer_loop,
     resolve_plan,
 )
+from jinfer.startup import pool_shape
 
 # A token of KV takes 2 * 2 layers * 2 heads * 16 wide = 128 numbers.
 MODEL = ModelConfig(
@@ -52,6 +53,33 @@ def test_nothing_asked_is_decided_by_platform(platform: str, dtype: str, loop: s
     assert plan.token_buckets[-1] == plan.max_step_tokens >= plan.max_slots
     assert plan.max_chunk_tokens == plan.max_step_tokens
     assert plan.kv_capacity == (plan.num_pages - 1) * plan.page_size
+
+
+@pytest.mark.parametrize(
+    ("asked", "kv_dtype"),
+    [("int8", "int8"), ("fp8", "float8_e4m3fn"), ("fp8_e4m3", "float8_e4m3fn")],
+)
+def test_pages_of_8_bits_count_their_scales(asked: str, kv_dtype: str) -> None:
+    plan = plan_of(kv_cache_dtype=asked)
+    assert (plan.dtype, plan.kv_dtype) == ("float32", kv_dtype)
+    # A key or value of 16 numbers takes 16 bytes and a float32.
+    assert plan.page_bytes == plan.page_size * 128 * (16 + 4) // 16
+    assert plan_of("tpu", kv_cache_dtype=asked).page_size == 128  # whole rows of scales
+    assert plan_of("tpu", kv_cache_dtype=asked, page_size=32).page_size == 32
+
+
+def test_heads_are_stored_as_wide_as_the_attention_needs() -> None:
+    wide = dataclasses.replace(MODEL, head_width=96)
+    config = EngineConfig(model="m", page_size=8, dtype="bfloat16")
+    plans = {
+        platform: resolve_plan(config, wide, platform=platform, free_bytes=GIB)
+        for platform in ("cpu", "tpu")
+    }
+    assert (plans["cpu"].attention, plans["cpu"].kv_head_width) == ("xla", 96)
+    assert (plans["tpu"].attention, plans["tpu"].kv_head_width) == ("tpu", 128)
+    assert plans["cpu"].page_bytes == 8 * 2 * 2 * 2 * 96 * 2
+    assert plans["tpu"].page_bytes == 8 * 2 * 2 * 2 * 128 * 2
+    assert pool_shape(plans["tpu"], wide).shape[4] == 2 * 128
 
 
 def test_what_was_asked_is_kept() -> None:

@@ -222,6 +222,7 @@ def _add_engine(parser: _Parser) -> None:
     add("num_pages", **count, help="pages of the KV cache")
     add("gpu_memory_utilization", type=float, metavar="X", help="share of free memory to use")
     add("dtype", metavar="NAME", help="auto, float32, bfloat16 or float16")
+    add("kv_cache_dtype", metavar="NAME", help="auto, int8 or fp8")
     add("load_format", metavar="NAME", help="auto, safetensors or dummy (random weights)")
     add("tokenizer", metavar="MODEL", help="where the tokenizer is, if not with the model")
     add("skip_tokenizer_init", action="store_true", help="token ids in, token ids out")

@@ -4,21 +4,23 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
-from jinfer.config import ModelConfig
+from jinfer.config import EnginePlan, ModelConfig
+from kernels_pallas.paged_attention import tpu
 from kernels_pallas.paged_attention.gpu import paged_attention_gpu
-from kernels_pallas.paged_attention.tpu import paged_attention_tpu
 from kernels_pallas.paged_attention.xla import paged_attention_xla
 
 # The contract: kernels_pallas/paged_attention/contract.py.
 ATTENTION: dict[str, Callable[..., Any]] = {
     "xla": paged_attention_xla,  # portable; one query tile at a time suits a CPU
     "xla_wide": partial(paged_attention_xla, tiles_at_once=32),  # the same for wider devices
-    "tpu": paged_attention_tpu,
+    "tpu": tpu.paged_attention_tpu,
     "gpu": paged_attention_gpu,  # Hopper only; by name until it has run on one
     # The TPU kernel simulated on a CPU: slow, for finding out which of the two is wrong.
-    "tpu_interpret": partial(paged_attention_tpu, interpret=pltpu.InterpretParams()),
+    "tpu_interpret": partial(tpu.paged_attention_tpu, interpret=pltpu.InterpretParams()),
 }
 
 
@@ -26,5 +28,38 @@ def default_attention(model: ModelConfig, *, platform: str, dtype: str) -> str:
     """The name of the implementation that serves this model here unless the user names one."""
     if platform == "cpu":
         return "xla"
-    tpu_serves = model.head_width % 64 == 0 and dtype in ("float32", "bfloat16")
-    return "tpu" if platform == "tpu" and tpu_serves else "xla_wide"
+    # Narrow heads would leave more than half of each page empty.
+    fits = stored_head_width("tpu", model.head_width) <= 2 * model.head_width
+    return "tpu" if platform == "tpu" and fits and dtype in tpu.DTYPES else "xla_wide"
+
+
+def stored_head_width(attention: str, head_width: int) -> int:
+    """How wide the pool holds a head for this implementation: as it is, or filled with zeros."""
+    kernel = attention.removesuffix("_interpret")
+    return tpu.stored_head_width(head_width) if kernel == "tpu" else head_width
+
+
+def require_served(plan: EnginePlan, model: ModelConfig, pages: Any) -> None:
+    """Lets the chosen implementation refuse the plan's shapes before any weight is read.
+
+    Args:
+      plan: with the name of the implementation.
+      model: whose heads attend.
+      pages: the pool, as shapes.
+
+    Raises:
+      NotImplementedError: the platform, a dtype or a size is not for it; says which and why.
+    """
+    if plan.attention == "tpu" and plan.platform != "tpu":
+        raise NotImplementedError(
+            f"attention='tpu' needs a TPU; got platform={plan.platform!r}. Leave it out."
+        )
+    num_tokens, num_rows, width = plan.max_step_tokens, plan.max_slots, model.head_width
+    int32 = partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
+    q_TNH, kv_TKH = (
+        jax.ShapeDtypeStruct((num_tokens, num_heads, width), plan.dtype)
+        for num_heads in (model.num_q_heads, model.num_kv_heads)
+    )
+    rows = (int32((num_rows, plan.pages_per_slot)), *[int32((num_rows,))] * 3)
+    attend = partial(ATTENTION[plan.attention], scale=width**-0.5)
+    jax.eval_shape(attend, q_TNH, kv_TKH, kv_TKH, pages, int32(()), *rows)

@@ -1,26 +1,41 @@
-"""The pool of KV pages: one array for all layers, donated at the border, updated in place."""
+"""The pool of KV pages: one for all layers, donated at the border, updated in place."""
+
+import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
 
 from jinfer.config import ModelConfig
+from kernels_pallas.paged_attention.pages import LARGEST, Pages, QuantizedPages
 
-KVPages = Float[Array, "L P K Z _"]  # [L, P, K, Z, 2H]
-
-
-def page_bytes(config: ModelConfig, *, page_size: int, dtype: str) -> int:
-    """Bytes of one page: `page_size` tokens of all layers, keys and values."""
-    return config.kv_bytes_per_token(jnp.dtype(dtype).itemsize) * page_size
+KVPages = Pages
 
 
 def pages_shape(
-    config: ModelConfig, *, num_pages: int, page_size: int, dtype: str
-) -> jax.ShapeDtypeStruct:
-    """Shape of the pool, `[L, P, K, Z, 2H]`: a token's key and value stand side by side."""
-    shape = (config.num_layers, num_pages, config.num_kv_heads, page_size, 2 * config.head_width)
-    return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
+    config: ModelConfig, *, num_pages: int, page_size: int, dtype: str, head_width: int
+) -> Any:
+    """The pool as shapes: cells `[L, P, K, Z, 2H]`, a token's key and value side by side.
+
+    Args:
+      config: the model's.
+      num_pages: the bin included.
+      page_size: tokens per page.
+      dtype: of the cells; those of 8 bits come with a scale per key and value.
+      head_width: as stored, which may be wider than the model's own.
+    """
+    per_head = (config.num_layers, num_pages, config.num_kv_heads)
+    cells: Any = jax.ShapeDtypeStruct((*per_head, page_size, 2 * head_width), jnp.dtype(dtype))
+    scales: Any = jax.ShapeDtypeStruct((*per_head, 2, page_size), jnp.float32)
+    return QuantizedPages(cells, scales) if dtype in LARGEST else cells
 
 
-def allocate_pages(shape: jax.ShapeDtypeStruct) -> KVPages:
-    return jax.jit(lambda: jnp.zeros(shape.shape, shape.dtype))()
+def page_bytes(config: ModelConfig, *, page_size: int, dtype: str, head_width: int) -> int:
+    """Bytes of one page: `page_size` tokens of all layers, keys and values, and their scales."""
+    page = pages_shape(config, num_pages=1, page_size=page_size, dtype=dtype, head_width=head_width)
+    return sum(math.prod(part.shape) * part.dtype.itemsize for part in jax.tree.leaves(page))
+
+
+def allocate_pages(shape: Any) -> KVPages:
+    """A pool of these shapes, all zeros."""
+    return jax.jit(lambda: jax.tree.map(lambda part: jnp.zeros(part.shape, part.dtype), shape))()

@@ -1,7 +1,6 @@
 """Random parameters of any shape, made on the device: a benchmark needs no checkpoint."""
 
 import math
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +8,18 @@ from jax import lax
 
 from jinfer.config import ModelConfig
 from jinfer.models.registry import FAMILIES
+from jinfer.weights.layout import Hold
 from jinfer.weights.tree import Params, Place, build_tree, require_dtype
 
 
-def dummy_params(config: ModelConfig, *, dtype: str, layer_loop: str, seed: int) -> Params:
+def dummy_params(
+    config: ModelConfig,
+    *,
+    dtype: str,
+    layer_loop: str,
+    seed: int,
+    hold: Hold = lambda path, num_axes: None,
+) -> Params:
     """Draws the tree that `load_params` would give, without a file or a copy on the host.
 
     Norms are one, biases zero and matrices uniform with a deviation of one over the root of their
@@ -24,6 +31,7 @@ def dummy_params(config: ModelConfig, *, dtype: str, layer_loop: str, seed: int)
       dtype: "float32", "bfloat16" or "float16".
       layer_loop: "unrolled" or "scan".
       seed: of every parameter; different leaves and layers get different numbers.
+      hold: where each matrix goes, as `jinfer.weights.layout.hold_as` says; None = anywhere.
     """
     weights = FAMILIES[config.family].weight_map(config)
     jax_dtype = jnp.dtype(require_dtype(dtype))
@@ -37,12 +45,17 @@ def dummy_params(config: ModelConfig, *, dtype: str, layer_loop: str, seed: int)
         if place.leaf.startswith("b_"):
             return jnp.zeros(place.shape, jax_dtype)
         fan_in = weights.stored_shape(place.tensors[0])[-1]
-        return _uniform(seed, num_made, fan_in**-0.5, shape=place.shape, dtype=jax_dtype)
+        # Drawn where it shall lie; norms and biases lie anywhere.
+        draw = jax.jit(
+            _uniform,
+            static_argnames=("shape", "dtype"),
+            out_shardings=hold(place.path, len(place.shape)),
+        )
+        return draw(seed, num_made, fan_in**-0.5, shape=place.shape, dtype=jax_dtype)
 
     return build_tree(weights, config.num_layers, layer_loop, make)
 
 
-@partial(jax.jit, static_argnames=("shape", "dtype"))
 def _uniform(seed, leaf_number, deviation, *, shape: tuple[int, ...], dtype: jnp.dtype):
     """Hashes each element's place: unlike jax.random, one fused pass with no temporaries.
 

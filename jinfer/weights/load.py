@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -18,6 +19,7 @@ from jinfer.models.registry import FAMILIES, family_of
 from jinfer.models.weight_map import WeightMap
 from jinfer.weights.folder import read_hf_config, require_model_folder
 from jinfer.weights.host_tensor import HostTensor
+from jinfer.weights.layout import Hold
 from jinfer.weights.safetensors import StoredTensor, open_checkpoint
 from jinfer.weights.tree import FLOAT_DTYPES, Params, Place, build_tree, require_dtype
 
@@ -125,12 +127,13 @@ def open_checked(folder: Path, config: ModelConfig) -> Mapping[str, StoredTensor
     return stored
 
 
-def param_shapes(config: ModelConfig, *, dtype: str, layer_loop: str) -> Params:
+def param_shapes(config: ModelConfig, *, dtype: str, layer_loop: str, hold: Hold) -> Params:
     """The tree that `load_params` gives, as shapes: programs compile for it before it is there."""
     wanted_dtype = require_dtype(dtype)
 
     def make(place: Place) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(place.shape, wanted_dtype)
+        held: Any = hold(place.path, len(place.shape))
+        return jax.ShapeDtypeStruct(place.shape, wanted_dtype, sharding=held)
 
     weights = FAMILIES[config.family].weight_map(config)
     return build_tree(weights, config.num_layers, layer_loop, make)

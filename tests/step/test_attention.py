@@ -1,6 +1,7 @@
 """Which attention is chosen, and that switching it changes no token."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from engine_runs import make_engine, run_jobs, tokens_of
@@ -13,11 +14,32 @@ from jinfer.weights.load import read_model_config
 
 @pytest.mark.parametrize(
     ("platform", "head_width", "want"),
-    [("cpu", 64, "xla"), ("gpu", 64, "xla_wide"), ("tpu", 128, "tpu"), ("tpu", 96, "xla_wide")],
+    [
+        ("cpu", 64, "xla"),
+        ("gpu", 64, "xla_wide"),
+        ("tpu", 128, "tpu"),
+        ("tpu", 96, "tpu"),
+        ("tpu", 24, "xla_wide"),
+    ],
 )
 def test_default(platform: str, head_width: int, want: str, tmp_path: Path) -> None:
     model = read_model_config(write_llama_checkpoint(tmp_path, seed=0, head_dim=head_width))
     assert default_attention(model, platform=platform, dtype="bfloat16") == want
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"attention": "tpu"}, "attention='tpu' needs a TPU; got platform='cpu'"),
+        ({"attention": "tpu_interpret", "dtype": "float16"}, "on TPU, .* got dtype=float16"),
+    ],
+)
+def test_what_an_attention_cannot_do_is_refused_before_the_weights_are_read(
+    asked: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("jinfer.startup.load_params", lambda *_, **__: pytest.fail("weights read"))
+    with pytest.raises(NotImplementedError, match=message):
+        make_engine(write_llama_checkpoint(tmp_path, seed=0), **asked)
 
 
 @pytest.mark.slow

@@ -21,6 +21,8 @@ def shape_of(num_tokens: int, max_slots: int, page_size: int) -> BucketShape:
     plan = EnginePlan(
         platform="cpu",
         dtype="float32",
+        kv_dtype="float32",
+        kv_head_width=1,
         max_model_len=50,
         max_slots=max_slots,
         max_step_tokens=num_tokens,
@@ -34,6 +36,7 @@ def shape_of(num_tokens: int, max_slots: int, page_size: int) -> BucketShape:
         max_decode_steps=1,
         max_logprobs=1,
         layer_loop="scan",
+        weight_layout="default",
         attention="xla",
     )
     return BucketShape.of(num_tokens, plan)
