@@ -1,8 +1,8 @@
-"""Paged attention for Hopper GPUs (Mosaic GPU Pallas): tiles of queries over pages brought by TMA.
+"""Paged attention for Hopper and Blackwell GPUs (Mosaic GPU Pallas): pages brought by TMA.
 
 Two files: this one writes the new cells, cuts the work and combines its parts; `gpu_attend.py`
 holds the kernel. Nothing here has run on a GPU yet: numbers are proven in interpret mode,
-programs by compiling them ahead of time for H200. Needs jax 0.11 or newer.
+programs by compiling them ahead of time for H200 and B200. Needs jax 0.11 or newer.
 
 Beside the usual axis letters (T N K G H L P Z B M), in these files:
 X  tiles in the work list          U  query tokens in a tile
@@ -21,14 +21,16 @@ from kernels_pallas.paged_attention.pages import Pages, QuantizedPages, cells_of
 from kernels_pallas.paged_attention.xla import _cut, _Rows, _write
 
 DTYPES = ("bfloat16", "float16")
-QUERY_ROWS = 64  # of one wgmma
+# Of one product, by what multiplies matrices: Hopper's wgmma, Blackwell's tcgen05.
+QUERY_ROWS_OF_UNIT = {"wgmma": 64, "tcgen05": 128}
 BLOCK_TOKENS = 64  # keys in a stage of the ring
 # 128 kB of 16-bit keys and values on their way, or 64 at width 64: untuned, for want of a chip.
 STAGES_OF_HEAD_WIDTH = {64: 4, 128: 4, 256: 2}
 # A part below this many tokens is not worth a block of its own and a share of the combine.
 MIN_PART_TOKENS = 512
 NUM_MULTIPROCESSORS = 132
-# What their kinds are called: the description of a chip in a mesh says no more.
+UNIT_OF_CAPABILITY = {"9": "wgmma", "10": "tcgen05"}  # of compute capability 9.0, 10.0, 10.3
+# What Hoppers' kinds are called: the description of a chip in a mesh says no more.
 HOPPER = ("H100", "H200", "H800", "H20")
 
 
@@ -49,6 +51,7 @@ def paged_attention_gpu(  # noqa: PLR0913 - the contract of every implementation
     sinks_N: Float[Array, "N"] | None = None,
     tile_tokens: int | None = None,
     num_parts: int | None = None,
+    unit: str | None = None,
     interpret: Any = False,
 ) -> tuple[Float[Array, "T N H"], Pages]:
     """Same contract as `paged_attention_xla`, whose docstring explains the shared arguments.
@@ -71,10 +74,12 @@ def paged_attention_gpu(  # noqa: PLR0913 - the contract of every implementation
       window: positions a query sees; blocks of 64 keys before it are not read.
       soft_cap: bound on the scores.
       sinks_N: an extra logit per head.
-      tile_tokens: query tokens of a tile, at most 64 / G. None = 1 if there are no more tokens
-        than rows, as in a step that only decodes, else 64 / G.
+      tile_tokens: query tokens of a tile, at most 64 / G, of tcgen05 128 / G. None = 1 if there
+        are no more tokens than rows, as in a step that only decodes, else the most.
       num_parts: blocks that share a tile's context, their results combined by their weights.
         None = enough of them to occupy the chip, none below 512 tokens of the table's width.
+      unit: what multiplies matrices, "wgmma" or "tcgen05". None = the chip's own, or wgmma where
+        it is interpreted.
       interpret: as in `plgpu.kernel`: False, or `plgpu.InterpretGPUParams(...)` for a CPU.
 
     Returns:
@@ -83,9 +88,9 @@ def paged_attention_gpu(  # noqa: PLR0913 - the contract of every implementation
 
     Raises:
       ValueError: if shapes or integer dtypes disagree, or a tile size is out of range.
-      NotImplementedError: for a chip other than Hopper, jax before 0.11, or a dtype, page size,
-        group or head width of the pool that the kernel does not take. The heads' own may be
-        any up to 256: `stored_head_width` says what to allocate.
+      NotImplementedError: for a chip other than Hopper and Blackwell (sm_100), jax before 0.11,
+        or a dtype, page size, group or head width of the pool that the kernel does not take. The
+        heads' own may be any up to 256: `stored_head_width` says what to allocate.
 
     Donates: as `paged_attention_xla`.
     Cost: reads each visible page once per tile; the queries' and outputs' copies are 8 rows
@@ -107,7 +112,9 @@ def paged_attention_gpu(  # noqa: PLR0913 - the contract of every implementation
     )
     _check_arrays(q_TNH, k_TKH, v_TKH, pages)
     if not interpret:
-        _check_chip()
+        _check_jax()
+    unit = unit or ("wgmma" if interpret else _unit_of_chip())
+    _check_unit(unit, pages)
     # Jax before 0.11 lacks what that file imports.
     from kernels_pallas.paged_attention.gpu_attend import AttendOptions, attend_tiles
 
@@ -116,7 +123,8 @@ def paged_attention_gpu(  # noqa: PLR0913 - the contract of every implementation
     _, num_pages, num_kv_heads, page_size, _ = cells_of(pages).shape
     (num_tokens, num_q_heads, stored_width), num_rows = q_TNH.shape, page_table_BM.shape[0]
     group = num_q_heads // num_kv_heads
-    tile_tokens = _tile_tokens(tile_tokens, group, num_tokens, num_rows)
+    most_tokens = QUERY_ROWS_OF_UNIT[unit] // group
+    tile_tokens = _tile_tokens(tile_tokens, most_tokens, num_tokens, num_rows)
     num_tiles = min(num_tokens, (num_tokens + num_rows * (tile_tokens - 1)) // tile_tokens)
     context_tokens = page_table_BM.shape[1] * page_size
     num_parts = _num_parts(num_parts, num_tiles * num_kv_heads, context_tokens)
@@ -136,6 +144,7 @@ def paged_attention_gpu(  # noqa: PLR0913 - the contract of every implementation
             soft_cap=soft_cap,
             num_parts=num_parts,
             num_stages=STAGES_OF_HEAD_WIDTH[stored_width],
+            unit=unit,
             interpret=interpret or None,
         ),
     )
@@ -182,9 +191,10 @@ def _check_arrays(q_TNH: Any, k_TKH: Any, v_TKH: Any, pages: Pages) -> None:
             "Choose another one, or the xla implementation."
         )
     group = q_TNH.shape[1] // num_kv_heads
-    if group > QUERY_ROWS:
+    most_heads = min(QUERY_ROWS_OF_UNIT.values())
+    if group > most_heads:
         raise NotImplementedError(
-            f"on GPU, a kv head serves at most {QUERY_ROWS} query heads; got {group}. "
+            f"on GPU, a kv head serves at most {most_heads} query heads; got {group}. "
             "Choose the xla implementation."
         )
 
@@ -204,34 +214,54 @@ def _check_dtypes(q_TNH: Any, k_TKH: Any, v_TKH: Any, pages: Pages) -> None:
         )
 
 
-def _check_chip() -> None:
+def _check_jax() -> None:
     if jax.__version_info__ < (0, 11):
         raise NotImplementedError(
             f"paged attention on GPU needs jax >= 0.11; got {jax.__version__}. "
             "Update jax, or choose the xla implementation."
         )
-    # Of what is compiled for: the mesh may name a chip that is not here.
-    device = jax.sharding.get_abstract_mesh().abstract_device or backend.get_default_device()
-    capability = getattr(device, "compute_capability", None)
-    if capability is None:
-        is_hopper = any(name in device.device_kind for name in HOPPER)
-    else:
-        is_hopper = capability.startswith("9.")
-    if device.platform not in ("gpu", "cuda") or not is_hopper:
+
+
+def _check_unit(unit: str, pages: Pages) -> None:
+    if unit not in QUERY_ROWS_OF_UNIT:
+        raise ValueError(
+            f"unit must be {' or '.join(QUERY_ROWS_OF_UNIT)}; got {unit=}. "
+            "Leave it out for the chip's own."
+        )
+    if unit == "tcgen05" and cells_of(pages).shape[4] > 2 * 128:
+        # Of 128 rows a thread holds a whole one, and has 255 registers.
         raise NotImplementedError(
-            "paged attention on GPU needs a Hopper chip (compute capability 9.0); "
-            f'got {device.device_kind}. Choose the xla implementation, attention="xla_wide".'
+            "on Blackwell, the pool's head width must be 64 or 128; "
+            f"got {cells_of(pages).shape[4] // 2}. Choose the xla implementation."
         )
 
 
-def _tile_tokens(asked: int | None, group: int, num_tokens: int, num_rows: int) -> int:
-    most = QUERY_ROWS // group
+def _unit_of_chip() -> str:
+    here = backend.get_default_device()
+    # Of what is compiled for: the mesh may name a chip that is not here.
+    device = jax.sharding.get_abstract_mesh().abstract_device or here
+    if device.device_kind == here.device_kind:
+        device = here  # which says more
+    capability = getattr(device, "compute_capability", None)
+    if capability is None and any(name in device.device_kind for name in HOPPER):
+        capability = "9.0"
+    unit = UNIT_OF_CAPABILITY.get(str(capability).split(".")[0])
+    if device.platform not in ("gpu", "cuda") or unit is None:
+        raise NotImplementedError(
+            "paged attention on GPU needs a Hopper or Blackwell chip that tells its compute "
+            f"capability, 9.0 or 10.x; got {device.device_kind}, {capability}. "
+            'Choose the xla implementation, attention="xla_wide".'
+        )
+    return unit
+
+
+def _tile_tokens(asked: int | None, most: int, num_tokens: int, num_rows: int) -> int:
     if asked is None:
         return 1 if num_tokens <= num_rows else most
     if not 1 <= asked <= most:
         raise ValueError(
-            f"tile_tokens must be from 1 to {most}, {QUERY_ROWS} query rows of {group} heads "
-            f"per token; got tile_tokens={asked}. Leave it out for the default."
+            f"tile_tokens must be from 1 to {most}, what the rows of a product hold of this "
+            f"many heads per token; got tile_tokens={asked}. Leave it out for the default."
         )
     return asked
 

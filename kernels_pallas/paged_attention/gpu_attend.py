@@ -15,11 +15,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int32
 
-from kernels_pallas.paged_attention.gpu import BLOCK_TOKENS, QUERY_ROWS
+from kernels_pallas.paged_attention.gpu import BLOCK_TOKENS, QUERY_ROWS_OF_UNIT
 from kernels_pallas.paged_attention.pages import Pages, QuantizedPages, cells_of, scales_of
 
 ROW_BYTES = 128  # of shared memory, swizzled: what wgmma reads eight of at a time
-LANES = 64  # of 16 bits in such a row
+LANES = 64  # of 16 bits in such a row; as many as a block has keys
 COMPUTE, COPY = 0, 1  # the two warpgroups
 LOG2E = math.log2(math.e)
 # Finite, so that a block in which a query sees nothing never computes inf - inf.
@@ -36,7 +36,17 @@ class AttendOptions:
     soft_cap: float | None
     num_parts: int
     num_stages: int
+    unit: str  # what multiplies matrices: wgmma or tcgen05
     interpret: Any
+
+    @property
+    def query_rows(self) -> int:
+        return QUERY_ROWS_OF_UNIT[self.unit]
+
+    @property
+    def layout(self) -> Any:
+        """How the threads of a warpgroup share a product."""
+        return {"wgmma": plgpu.Layout.WGMMA, "tcgen05": plgpu.Layout.TCGEN05}[self.unit]
 
 
 def attend_tiles(
@@ -45,22 +55,24 @@ def attend_tiles(
     q_XKQH: Float[Array, "X K Q H"],
     pages: Pages,
     options: AttendOptions,
-) -> tuple[Float[Array, "X C K Q H"], Float[Array, "X C K 64"]]:
+) -> tuple[Float[Array, "X C K Q H"], Float[Array, "X C K R"]]:
     """Attends from each tile over its row's pages, or a part of them.
 
     A warpgroup copies pages by TMA, found through the table, into a ring of stages of 64 keys;
-    another computes on them: two wgmma of 64 query rows, of which a tile may use fewer, with an
-    online softmax in registers between them. Its weights go through shared memory, which is
-    what interpret mode can follow; taken from registers, they would save a trip on the chip.
+    another computes on them: two products of R query rows, of which a tile may use fewer, with
+    an online softmax in registers between them. R is 64 of Hopper's wgmma, 128 of Blackwell's
+    tcgen05, whose products land in tensor memory and are read from there. Weights go through
+    shared memory, which is what interpret mode can follow; taken from registers, they would
+    save a trip on a Hopper.
     A stage of 8-bit cells is converted to bfloat16, which holds them exactly, beside the ring
-    before wgmma reads it. A key's scale then multiplies its column of the scores, a value's
+    before a product reads it. A key's scale then multiplies its column of the scores, a value's
     its column of the weights.
 
     Args:
       tile_X4: of each tile its row, the positions of the first and last key that it sees, and
         the position of its first query. A last of -1 marks a tile that is not used.
       table_BM: page ids, of the pages of one layer.
-      q_XKQH: query rows, `group` of them per token; Q is a multiple of 8, at most 64.
+      q_XKQH: query rows, `group` of them per token; Q is a multiple of 8, at most R.
       pages: the pool with leading axes merged: [P*K, Z, 2H], and scales [P*K, 2, Z] if any.
       options: see there.
 
@@ -69,21 +81,22 @@ def attend_tiles(
       divided by, which is very low where nothing is seen.
 
     Cost: reads each page from the first to the last key once per tile. Shared memory: 64
-      tokens' keys and values per stage, 64 rows of queries (later outputs) and of weights;
+      tokens' keys and values per stage, R rows of queries (later outputs) and of weights;
       for 8-bit pages also 64 tokens' keys and values in 16 bits. For sm_90a, without spills:
       80 kB and 150 registers at width 64, 152 kB and 220 at 128; of 8 bits 66 kB and 216,
       122 kB and 255. At 256 all have 255 registers and spill: 168 kB and 428 to 508 bytes, of
-      8 bits 169 kB and 148 bytes. One block per multiprocessor.
+      8 bits 169 kB and 148 bytes. For sm_100a, 16 and 24 kB more: 246 registers at width 64;
+      at 128 255 and 268 bytes spilled, of 8 bits 540. One block per multiprocessor.
     """
     num_tiles, num_kv_heads, num_rows, head_width = q_XKQH.shape
     grid = (num_tiles, options.num_parts, num_kv_heads)
-    scratch = _scratch(q_XKQH.dtype, head_width, pages, options.num_stages)
+    scratch = _scratch(q_XKQH.dtype, head_width, pages, options)
     attend = plgpu.kernel(
         # A fresh object: JAX 0.11 caches a kernel's jaxpr by the identity of its function.
         partial(_kernel, options=options),
         out_type=(
             jax.ShapeDtypeStruct((*grid, num_rows, head_width), q_XKQH.dtype),
-            jax.ShapeDtypeStruct((*grid, QUERY_ROWS), jnp.float32),
+            jax.ShapeDtypeStruct((*grid, options.query_rows), jnp.float32),
         ),
         scratch_types=scratch,
         grid=grid,
@@ -97,21 +110,28 @@ def attend_tiles(
     return attend(tile_X4, table_BM, q_XKQH, pages)
 
 
-def _scratch(dtype: Any, head_width: int, pages: Pages, num_stages: int) -> list[Any]:
+def _scratch(dtype: Any, head_width: int, pages: Pages, options: AttendOptions) -> list[Any]:
     cells, quantized = cells_of(pages), isinstance(pages, QuantizedPages)
+    num_stages, query_rows = options.num_stages, options.query_rows
     ring = _tiled_smem(cells.dtype, num_stages, BLOCK_TOKENS, 2 * head_width)
     if quantized:
         scales: Any = plgpu.SMEM((num_stages, 2, BLOCK_TOKENS), jnp.float32)
         ring = QuantizedPages(ring, scales)
     # A copy of cells per page; of scales, a line of the keys' and a line of the values' each.
     copies = BLOCK_TOKENS // min(BLOCK_TOKENS, cells.shape[1]) * (3 if quantized else 1)
+    tensor = None
+    if options.unit == "tcgen05":
+        # A product of either kind, and that it is there.
+        product = plgpu.TMEM((query_rows, LANES), jnp.float32)
+        tensor = (product, plgpu.Barrier(orders_tensor_core=True))
     return [
-        _tiled_smem(dtype, QUERY_ROWS, head_width),  # queries, then outputs
+        _tiled_smem(dtype, query_rows, head_width),  # queries, then outputs
         ring,
         # The block that is computed on, if the ring holds it in 8 bits.
         _tiled_smem(dtype, BLOCK_TOKENS, 2 * head_width) if quantized else None,
-        _tiled_smem(dtype, QUERY_ROWS, BLOCK_TOKENS),  # softmax weights
-        plgpu.SMEM((QUERY_ROWS,), jnp.float32),
+        _tiled_smem(dtype, query_rows, BLOCK_TOKENS),  # softmax weights
+        tensor,
+        plgpu.SMEM((query_rows,), jnp.float32),
         plgpu.Barrier(),  # queries are here
         plgpu.Barrier(num_arrivals=copies, num_barriers=num_stages),  # a stage is full
         plgpu.Barrier(num_barriers=num_stages),  # a stage may be filled again
@@ -127,12 +147,12 @@ def _tiled_smem(dtype: Any, *shape: int) -> Any:
 
 
 def _kernel(tile_ref, table_ref, q_ref, pages_ref, out_ref, log_ref, *scratch, options):
-    #       [X, 4]    [B, M]     [X,K,Q,H] [P*K,Z,2H] [X,C,K,Q,H] [X,C,K,64]
+    #       [X, 4]    [B, M]     [X,K,Q,H] [P*K,Z,2H] [X,C,K,Q,H] [X,C,K,R]
     tile, part, kv_head = (lax.axis_index(name) for name in ("tile", "part", "kv_head"))
     warpgroup = lax.axis_index("warpgroup")
     row, *span = (tile_ref[tile, i] for i in range(4))
     first_block, num_blocks = _part(span, part, options.num_parts)
-    q_smem, ring, wide_smem, weight_smem, log_smem, q_here, full, free = scratch
+    q_smem, ring, wide_smem, weight_smem, tensor, log_smem, q_here, full, free = scratch
     used_smem = q_smem.at[pl.ds(0, q_ref.shape[2])]
 
     @pl.when((warpgroup == COPY) & (num_blocks > 0))
@@ -157,10 +177,10 @@ def _kernel(tile_ref, table_ref, q_ref, pages_ref, out_ref, log_ref, *scratch, o
         def _():
             plgpu.barrier_wait(q_here)
 
-        buffers = (q_smem, ring, wide_smem, weight_smem, full, free)
+        buffers = (q_smem, ring, wide_smem, weight_smem, tensor, full, free)
         blocks = (first_block, num_blocks)
         step = partial(_accumulate, buffers, span, blocks, options)
-        weighted, peak, total = lax.fori_loop(0, num_blocks, step, _start(q_ref.shape[3]))
+        weighted, peak, total = lax.fori_loop(0, num_blocks, step, _start(q_ref.shape[3], options))
         # Where no key is seen, the output is 0 and the total weight next to nothing.
         total = jnp.maximum(total, 1e-30)
         for i, lanes in enumerate(weighted):
@@ -206,20 +226,21 @@ def _cells_and_scales(refs: Any) -> tuple[Any, Any]:
     return cells_of(refs), scales_of(refs)
 
 
-def _start(head_width: int):
+def _start(head_width: int, options: AttendOptions):
     """The online softmax before its first key: weighted values, peak score, total weight."""
-    rows, tile = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA
-    lanes = plgpu.layout_cast(jnp.zeros((QUERY_ROWS, LANES), jnp.float32), tile)
-    return (
-        (lanes,) * (head_width // LANES),
-        plgpu.layout_cast(jnp.full((QUERY_ROWS,), MASKED, jnp.float32), rows),
-        plgpu.layout_cast(jnp.zeros((QUERY_ROWS,), jnp.float32), rows),
-    )
+
+    def filled(value: float, *shape: int):
+        layout = options.layout if len(shape) == 2 else options.layout.reduce(1)
+        return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
+
+    lanes = filled(0, options.query_rows, LANES)
+    peak, total = filled(MASKED, options.query_rows), filled(0, options.query_rows)
+    return (lanes,) * (head_width // LANES), peak, total
 
 
 def _accumulate(buffers, span, blocks, options, j, carry):
     """One block's step of the online softmax, in powers of two."""
-    q_smem, ring, wide_smem, weight_smem, full, free = buffers
+    q_smem, ring, wide_smem, weight_smem, tensor, full, free = buffers
     (first, last, position), (first_block, num_blocks) = span, blocks
     weighted, peak, total = carry
     head_width = q_smem.shape[1]
@@ -227,12 +248,14 @@ def _accumulate(buffers, span, blocks, options, j, carry):
     start = (first_block + j) * BLOCK_TOKENS
     plgpu.barrier_wait(full.at[stage])
 
-    kv_smem, key_scale, value_scale = _ready(ring, wide_smem, stage)
+    column = options.layout.reduce(0)
+    kv_smem, key_scale, value_scale = _ready(ring, wide_smem, stage, column)
     key_smem = kv_smem.at[:, pl.ds(0, head_width)]
     value_smem = kv_smem.at[:, pl.ds(head_width, head_width)]
-    score = _multiply(q_smem, key_smem.transpose((1, 0)))
+    multiply = partial(_multiply, tensor)
+    score = multiply(q_smem, key_smem.transpose((1, 0)))
     if key_scale is not None:
-        score *= _along_keys(key_scale)
+        score *= _along_keys(key_scale, options)
     score = _scaled(score, options)
 
     def mask(score):
@@ -250,18 +273,18 @@ def _accumulate(buffers, span, blocks, options, j, carry):
     total = total * fade + jnp.sum(weight, axis=1)
     if value_scale is not None:
         # The scale of a cell that is not the row's may be NaN too.
-        key = start + _iota(0, (BLOCK_TOKENS,), plgpu.Layout.WGMMA.reduce(0))
+        key = start + _iota(0, (BLOCK_TOKENS,), column)
         owned = (first <= key) & (key <= last)
-        weight *= _along_keys(jnp.where(owned, value_scale, 0))
+        weight *= _along_keys(jnp.where(owned, value_scale, 0), options)
     weight_smem[...] = weight.astype(weight_smem.dtype)
     plgpu.commit_smem()
     # Lanes go 64 at a time: one such product in registers at once.
     new_weighted = []
     for i, lanes in enumerate(weighted):
-        update = _multiply(weight_smem, value_smem.at[:, pl.ds(i * LANES, LANES)])
+        update = multiply(weight_smem, value_smem.at[:, pl.ds(i * LANES, LANES)])
         new_weighted.append(lanes * _along_rows(fade) + update)
 
-    # Only here have all wgmma read the stage. Nobody waits for the last ones to be freed.
+    # Only here have all products read the stage. Nobody waits for the last ones to be freed.
     @pl.when(j + options.num_stages < num_blocks)
     def _():
         plgpu.barrier_arrive(free.at[stage])
@@ -269,12 +292,12 @@ def _accumulate(buffers, span, blocks, options, j, carry):
     return tuple(new_weighted), new_peak, total
 
 
-def _ready(ring, wide_smem, stage):
-    """A stage's cells as wgmma takes them, and the keys' and values' scales if there are any."""
+def _ready(ring, wide_smem, stage, column):
+    """A stage's cells as products take them, and the keys' and values' scales if there are any."""
     cells_smem, scales_smem = _cells_and_scales(ring)
     if scales_smem is None:
         return cells_smem.at[stage], None, None
-    # A warp has waited for its own wgmma; only here have all of them read the block before.
+    # A warp has waited for its own product; only here have all of them read the block before.
     plgpu.commit_smem()
     for lane in range(0, wide_smem.shape[1], ROW_BYTES):
         lanes = pl.ds(lane, ROW_BYTES)
@@ -283,7 +306,6 @@ def _ready(ring, wide_smem, stage):
             cells = cells.astype(jnp.float32)  # Mosaic knows no shorter way from float8
         wide_smem[:, lanes] = cells.astype(wide_smem.dtype)
     plgpu.commit_smem()
-    column = plgpu.Layout.WGMMA.reduce(0)
     return wide_smem, *(_load(scales_smem.at[stage, half], column) for half in range(2))
 
 
@@ -292,7 +314,15 @@ def _load(ref, layout):
     return plgpu.load(ref, layout=layout)  # pyright: ignore[reportCallIssue]
 
 
-def _multiply(left_smem, right_smem):
+def _multiply(tensor, left_smem, right_smem):
+    if tensor is not None:
+        product_tmem, done = tensor
+        plgpu.tcgen05_mma(product_tmem, left_smem, right_smem, done, accumulate=False)
+        plgpu.barrier_wait(done)
+        product = plgpu.async_load_tmem(product_tmem, layout=plgpu.Layout.TCGEN05)
+        plgpu.wait_load_tmem()  # of all warps: the next product may take the place of this one
+        return product
+
     def multiply(product):
         plgpu.wgmma(product, left_smem, right_smem)
         return product[...]  # waits
@@ -303,7 +333,7 @@ def _multiply(left_smem, right_smem):
 
 def _clear(value_smem, first, last):
     """Zeroes all rows but those from first to last."""
-    key = _iota(0, (BLOCK_TOKENS, LANES))
+    key = _iota(0, (BLOCK_TOKENS, LANES), plgpu.Layout.WGMMA)
     owned = (first <= key) & (key <= last)
     for lane in range(0, value_smem.shape[1], LANES):
         part_smem = value_smem.at[:, pl.ds(lane, LANES)]
@@ -320,22 +350,22 @@ def _scaled(score, options: AttendOptions):
 
 def _visible(start, position, last, options: AttendOptions):
     """Which keys from `start` on each query row sees; row r is of token r // group."""
-    shape = (QUERY_ROWS, BLOCK_TOKENS)
+    shape, layout = (options.query_rows, BLOCK_TOKENS), options.layout
     # r // group >= m exactly if r >= m * group, which needs no division per element.
-    row, key = _iota(0, shape), start + _iota(1, shape)
+    row, key = _iota(0, shape, layout), start + _iota(1, shape, layout)
     sees = (row >= (key - position) * options.group) & (key <= last)
     if options.window is not None:
         sees &= row < (key - position + options.window) * options.group
     return sees
 
 
-def _iota(axis: int, shape: tuple[int, ...], layout: Any = plgpu.Layout.WGMMA):
+def _iota(axis: int, shape: tuple[int, ...], layout: Any):
     return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=layout)
 
 
 def _along_rows(values_Q):
-    return lax.broadcast_in_dim(values_Q, (QUERY_ROWS, LANES), (0,))
+    return lax.broadcast_in_dim(values_Q, (values_Q.shape[0], LANES), (0,))
 
 
-def _along_keys(values_S):
-    return lax.broadcast_in_dim(values_S, (QUERY_ROWS, BLOCK_TOKENS), (1,))
+def _along_keys(values_S, options: AttendOptions):
+    return lax.broadcast_in_dim(values_S, (options.query_rows, BLOCK_TOKENS), (1,))

@@ -13,8 +13,8 @@ from jax.extend import backend
 from kernels_pallas.compat import told_the_chip
 from kernels_pallas.paged_attention.cases import CASES, LAYER, Case, build
 from kernels_pallas.paged_attention.gpu import (
-    _check_chip,
     _num_parts,
+    _unit_of_chip,
     paged_attention_gpu,
     stored_head_width,
 )
@@ -75,6 +75,24 @@ RUNS = [
 ]
 
 
+# Another way to multiply, with rows of another number; the rest is the same.
+RUNS_ON_BLACKWELL = [
+    pytest.param(in_16_bits(case), num_parts, id=case.name, marks=marks)
+    for case, num_parts, marks in (
+        (LONG_FP8, 3, ()),
+        (LONG, 1, pytest.mark.slow),
+        (LONG_CHUNK_INT8, 2, pytest.mark.slow),
+        (WIDTH_96, 1, pytest.mark.slow),
+        *(
+            (case, 1, pytest.mark.slow)
+            for case in CASES
+            if case.name in ("prefill_at_page_edges", "empty_rows", "group_3", "width_128")
+            or case.name in ("window_soft_cap_sinks", "float16", "nothing_to_do")
+        ),
+    )
+]
+
+
 def interpreted(inputs, **tiling):
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -104,9 +122,19 @@ def same_pages(a, b):
 @interpreted_only_on_new_jax
 @pytest.mark.parametrize(("case", "num_parts"), RUNS)
 def test_equals_the_reference(case, num_parts):
+    check(case, num_parts=num_parts)
+
+
+@interpreted_only_on_new_jax
+@pytest.mark.parametrize(("case", "num_parts"), RUNS_ON_BLACKWELL)
+def test_equals_the_reference_on_blackwell(case, num_parts):
+    check(case, num_parts=num_parts, unit="tcgen05")
+
+
+def check(case, **tiling):
     inputs = build(case)
     expected_TNH, expected_pages = paged_attention_reference(*inputs.args, **inputs.options)
-    attend = interpreted(inputs, num_parts=num_parts)
+    attend = interpreted(inputs, **tiling)
     out_TNH, pages = jax.tree.map(np.asarray, attend(*inputs.args))
     assert not races_found()
 
@@ -195,7 +223,7 @@ def test_stored_head_width_is_the_next_that_the_kernel_takes():
 @newer_jax_is_not_refused
 def test_refuses_to_run_on_a_cpu():
     args, options = arrays()
-    message = r"needs a Hopper chip .*; got cpu\. Choose the xla .*, attention=\"xla_wide\"\."
+    message = r"needs a Hopper or Blackwell chip .*; got cpu, None\. .*, attention=\"xla_wide\"\."
     with pytest.raises(NotImplementedError, match=message):
         paged_attention_gpu(*args, **options)
 
@@ -206,16 +234,15 @@ def chip(kind, **more):
 
 OTHERS = (
     *(("Tesla T4", "7.5"), ("NVIDIA A100-SXM4-80GB", "8.0"), ("NVIDIA L4", "8.9")),
-    *(("NVIDIA B200", "10.0"), ("NVIDIA GeForce RTX 5090", "12.0")),
+    ("NVIDIA GeForce RTX 5090", "12.0"),  # a Blackwell without tcgen05
 )
-HOPPERS = (("NVIDIA H100 80GB HBM3", "9.0"), ("NVIDIA H200", "9.0"), ("NVIDIA GH200 480GB", "9.0"))
 
 
 @newer_jax_is_not_refused
 @pytest.mark.parametrize(("kind", "capability"), OTHERS)
-def test_refuses_chips_before_and_after_hopper(kind, capability, monkeypatch):
+def test_refuses_other_chips(kind, capability, monkeypatch):
     args, options = arrays()
-    message = rf"Hopper chip \(compute capability 9.0\); got {kind}\. .*attention=\"xla_wide\"\."
+    message = rf"10.x; got {kind}, (None|{capability})\. .*, attention=\"xla_wide\"\."
     # A mesh tells its chip's kind and no more.
     with told_the_chip(chip(kind)), pytest.raises(NotImplementedError, match=message):
         paged_attention_gpu(*args, **options)
@@ -227,14 +254,43 @@ def test_refuses_chips_before_and_after_hopper(kind, capability, monkeypatch):
 
 
 @newer_jax_is_not_refused
-@pytest.mark.parametrize(("kind", "capability"), HOPPERS)
-def test_takes_hopper_chips(kind, capability, monkeypatch):
-    with told_the_chip(chip(kind)):
-        _check_chip()
+def test_refuses_a_blackwell_that_mosaic_would_take_for_a_hopper():
+    args, options = arrays()
+    with (
+        told_the_chip(chip("NVIDIA B200")),
+        pytest.raises(NotImplementedError, match=r"tells its .* got NVIDIA B200, None\. Choose"),
+    ):
+        paged_attention_gpu(*args, **options)
+
+
+@newer_jax_is_not_refused
+@pytest.mark.parametrize(
+    ("kind", "capability", "unit"),
+    [
+        *(("NVIDIA H100 80GB HBM3", "9.0", "wgmma"), ("NVIDIA GH200 480GB", "9.0", "wgmma")),
+        *(("NVIDIA B200", "10.0", "tcgen05"), ("NVIDIA B300", "10.3", "tcgen05")),
+    ],
+)
+def test_chooses_what_multiplies_by_the_chip(kind, capability, unit, monkeypatch):
+    if unit == "wgmma":
+        with told_the_chip(chip(kind)):
+            assert _unit_of_chip() == unit
     monkeypatch.setattr(
         backend, "get_default_device", lambda: chip(kind, compute_capability=capability)
     )
-    _check_chip()
+    assert _unit_of_chip() == unit
+    with told_the_chip(chip(kind)):
+        assert _unit_of_chip() == unit
+
+
+def test_refuses_unknown_units_and_wide_heads_on_blackwell():
+    args, options = arrays()
+    with pytest.raises(ValueError, match="unit must be wgmma or tcgen05; got unit='mma'. Leave"):
+        paged_attention_gpu(*args, **options, unit="mma", interpret=True)
+    args, options = arrays(head_width=256)
+    message = "on Blackwell, the pool's head width must be 64 or 128; got 256. Choose the xla"
+    with pytest.raises(NotImplementedError, match=message):
+        paged_attention_gpu(*args, **options, unit="tcgen05", interpret=True)
 
 
 @pytest.mark.skipif(not OLD_JAX, reason="needs jax before 0.11")
@@ -247,7 +303,7 @@ def test_refuses_old_jax():
 @pytest.mark.parametrize("tile_tokens", [0, 33])
 def test_refuses_impossible_tiles(tile_tokens):
     args, options = arrays()
-    message = f"from 1 to 32, 64 query rows of 2 heads per token; got tile_tokens={tile_tokens}. L"
+    message = f"from 1 to 32, what the rows .* per token; got tile_tokens={tile_tokens}. Leave"
     with pytest.raises(ValueError, match=message):
         paged_attention_gpu(*args, **options, tile_tokens=tile_tokens, interpret=True)
 
