@@ -332,6 +332,13 @@ def test_json(run: Callable[..., Ran]) -> None:
 
 
 @pytest.mark.usefixtures("one_llm")
+def test_profile(run: Callable[..., Ran], tmp_path: Path) -> None:
+    words = ["generate", "The king", "--max-tokens", "3", "--profile", str(tmp_path / "trace")]
+    assert run(*words).status == 0
+    assert list((tmp_path / "trace").rglob("*.xplane.pb"))
+
+
+@pytest.mark.usefixtures("one_llm")
 def test_one_bad_prompt_does_not_stop_the_others(run: Callable[..., Ran], tmp_path: Path) -> None:
     file = tmp_path / "prompts.jsonl"
     file.write_text('{"prompt_token_ids": [99999]}\n{"prompt": "The king"}\n')
