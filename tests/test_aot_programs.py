@@ -88,7 +88,7 @@ def test_8b_programs_on_gpus_copy_neither_weights_nor_pool(name: str) -> None:
 
 @pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the Hopper kernel needs jax 0.11")
 def test_8b_programs_with_the_hopper_kernel_copy_neither_weights_nor_pool() -> None:
-    attention, figures = run_for_gpu("H200", 32, "gpu")
+    attention, figures = run_for_gpu("H200", 8, "gpu")
     assert attention == "gpu"
     check("H200 with the Hopper kernel", figures)
 
