@@ -33,8 +33,9 @@ _KV_DTYPES = {
     "fp8": "float8_e4m3fn",
     "fp8_e4m3": "float8_e4m3fn",
 }
-# Tokens per page on TPUs where pages hold 8 bits: their scales then fill whole rows of lanes.
-_TPU_8_BIT_PAGE_SIZE = 128
+# Tokens per page where pages hold 8 bits: their scales then fill whole rows of a TPU's lanes, and
+# on a GPU the 128 bytes that a copy to shared memory lands on.
+_8_BIT_PAGE_SIZE = {"tpu": 128, "gpu": 64}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -208,9 +209,9 @@ def _weight_layout(device_kind: str, dtype: str) -> str:
 
 
 def _page_size(platform: str, kv_dtype: str) -> int:
-    if platform == "tpu" and jnp.dtype(kv_dtype).itemsize == 1:
-        return _TPU_8_BIT_PAGE_SIZE
-    return _DEFAULTS[platform].page_size
+    page_size = _DEFAULTS[platform].page_size
+    is_8_bit = jnp.dtype(kv_dtype).itemsize == 1
+    return _8_BIT_PAGE_SIZE.get(platform, page_size) if is_8_bit else page_size
 
 
 def _context(config: EngineConfig, model: ModelConfig, room_tokens: int) -> int:

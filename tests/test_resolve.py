@@ -65,6 +65,7 @@ def test_pages_of_8_bits_count_their_scales(asked: str, kv_dtype: str) -> None:
     # A key or value of 16 numbers takes 16 bytes and a float32.
     assert plan.page_bytes == plan.page_size * 128 * (16 + 4) // 16
     assert plan_of("tpu", kv_cache_dtype=asked).page_size == 128  # whole rows of scales
+    assert plan_of("gpu", kv_cache_dtype=asked).page_size == 64  # copies of scales stay aligned
     assert plan_of("tpu", kv_cache_dtype=asked, page_size=32).page_size == 32
 
 

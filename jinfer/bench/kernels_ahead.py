@@ -75,7 +75,7 @@ def compile_cases(
             )
             room = chip.memory_gb * 1e9 * share
             if name == "gpu" and not is_hopper:
-                yield replace(result, why_not="Mosaic's compiler takes Hopper only: h100, h200")
+                yield replace(result, why_not="compiled ahead of time for Hopper only: h100, h200")
             elif work.pool_bytes > room:
                 need_gb, room_gb = work.pool_bytes / 1e9, room / 1e9
                 why = f"no room: {need_gb:.0f} GB of pages, {room_gb:.0f} GB on the device"

@@ -18,7 +18,7 @@ ATTENTION: dict[str, Callable[..., Any]] = {
     "xla": paged_attention_xla,  # portable; one query tile at a time suits a CPU
     "xla_wide": partial(paged_attention_xla, tiles_at_once=32),  # the same for wider devices
     "tpu": tpu.paged_attention_tpu,
-    "gpu": paged_attention_gpu,  # Hopper only; by name until it has run on one
+    "gpu": paged_attention_gpu,  # Hopper and Blackwell; by name until it has run on one
     # The TPU kernel simulated on a CPU: slow, for finding out which of the two is wrong.
     "tpu_interpret": partial(tpu.paged_attention_tpu, interpret=pltpu.InterpretParams()),
 }
