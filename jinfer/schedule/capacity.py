@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from jinfer.schedule.page_pool import pages_for
 
-MAX_TOKEN_BUCKETS = 9  # each is one compiled program, and start-up pays for all of them
+MAX_TOKEN_BUCKETS = 8  # each is one compiled program, and start-up pays for all of them
 _ROW_GROWTH = 4  # of decode programs: a padding row costs next to nothing beside the weights
 
 
