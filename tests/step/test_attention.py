@@ -10,6 +10,7 @@ from random_checkpoint import write_llama_checkpoint
 from jinfer.request.params import SamplingParams
 from jinfer.step.attention import default_attention
 from jinfer.weights.load import read_model_config
+from kernels_pallas.paged_attention.pages import cells_of
 
 
 @pytest.mark.parametrize(
@@ -45,9 +46,14 @@ def test_what_an_attention_cannot_do_is_refused_before_the_weights_are_read(
 @pytest.mark.slow
 # The simulator of the TPU kernel compiles its steps when it meets them.
 @pytest.mark.filterwarnings("ignore:nothing may compile after warm-up")
-@pytest.mark.parametrize("attention", ["xla_wide", "tpu_interpret"])
-def test_switching_changes_no_token(attention: str, tmp_path: Path) -> None:
-    folder = write_llama_checkpoint(tmp_path, seed=1, head_dim=64)
+@pytest.mark.parametrize(
+    ("attention", "head_width", "kv_cache_dtype"),
+    [("xla_wide", 64, "auto"), ("tpu_interpret", 64, "auto"), ("tpu_interpret", 96, "int8")],
+)
+def test_switching_changes_no_token(
+    attention: str, head_width: int, kv_cache_dtype: str, tmp_path: Path
+) -> None:
+    folder = write_llama_checkpoint(tmp_path, seed=1, head_dim=head_width)
     jobs = [
         (list(range(3, 3 + length)), SamplingParams(temperature=t, seed=1, max_tokens=6))
         for length, t in ((20, 0.0), (5, 0.9), (33, 0.0))
@@ -55,7 +61,9 @@ def test_switching_changes_no_token(attention: str, tmp_path: Path) -> None:
     tokens = {}
     for name in ("xla", attention):
         settings = {"max_num_seqs": 2, "max_num_batched_tokens": 8, "late_compile": "warn"}
-        engine = make_engine(folder, attention=name, **settings)
+        engine = make_engine(folder, attention=name, kv_cache_dtype=kv_cache_dtype, **settings)
+        stored_width = 128 if (name, head_width) == ("tpu_interpret", 96) else head_width
+        assert cells_of(engine._pages).shape[-1] == 2 * stored_width
         outputs = run_jobs(engine, jobs, may_compile=name == "tpu_interpret")
         tokens[name] = [tokens_of(output) for output in outputs]
         engine.close()
