@@ -9,8 +9,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
 from jinfer.config import EnginePlan, ModelConfig
-from kernels_pallas.paged_attention import tpu
-from kernels_pallas.paged_attention.gpu import paged_attention_gpu
+from kernels_pallas.paged_attention import gpu, tpu
 from kernels_pallas.paged_attention.xla import paged_attention_xla
 
 # The contract: kernels_pallas/paged_attention/contract.py.
@@ -18,7 +17,7 @@ ATTENTION: dict[str, Callable[..., Any]] = {
     "xla": paged_attention_xla,  # portable; one query tile at a time suits a CPU
     "xla_wide": partial(paged_attention_xla, tiles_at_once=32),  # the same for wider devices
     "tpu": tpu.paged_attention_tpu,
-    "gpu": paged_attention_gpu,  # Hopper and Blackwell; by name until it has run on one
+    "gpu": gpu.paged_attention_gpu,  # Hopper and Blackwell; by name until it has run on one
     # The TPU kernel simulated on a CPU: slow, for finding out which of the two is wrong.
     "tpu_interpret": partial(tpu.paged_attention_tpu, interpret=pltpu.InterpretParams()),
 }
@@ -35,8 +34,10 @@ def default_attention(model: ModelConfig, *, platform: str, dtype: str) -> str:
 
 def stored_head_width(attention: str, head_width: int) -> int:
     """How wide the pool holds a head for this implementation: as it is, or filled with zeros."""
-    kernel = attention.removesuffix("_interpret")
-    return tpu.stored_head_width(head_width) if kernel == "tpu" else head_width
+    kernels = {"tpu": tpu, "tpu_interpret": tpu, "gpu": gpu}
+    if attention not in kernels:
+        return head_width
+    return kernels[attention].stored_head_width(head_width)
 
 
 def require_served(plan: EnginePlan, model: ModelConfig, pages: Any) -> None:
