@@ -11,7 +11,7 @@ from jinfer.config import EngineConfig
 from jinfer.dispatched import Dispatched, Observer
 from jinfer.errors import RequestError
 from jinfer.metrics import EngineMetrics, MetricsSnapshot
-from jinfer.request.params import SamplingParams
+from jinfer.request.params import SamplingParams, check_priority
 from jinfer.request.prompt import Prompt, check_prompt_ids
 from jinfer.request.stop import Finish
 from jinfer.running import Continuation, RunningRequest
@@ -110,6 +110,7 @@ class Engine:
         """
         self.require_alive()
         arrival_time = time.monotonic()  # tokenizing, and waiting to be queued, count as well
+        check_priority(priority)
         params.check_against(
             vocab_size=self.model.vocab_size,
             max_logprobs=self.plan.max_logprobs,
@@ -213,15 +214,17 @@ class Engine:
         """Frees everything on the device. Idempotent; the engine cannot be used afterwards."""
         if self._why_stopped == _CLOSED:
             return
-        for request_id in list(self._requests):
-            self.abort(request_id)
-        output = None if self._pending is None else self._pending.output
-        free_arrays(self._params, self._pages, self._slots, output)
-        self._params = self._pages = self._slots = self._pending = None
-        self._programs = {}
-        self._mover.close()
-        self._guard.close()
-        self._why_stopped = _CLOSED
+        try:
+            for request_id in list(self._requests):
+                self.abort(request_id)
+        finally:  # the memory comes back whatever state a request was left in
+            output = None if self._pending is None else self._pending.output
+            free_arrays(self._params, self._pages, self._slots, output)
+            self._params = self._pages = self._slots = self._pending = None
+            self._programs = {}
+            self._mover.close()
+            self._guard.close()
+            self._why_stopped = _CLOSED
 
     def _dispatch(self) -> Dispatched | None:
         plan = self.scheduler.plan(self._max_steps())  # host: who runs, and on which pages
@@ -386,7 +389,15 @@ class Engine:
                 "text needs a tokenizer; got prompt text with skip_tokenizer_init=True. "
                 "Pass prompt_token_ids."
             )
-        return self.tokenizer.encode(prompt.text)
+        try:
+            return self.tokenizer.encode(prompt.text)
+        except RequestError:
+            raise
+        except Exception as error:  # a library's own, about this prompt: it ends this one only
+            raise RequestError(
+                f"the tokenizer must take the prompt; got {type(error).__name__}: {error}. "
+                "Pass prompt_token_ids."
+            ) from error
 
     def _draw_seed(self) -> int:
         # Requests without a seed differ from each other, and repeat from run to run.

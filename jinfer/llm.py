@@ -20,7 +20,7 @@ from jinfer.metrics import MetricsSnapshot
 from jinfer.request.chat import ChatRenderer, choose_template
 from jinfer.request.output import RequestMetrics, RequestOutput
 from jinfer.request.params import SamplingParams, priorities_for
-from jinfer.request.prompt import Prompt, as_prompt, split_prompts
+from jinfer.request.prompt import Prompt, as_prompt, checked_salt, split_prompts
 from jinfer.running import RunningRequest
 from jinfer.shipped import DEFAULT_MODEL
 from jinfer.vllm_arguments import translated
@@ -202,6 +202,7 @@ class LLM:
         tools: Any = None,
         documents: Any = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        cache_salt: str = "",
     ) -> Prompt:
         """The prompt of one conversation, as `chat` would answer it.
 
@@ -235,7 +236,8 @@ class LLM:
             variables={**named, **(chat_template_kwargs or {})},
         )
         # The template writes the special tokens itself.
-        return Prompt(text=text, token_ids=tuple(tokenizer.encode(text, add_special_tokens=False)))
+        token_ids = tuple(tokenizer.encode(text, add_special_tokens=False))
+        return Prompt(text=text, token_ids=token_ids, cache_salt=checked_salt(cache_salt))
 
     def prepare(
         self,

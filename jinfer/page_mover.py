@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from jax.sharding import SingleDeviceSharding
 from jinfer.axes import PageId
 from jinfer.schedule.plan import PageCopy, PageRestore, PageSave, StepPlan
 from jinfer.schedule.prefix_cache import PageKey
-from jinfer.step.page_moves import PAGES_PER_MOVE
+from jinfer.step.page_moves import GROUPS_AT_ONCE, PAGES_PER_MOVE
 
 Programs = dict[str, jax.stages.Compiled]
 
@@ -20,9 +21,10 @@ Programs = dict[str, jax.stages.Compiled]
 class PageMover:
     """Saves, restores and copies pages before a step, in the order that the plan wants.
 
-    Nothing here waits: programs and transfers are queued on the device behind the steps that
-    write what they read, and before those that overwrite it. Host memory is pinned where the
-    platform has that, so that a transfer runs beside the computing.
+    Programs and transfers are queued on the device behind the steps that write what they read, and
+    before those that overwrite it. Nothing here waits but for a plan that moves more than
+    `GROUPS_AT_ONCE` groups of pages. Host memory is pinned where the platform has that, so that a
+    transfer runs beside the computing.
     """
 
     def __init__(self, programs: Programs, device: jax.Device) -> None:
@@ -67,14 +69,20 @@ class PageMover:
         return pages, elapsed_s
 
     def _save(self, pages: Any, saves: Sequence[PageSave]) -> None:
+        under_way: deque[Any] = deque()
         for group in _groups(saves):
+            if len(under_way) == GROUPS_AT_ONCE:
+                jax.block_until_ready(under_way.popleft())
             page_J = _padded([save.page_id for save in group])
             contents = self._programs["gather_pages"](pages, page_J)[: len(group)]
-            for save, content in zip(group, contents, strict=True):
-                self._stored[save.key] = jax.device_put(content, self._on_host)
+            stored = jax.device_put(list(contents), self._on_host)
+            self._stored.update(zip([save.key for save in group], stored, strict=True))
+            under_way.append(stored)
 
     def _restore(self, pages: Any, restores: Sequence[PageRestore]) -> Any:
-        for group in _groups(restores):
+        for number, group in enumerate(_groups(restores)):
+            if number and number % GROUPS_AT_ONCE == 0:
+                jax.block_until_ready(pages)
             page_J = _padded([restore.page_id for restore in group])
             stored = [self._stored[restore.key] for restore in group]
             contents = jax.device_put(stored, self._on_device)

@@ -14,6 +14,7 @@ from jinfer.config import EngineConfig, EnginePlan, ModelConfig
 from jinfer.schedule.capacity import plan_pages, row_buckets, token_buckets
 from jinfer.step.attention import ATTENTION, default_attention, stored_head_width
 from jinfer.step.kv_cache import page_bytes
+from jinfer.step.page_moves import GROUPS_AT_ONCE, PAGES_PER_MOVE
 
 Check = Callable[[str, Any], None]
 
@@ -149,12 +150,14 @@ def resolve_plan(
     kv_dtype = _KV_DTYPES[config.kv_cache_dtype] or dtype
     attention = config.attention or default_attention(model, platform=platform, dtype=dtype)
     kv_head_width = stored_head_width(attention, model.head_width)
-    page_size = config.page_size or _page_size(platform, kv_dtype)
+    page_size = config.page_size or default_page_size(platform, kv_dtype)
     one_page_bytes = page_bytes(
         model, page_size=page_size, dtype=kv_dtype, head_width=kv_head_width
     )
     share = config.gpu_memory_utilization * defaults.memory_share
     scratch_bytes = _scratch_bytes(model, max_slots, max_step_tokens)
+    if config.kv_offloading_size:  # pages on their way, of two plans in both directions
+        scratch_bytes += 4 * GROUPS_AT_ONCE * PAGES_PER_MOVE * one_page_bytes
     room_bytes = max(0, int(free_bytes * share) - scratch_bytes)
     room_tokens = (room_bytes // one_page_bytes - 1) * page_size
     max_model_len = _context(config, model, room_tokens)
@@ -208,7 +211,8 @@ def _weight_layout(device_kind: str, dtype: str) -> str:
     return "16x128" if device_kind == "TPU7x" and dtype == "bfloat16" else "default"
 
 
-def _page_size(platform: str, kv_dtype: str) -> int:
+def default_page_size(platform: str, kv_dtype: str) -> int:
+    """Tokens per page where the user names none."""
     page_size = _DEFAULTS[platform].page_size
     is_8_bit = jnp.dtype(kv_dtype).itemsize == 1
     return _8_BIT_PAGE_SIZE.get(platform, page_size) if is_8_bit else page_size
@@ -232,7 +236,13 @@ def _num_host_pages(config: EngineConfig, one_page_bytes: int) -> int:
             "kv_offloading_size keeps pages of the prefix cache; got kv_offloading_size="
             f"{config.kv_offloading_size} with enable_prefix_caching=False. Enable it."
         )
-    return int((config.kv_offloading_size or 0) * 2**30) // one_page_bytes
+    num_pages = int((config.kv_offloading_size or 0) * 2**30) // one_page_bytes
+    if config.kv_offloading_size and not num_pages:
+        raise ValueError(
+            f"kv_offloading_size must hold a page, {one_page_bytes / 2**30:.3g} GiB; got "
+            f"kv_offloading_size={config.kv_offloading_size}. Raise it, or leave it out."
+        )
+    return num_pages
 
 
 def _scratch_bytes(model: ModelConfig, max_slots: int, max_step_tokens: int) -> int:

@@ -114,6 +114,7 @@ def load(config: EngineConfig) -> Loaded:
     hold = hold_as(plan.weight_layout, SingleDeviceSharding(device))
     weights = param_shapes(model, dtype=plan.dtype, layer_loop=plan.layer_loop, hold=hold)
     programs = step_programs(plan, model, weights, shape, jax.eval_shape(make_slots))
+    pages = slots = None
     with _compiling(programs, config.progress) as compiling:
         params = _load_weights(config, model, folder, plan, hold, say)
         try:
@@ -140,7 +141,8 @@ def load(config: EngineConfig) -> Loaded:
                 min_restored_pages=min_restored_pages,
             )
         except BaseException:
-            free_arrays(params)  # a notebook keeps the traceback, and that the weights
+            # A notebook keeps the traceback, and that what it can see.
+            free_arrays(params, pages, slots)
             raise
 
 
@@ -155,7 +157,8 @@ def break_even_pages(
     """Measures both ways to get a page: computing its tokens, and fetching it from the host.
 
     Computing is timed as the largest step, of padding only: its matrix products do not care.
-    Fetching is timed as one dispatch of moved pages, whose cost hardly depends on how many.
+    Fetching is timed as one dispatch of as many pages as it moves at most, and taken to cost as
+    much for fewer, so a few pages are fetched only where that surely wins.
 
     Returns:
       The state, which the measurements consumed and gave back, and the fewest pages worth one

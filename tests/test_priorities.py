@@ -65,3 +65,14 @@ async def test_coroutines_have_priorities_too() -> None:
             await asyncio.sleep(0.001)
         await asyncio.gather(first, ask(5, BRIEF), ask(1, BRIEF))
         assert order == [-1, 1, 5]
+
+
+@pytest.mark.parametrize("priority", [None, "1", 0.5, True, float("nan")])
+async def test_a_wrong_priority_costs_its_own_coroutine_only(priority: Any) -> None:
+    async with AsyncLLM(**ONE_AT_A_TIME) as llm:
+        other = llm.generate("One", SamplingParams(max_tokens=8, ignore_eos=True))
+        await anext(other)
+        with pytest.raises(RequestError, match="a priority must be an integer; got"):
+            async for _ in llm.generate("Two", BRIEF, priority=priority):
+                pass
+        assert [output async for output in other][-1].finished

@@ -78,9 +78,18 @@ def test_heads_are_stored_as_wide_as_the_attention_needs() -> None:
     }
     assert (plans["cpu"].attention, plans["cpu"].kv_head_width) == ("xla", 96)
     assert (plans["tpu"].attention, plans["tpu"].kv_head_width) == ("tpu", 128)
+    hopper = dataclasses.replace(config, attention="gpu")
+    assert resolve_plan(hopper, wide, platform="gpu", free_bytes=GIB).kv_head_width == 128
     assert plans["cpu"].page_bytes == 8 * 2 * 2 * 2 * 96 * 2
     assert plans["tpu"].page_bytes == 8 * 2 * 2 * 2 * 128 * 2
     assert pool_shape(plans["tpu"], wide).shape[4] == 2 * 128
+
+
+def test_a_host_tier_smaller_than_a_page_is_refused() -> None:
+    with pytest.raises(
+        ValueError, match="kv_offloading_size must hold a page, .*; got kv_off.*1e-0"
+    ):
+        plan_of(kv_offloading_size=1e-9)
 
 
 def test_what_was_asked_is_kept() -> None:

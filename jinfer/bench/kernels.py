@@ -15,13 +15,13 @@ from jinfer.bench.chips import memory_of
 from jinfer.bench.kernel_cases import Work, work_of
 from jinfer.bench.table import figure, percent, table
 from jinfer.bench.timing import Timing, time_loop
+from jinfer.resolve import default_page_size
 from jinfer.step.attention import ATTENTION
 from kernels_pallas.paged_attention.cases import Case
 from kernels_pallas.paged_attention.pages import QuantizedPages
 
 # What is timed unless names are given: what can run there and is not a simulation.
 IMPLEMENTATIONS = {"cpu": ("xla",), "gpu": ("gpu", "xla_wide"), "tpu": ("tpu", "xla_wide")}
-PAGE_SIZE = {"cpu": 16, "gpu": 16, "tpu": 64}  # tokens
 # Calls go round the layers of a pool of this size, so that no cache holds what the next one reads.
 _POOL_BYTES, _MOST_LAYERS = 1 << 28, 32
 _HEADROOM = 1.25  # of memory, beside the pool
@@ -99,6 +99,11 @@ def arguments(case: Case, dtype: str, page_size: int, num_layers: int, shaped: S
     )
 
 
+def page_size_of(case: Case, platform: str, dtype: str) -> int:
+    """The tokens per page that an engine there takes unless told otherwise."""
+    return default_page_size(platform, case.pages_dtype or dtype)
+
+
 def time_case(
     case: Case, name: str, *, dtype: str, page_size: int, free_bytes: int, num_loops: int
 ) -> Result:
@@ -112,10 +117,17 @@ def time_case(
     num_layers = int(min(max(1, _POOL_BYTES // work.pool_bytes), _MOST_LAYERS))
     try:
         run, temp_bytes = _compiled_loop(case, name, dtype, page_size, num_layers)
-    except NotImplementedError as error:  # a limit, told in a sentence
-        return replace(result, why_not=str(error))
-    timing = time_loop(run, num_loops=num_loops)
+        timing = time_loop(run, num_loops=num_loops)
+    # A limit, told in a sentence; or the compiler or the device fails, which costs no other case.
+    except (NotImplementedError, jax.errors.JaxRuntimeError) as error:
+        return replace(result, why_not=one_line(error))
     return replace(result, timing=timing, temp_bytes=temp_bytes)
+
+
+def one_line(error: Exception) -> str:
+    """What an error says, short enough for a table."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines or [type(error).__name__])[0][:200]
 
 
 def _compiled_loop(

@@ -10,7 +10,7 @@ import jax
 
 from jinfer.bench.chips import chip_named, describe, memory_of, no_compilation_cache
 from jinfer.bench.kernel_cases import Work, work_of
-from jinfer.bench.kernels import IMPLEMENTATIONS, PAGE_SIZE, Arguments, arguments
+from jinfer.bench.kernels import IMPLEMENTATIONS, Arguments, arguments, one_line, page_size_of
 from jinfer.bench.table import figure, table
 from jinfer.step.attention import ATTENTION
 from kernels_pallas.compat import told_the_chip
@@ -58,7 +58,6 @@ def compile_cases(
     """Compiles every case with every implementation; without names, those of the platform."""
     chip = chip_named(target)
     device, share = describe(target)
-    page_size = page_size or PAGE_SIZE[chip.platform]
     is_hopper = chip.topology.startswith("9.")  # others it takes for one, or aborts the process
     for case in cases:
         work = work_of(case, dtype)
@@ -85,7 +84,8 @@ def compile_cases(
                 shaped = partial(
                     jax.ShapeDtypeStruct, sharding=jax.sharding.SingleDeviceSharding(device)
                 )
-                made = arguments(case, dtype, page_size, num_layers, shaped)
+                tokens = page_size or page_size_of(case, chip.platform, dtype)
+                made = arguments(case, dtype, tokens, num_layers, shaped)
                 yield _compiled(result, case, device, made)
 
 
@@ -98,7 +98,7 @@ def _compiled(result: Compiled, case: Case, device: Any, made: Arguments) -> Com
             )
             program = program.compile()
     except (NotImplementedError, jax.errors.JaxRuntimeError) as error:
-        return replace(result, why_not=_one_line(error))
+        return replace(result, why_not=one_line(error))
     memory = memory_of(program)
     return replace(
         result,
@@ -123,11 +123,6 @@ def _call(case: Case, name: str) -> Callable[..., Any]:
 def _cost(program: jax.stages.Compiled) -> dict[str, float]:
     cost = program.cost_analysis() or {}
     return {name: cost[name] for name in ("flops", "bytes accessed") if name in cost}
-
-
-def _one_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines or [type(error).__name__])[0][:200]
 
 
 HEADER = (

@@ -11,8 +11,8 @@ from jinfer.bench.chips import chip_named
 from jinfer.bench.kernel_cases import chosen
 from jinfer.bench.kernels import (
     IMPLEMENTATIONS,
-    PAGE_SIZE,
     check_names,
+    page_size_of,
     time_case,
     timing_table,
 )
@@ -38,7 +38,6 @@ def _time(args: Namespace) -> dict[str, Any]:
     device = jax.devices()[0]
     platform = platform_of(device)
     dtype = args.dtype or ("float32" if platform == "cpu" else "bfloat16")
-    page_size = args.page_size or PAGE_SIZE[platform]
     cases = chosen(args.cases, small=platform == "cpu", dtype=dtype)
     ceilings = measure_ceilings(platform, dtype)
     results = []
@@ -49,13 +48,14 @@ def _time(args: Namespace) -> dict[str, Any]:
                 case,
                 name,
                 dtype=dtype,
-                page_size=page_size,
+                page_size=args.page_size or page_size_of(case, platform, dtype),
                 free_bytes=free_device_bytes(device),
                 num_loops=args.repeats,
             )
             results.append(result)
-    show(f"{machine_line()}\n{dtype}, pages of {page_size} tokens; 32 query heads, 8 kv heads of ")
-    show(f"width 128\nin the same run: {ceilings}\n\n{timing_table(results, ceilings)}\n\n")
+    pages = f"pages of {args.page_size} tokens" if args.page_size else "pages as the engine's"
+    show(f"{machine_line()}\n{dtype}, {pages}; 32 query heads, 8 kv heads of width 128")
+    show(f"\nin the same run: {ceilings}\n\n{timing_table(results, ceilings)}\n\n")
     show(_TIMING_NOTES)
     if platform == "cpu" and not args.cases:
         note("no accelerator here: `--target v6e` compiles for one that is not (needs libtpu)")
@@ -63,7 +63,7 @@ def _time(args: Namespace) -> dict[str, Any]:
         "benchmark": "kernels",
         **versions(),
         "dtype": dtype,
-        "page_size": page_size,
+        "page_size": args.page_size,
         "ceilings": asdict(ceilings),
         "results": [result.as_json(ceilings) for result in results],
     }

@@ -385,3 +385,13 @@ def priorities_for(num_prompts: int, priority: Any) -> Sequence[int]:
             "Pass as many."
         )
     return priority
+
+
+def check_priority(priority: Any) -> None:
+    """Refuses what cannot be ranked among others.
+
+    Raises:
+      RequestError: it is not an integer.
+    """
+    if type(priority) is not int:
+        raise RequestError(f"a priority must be an integer; got {shown(priority)}. Pass an int.")

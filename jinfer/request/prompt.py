@@ -132,12 +132,20 @@ def _from_mapping(prompt: Mapping[str, Any]) -> Prompt:
         raise RequestError(f'"prompt" must be a string; got {shown(text)}. {_HOW}')
     if text is None and token_ids is None:
         raise RequestError(f"a prompt dict must hold a prompt; got only None in it. {_HOW}")
-    salt = prompt.get("cache_salt", "")
+    ids = None if token_ids is None else _as_ids(token_ids)
+    return Prompt(text=text, token_ids=ids, cache_salt=checked_salt(prompt.get("cache_salt", "")))
+
+
+def checked_salt(salt: Any) -> str:
+    """What keeps the prefixes of one tenant apart.
+
+    Raises:
+      RequestError: it is not a string of Unicode text.
+    """
     if not isinstance(salt, str):
         raise RequestError(f'"cache_salt" must be a string; got {shown(salt)}. {_HOW}')
     require_unicode("a cache_salt", salt)
-    ids = None if token_ids is None else _as_ids(token_ids)
-    return Prompt(text=text, token_ids=ids, cache_salt=salt)
+    return salt
 
 
 def _as_ids(token_ids: Any) -> tuple[int, ...]:

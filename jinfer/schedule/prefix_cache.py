@@ -15,7 +15,7 @@ def root_key(*parts: str) -> PageKey:
     """The key before a first page: keeps apart what must never be shared, such as tenants."""
     # Lengths first, so that no two lists of parts spell the same bytes.
     text = "\x00".join((*(str(len(part)) for part in parts), *parts))
-    return hashlib.blake2b(text.encode(), digest_size=16).digest()
+    return hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=16).digest()
 
 
 def page_key(parent: PageKey, token_ids: Sequence[int]) -> PageKey:

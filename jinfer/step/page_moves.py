@@ -11,6 +11,8 @@ from jax import lax
 from jaxtyping import Array, Int32
 
 PAGES_PER_MOVE = 8  # J: pages that one dispatch moves
+# Such groups under way at once in each direction: each holds device memory beside the pool.
+GROUPS_AT_ONCE = 4
 
 _page = partial(lax.dynamic_index_in_dim, axis=1)
 _set_page = partial(lax.dynamic_update_index_in_dim, axis=1)

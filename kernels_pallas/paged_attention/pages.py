@@ -44,7 +44,8 @@ def quantize(x_TKH: Float[Array, "T K H"], dtype: Any) -> tuple[Array, Float[Arr
 
     Returns:
       Numbers of that dtype and their scales, 1 where all of a head is 0. The error is at most half
-      a scale for int8, 1/16 of the number for float8 (3 bits after the leading one).
+      a scale for int8; for float8 (3 bits after the leading one) 1/16 of the number, or 2**-10
+      of a scale where that is more, among the subnormal ones.
     """
     largest = LARGEST[jnp.dtype(dtype).name]
     x_TKH = x_TKH.astype(jnp.float32)

@@ -146,6 +146,11 @@ def stored_head_width(head_width: int) -> int:
 
 
 def _check_limits(cells: Any, **arrays: Any) -> None:
+    if cells.shape[3] % 8:
+        raise NotImplementedError(
+            f"on TPU, a page holds a multiple of 8 tokens; got page_size={cells.shape[3]}. "
+            "Choose such a size, or the xla implementation."
+        )
     for name, values in {"pages": cells, **arrays}.items():
         allowed = (*DTYPES, *LARGEST) if name == "pages" else DTYPES
         if jnp.dtype(values.dtype).name not in allowed:

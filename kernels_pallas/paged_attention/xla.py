@@ -286,7 +286,9 @@ def _attend_tiles(
         if scales is None:
             key_scale, value_scale = None, None
         else:
-            cells = cells.astype(q_YKQH.dtype)
+            # In float16 a small softmax weight times a small scale would be lost.
+            is_half = q_YKQH.dtype == jnp.float16
+            cells = cells.astype(jnp.float32 if is_half else q_YKQH.dtype)
             scales = jnp.where(owns_YS[:, None, None], scales, 0)
             key_scale, value_scale = scales[:, :, 0], scales[:, :, 1]
         key, value = (cells, cells) if joined else jnp.split(cells, 2, axis=-1)

@@ -12,10 +12,10 @@ from jinfer.bench.chips import CHIPS
 from jinfer.bench.kernel_cases import CASES, chosen, decode, work_of
 from jinfer.bench.kernels import (
     IMPLEMENTATIONS,
-    PAGE_SIZE,
     _page_table,
     _rows,
     arguments,
+    page_size_of,
     time_case,
     timing_table,
 )
@@ -23,7 +23,6 @@ from jinfer.bench.kernels_ahead import check_targets, compile_cases, compiled_ta
 from jinfer.bench.table import WIDTH
 from jinfer.bench.timing import time_loop
 from jinfer.cli import main
-from jinfer.resolve import _DEFAULTS
 from jinfer.step.attention import ATTENTION
 from kernels_pallas.paged_attention.cases import Case
 
@@ -88,7 +87,12 @@ def test_arguments_cover_every_page_once() -> None:
 
 def test_names_and_page_sizes_are_the_engines_own() -> None:
     assert {name for names in IMPLEMENTATIONS.values() for name in names} <= set(ATTENTION)
-    assert PAGE_SIZE == {platform: _DEFAULTS[platform].page_size for platform in PAGE_SIZE}
+    plain, quantized = decode(1, 1024), decode(1, 1024, pages_dtype="int8")
+    sizes = {
+        p: (page_size_of(plain, p, "bfloat16"), page_size_of(quantized, p, "bfloat16"))
+        for p in IMPLEMENTATIONS
+    }
+    assert sizes == {"cpu": (16, 16), "gpu": (16, 64), "tpu": (64, 128)}
 
 
 def test_a_loop_is_timed_without_its_dispatch(monkeypatch: pytest.MonkeyPatch) -> None:

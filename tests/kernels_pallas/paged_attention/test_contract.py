@@ -4,11 +4,15 @@ import inspect
 
 import pytest
 
+from kernels_pallas.paged_attention.gpu import paged_attention_gpu
 from kernels_pallas.paged_attention.reference import paged_attention_reference
+from kernels_pallas.paged_attention.tpu import paged_attention_tpu
 from kernels_pallas.paged_attention.xla import paged_attention_xla
 
 
-@pytest.mark.parametrize("implementation", [paged_attention_xla])
+@pytest.mark.parametrize(
+    "implementation", [paged_attention_xla, paged_attention_tpu, paged_attention_gpu]
+)
 def test_signatures_agree(implementation):
     contract = inspect.signature(paged_attention_reference).parameters
     parameters = inspect.signature(implementation).parameters

@@ -9,6 +9,7 @@ import pytest
 from jax import lax
 
 from kernels_pallas.paged_attention.cases import CASES, LAYER, Case, build
+from kernels_pallas.paged_attention.pages import QuantizedPages
 from kernels_pallas.paged_attention.reference import paged_attention_reference
 from kernels_pallas.paged_attention.xla import paged_attention_xla
 
@@ -52,6 +53,29 @@ def test_equals_the_reference_on_every_case(case):
 @pytest.mark.parametrize("name", WITH_DEFAULT_TILES)
 def test_equals_the_reference_with_default_tiles(name):
     check(next(case for case in CASES if case.name == name), {})
+
+
+@pytest.mark.parametrize("query_len", [1, 40])
+def test_float16_loses_no_small_weight_of_a_small_value(query_len):
+    case = Case(
+        name="long_flat_tail",
+        kv_len=(400,),
+        query_len=(query_len,),
+        dtype="float16",
+        pages_dtype="int8",
+        page_size=16,
+    )
+    inputs = build(case)
+    q_TNH, k_TKH, v_TKH, pages, *where = inputs.args
+    # All weights are near 1/400, all values near 1e-3.
+    cells, scales = pages
+    pages = QuantizedPages(cells, scales.at[:, :, :, 1].multiply(1e-3))
+    args = (q_TNH * 0.01, k_TKH, v_TKH * 1e-3, pages, *where)
+    expected_TNH, _ = paged_attention_reference(*args, **inputs.options)
+    out_TNH, _ = compiled(inputs)(*args)
+    want = expected_TNH[inputs.owned_T]
+    got = np.asarray(out_TNH, np.float32)[inputs.owned_T]
+    assert np.linalg.norm(got - want) < 1e-2 * np.linalg.norm(want)
 
 
 def check(case, tiling):
