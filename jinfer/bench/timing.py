@@ -19,6 +19,16 @@ class Timing:
     num_calls: int  # in each loop
     num_loops: int
 
+    def of_each(self, num: int) -> "Timing":
+        """The same, if every call was in truth `num` of them."""
+        return Timing(
+            median_s=self.median_s / num,
+            fastest_s=self.fastest_s / num,
+            slowest_s=self.slowest_s / num,
+            num_calls=self.num_calls * num,
+            num_loops=self.num_loops,
+        )
+
 
 def time_loop(run: Callable[[int], None], *, num_loops: int = 5, loop_s: float = 0.1) -> Timing:
     """Times a compiled loop of a length chosen so that it takes about `loop_s`.

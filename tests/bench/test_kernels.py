@@ -12,6 +12,8 @@ from jinfer.bench.chips import CHIPS
 from jinfer.bench.kernel_cases import CASES, chosen, decode, work_of
 from jinfer.bench.kernels import (
     IMPLEMENTATIONS,
+    _calls_in_turn,
+    _compiled_loop,
     _page_table,
     _rows,
     arguments,
@@ -21,7 +23,7 @@ from jinfer.bench.kernels import (
 )
 from jinfer.bench.kernels_ahead import check_targets, compile_cases, compiled_table
 from jinfer.bench.table import WIDTH
-from jinfer.bench.timing import time_loop
+from jinfer.bench.timing import Timing, time_loop
 from jinfer.cli import main
 from jinfer.step.attention import ATTENTION
 from kernels_pallas.paged_attention.cases import Case
@@ -162,3 +164,19 @@ def test_compiles_for_a_chip_that_is_not_here() -> None:
     shown = compiled_table([run, no_room_here])
     assert "in place" in shown and "no room: 34 GB of pages" in shown
     assert max(map(len, shown.splitlines())) <= WIDTH
+
+
+def test_short_calls_share_a_turn_of_the_loop_but_not_on_a_cpu() -> None:
+    short, long = (work_of(decode(16, context), "bfloat16") for context in (1024, 131_072))
+    turns = [_calls_in_turn(work, "gpu") for work in (short, long)]
+    assert turns == [16, 1] and _calls_in_turn(short, "cpu") == 1
+
+
+def test_a_loop_in_turns_runs_and_is_counted_by_the_call() -> None:
+    case = decode(2, 64)
+    for turn in (1, 3):
+        run, _ = _compiled_loop(case, "xla", "float32", 16, 2, turn)
+        run(2)
+    assert Timing(median_s=6.0, fastest_s=3.0, slowest_s=9.0, num_calls=2, num_loops=1).of_each(
+        3
+    ) == Timing(median_s=2.0, fastest_s=1.0, slowest_s=3.0, num_calls=6, num_loops=1)
