@@ -1,19 +1,16 @@
 """Moves of pages, compiled for TPUs and H200 without owning one: the pool is updated in place."""
 
-import os
 from dataclasses import replace
 from typing import Any
 
 import jax
 import pytest
-from jax.experimental import topologies
+from aot_programs import CONFIG, LLAMA_3_8B, describe_gpu, shapes_of
 from test_aot_programs import (
-    CONFIG,
-    H200,
-    LLAMA_3_8B,
-    TARGETS,
+    GPU_COMPILER,
+    TPUS,
+    describe_tpu,
     no_compilation_cache,  # noqa: F401  a fixture of every test here
-    shapes_of,
 )
 
 from jinfer.config import EnginePlan, ModelConfig
@@ -24,30 +21,24 @@ pytestmark = pytest.mark.slow
 OFFLOADING = replace(CONFIG, kv_offloading_size=4.0)
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", TPUS)
 def test_on_tpus(target: str) -> None:
-    pytest.importorskip("libtpu", reason='the TPU compiler is not here; pip install "jax[tpu]"')
-    os.environ.update(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="true")
-    chip = topologies.get_topology_desc(platform="tpu", topology_name=target).devices[0]
-    num_layers, free_bytes = TARGETS[target]
+    chip = describe_tpu(target)
+    num_layers, free_bytes = TPUS[target]
     model = replace(LLAMA_3_8B, num_layers=num_layers)
-    plan = resolve_plan(OFFLOADING, model, platform="tpu", free_bytes=free_bytes)
-    check_moves(chip, model, plan)
+    kind = {"platform": "tpu", "device_kind": chip.device_kind}
+    check_moves(chip, model, resolve_plan(OFFLOADING, model, **kind, free_bytes=free_bytes))
 
 
 def test_on_h200() -> None:
-    pytest.importorskip(
-        "jax_plugins.xla_cuda13", reason="the GPU compiler is not here; pip install it"
-    )
-    topology = {"target_config": H200, "topology": "1x1x1"}
-    chip = topologies.get_topology_desc(topology_name="", platform="cuda", **topology).devices[0]
+    pytest.importorskip(GPU_COMPILER, reason="the GPU compiler is not here; pip install it")
     plan = resolve_plan(OFFLOADING, LLAMA_3_8B, platform="gpu", free_bytes=64 << 30)
-    check_moves(chip, LLAMA_3_8B, plan)
+    check_moves(describe_gpu("H200"), LLAMA_3_8B, plan)
 
 
 def check_moves(chip: Any, model: ModelConfig, plan: EnginePlan) -> None:
     sharding = jax.sharding.SingleDeviceSharding(chip)
-    programs = step_programs(plan, model, *shapes_of(model, plan))
+    programs = step_programs(plan, model, *shapes_of(model, plan, sharding))
     moves = {p.name: p for p in programs if p.name.endswith("_pages")}
     assert set(moves) == {"copy_pages", "gather_pages", "scatter_pages"}
     for name, program in moves.items():

