@@ -132,7 +132,8 @@ class LLM:
           use_tqdm: as in `generate`.
           on_error: as in `generate`.
           **template_args: `chat_template` (source or name), `add_generation_prompt` (default True),
-            `continue_final_message`, `tools`, `documents`, `chat_template_kwargs`.
+            `continue_final_message`, `tools`, `documents`, `chat_template_kwargs`; and
+            `cache_salt`, which keeps the cached prefixes of one tenant apart.
         """
         check_template_args(template_args)
         conversations = messages if _are_conversations(messages) else [messages]

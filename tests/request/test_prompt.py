@@ -1,10 +1,12 @@
 """Prompts in every spelling that users have."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 
 from jinfer.errors import RequestError
-from jinfer.request.prompt import Prompt, as_prompt, check_prompt_ids, split_prompts
+from jinfer.request.prompt import Prompt, as_prompt, check_prompt_ids, checked_salt, split_prompts
 
 _TEXT = Prompt("hi", None)
 _IDS = Prompt(None, (1, 2))
@@ -84,3 +86,10 @@ def test_check_prompt_ids() -> None:
         check_prompt_ids((1, 10), **limits)
     with pytest.raises(RequestError, match="got -1 at position 2"):
         check_prompt_ids((1, 2, -1), **limits)
+
+
+@pytest.mark.parametrize("salt", [5, None, b"a", "\ud800"])
+def test_a_salt_that_is_no_text_is_refused(salt: Any) -> None:
+    assert checked_salt("tenant 1") == "tenant 1"
+    with pytest.raises(RequestError, match="cache_salt"):
+        checked_salt(salt)
