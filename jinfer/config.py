@@ -103,6 +103,7 @@ class EngineConfig:
     load_format: str = "auto"  # "auto" reads safetensors; "dummy" draws random weights
     dtype: str = "auto"  # "auto": float32 on CPU, else bfloat16; "float32" | "bfloat16" | "float16"
     kv_cache_dtype: str = "auto"  # of KV pages; "auto": as dtype; "int8" | "fp8" = "fp8_e4m3"
+    tensor_parallel_size: int = 1  # chips that share one model
     max_model_len: int | None = None  # tokens of prompt and output together
     max_num_seqs: int | None = None  # slots: sequences that run at the same time
     max_num_batched_tokens: int | None = None  # token budget of one step
@@ -131,13 +132,15 @@ class EnginePlan:
     dtype: str  # of weights and activations
     kv_dtype: str  # of KV pages; those of 8 bits carry scales
     kv_head_width: int  # of a key or value in its page; the model's own, or wider
+    tensor_parallel_size: int  # chips that share the model
+    vocab_size: int  # V of logits and slots; the model's own, or filled up for the chips
     max_model_len: int
     max_slots: int
     max_step_tokens: int
     max_chunk_tokens: int
     page_size: int
     num_pages: int  # page 0, the bin, included
-    page_bytes: int
+    page_bytes: int  # of one page on one chip
     num_host_pages: int  # room in host memory for pages that the pool gives up
     pages_per_slot: int  # M
     token_buckets: tuple[int, ...]  # T of a step, ascending; one program each

@@ -268,7 +268,7 @@ class Engine:
             for row, sequence in enumerate(group):
                 page_table_AM[row, : len(sequence.pages)] = sequence.pages
             self._slots = self._programs["write_slots"](
-                self._slots, slot_A, admission_rows(rows, self.model.vocab_size), page_table_AM
+                self._slots, slot_A, admission_rows(rows, self.plan.vocab_size), page_table_AM
             )
         for sequence in admitted:
             metrics = self._continuations[sequence].request.metrics
@@ -289,7 +289,7 @@ class Engine:
             seed=request.seed,
             stop_ids=request.stop_ids,
             bad_words=request.bad_words,
-            vocab_size=self.model.vocab_size,
+            vocab_size=self.plan.vocab_size,
         )
 
     def _restore_counts(self, sequence: Sequence) -> None:
@@ -297,7 +297,7 @@ class Engine:
         assert sequence.slot is not None, f"admitted without a slot: {sequence.request_id=}"
         for start in range(0, len(sequence.output_ids), RESTORED_TOKENS):
             tokens = sequence.output_ids[start : start + RESTORED_TOKENS]
-            token_J = np.full(RESTORED_TOKENS, self.model.vocab_size, np.int32)
+            token_J = np.full(RESTORED_TOKENS, self.plan.vocab_size, np.int32)
             token_J[: len(tokens)] = tokens
             self._slots = self._programs["restore_counts"](
                 self._slots, np.int32(sequence.slot), token_J

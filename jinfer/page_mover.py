@@ -8,9 +8,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import SingleDeviceSharding
 
 from jinfer.axes import PageId
+from jinfer.parallel.sharding import Placement
 from jinfer.schedule.plan import PageCopy, PageRestore, PageSave, StepPlan
 from jinfer.schedule.prefix_cache import PageKey
 from jinfer.step.page_moves import GROUPS_AT_ONCE, PAGES_PER_MOVE
@@ -27,13 +27,14 @@ class PageMover:
     transfer runs beside the computing.
     """
 
-    def __init__(self, programs: Programs, device: jax.Device) -> None:
+    def __init__(self, programs: Programs, placement: Placement) -> None:
         self._programs = programs
         self._stored: dict[PageKey, Any] = {}
-        kinds = {memory.kind for memory in device.addressable_memories()}
+        memories = placement.local_devices[0].addressable_memories()
+        kinds = {memory.kind for memory in memories}
         host_kind = "pinned_host" if "pinned_host" in kinds else None
-        self._on_host = SingleDeviceSharding(device, memory_kind=host_kind)
-        self._on_device = SingleDeviceSharding(device)
+        self._on_host = placement.sharding("LK", memory_kind=host_kind)
+        self._on_device = placement.sharding("LK")
 
     @property
     def num_stored(self) -> int:

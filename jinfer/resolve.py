@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jinfer.config import EngineConfig, EnginePlan, ModelConfig
+from jinfer.parallel.shares import chip_share, held_model
 from jinfer.schedule.capacity import plan_pages, row_buckets, token_buckets
 from jinfer.step.attention import ATTENTION, default_attention, stored_head_width
 from jinfer.step.kv_cache import page_bytes
@@ -136,14 +137,17 @@ def resolve_plan(
       config: what the user asks.
       model: what the checkpoint fixes.
       platform: "cpu", "gpu" or "tpu".
-      free_bytes: device memory that is free once the weights are in place.
+      free_bytes: memory of each device that is free once the weights are in place.
       device_kind: the chip, as `jax.Device.device_kind` names it.
 
     Raises:
-      ValueError: an argument is out of its range, or the KV cache has no room.
+      ValueError: an argument is out of its range, the model cannot be cut evenly, or the KV cache
+        has no room.
     """
     defaults = _DEFAULTS[platform]
     dtype = resolve_dtype(config, platform)
+    held = held_model(model, config.tensor_parallel_size)
+    share = chip_share(held, config.tensor_parallel_size)
     max_slots = config.max_num_seqs or defaults.max_slots
     max_step_tokens = config.max_num_batched_tokens or max(defaults.max_step_tokens, max_slots)
     max_decode_steps = config.max_decode_steps or defaults.max_decode_steps
@@ -152,13 +156,13 @@ def resolve_plan(
     kv_head_width = stored_head_width(attention, model.head_width)
     page_size = config.page_size or default_page_size(platform, kv_dtype)
     one_page_bytes = page_bytes(
-        model, page_size=page_size, dtype=kv_dtype, head_width=kv_head_width
+        share, page_size=page_size, dtype=kv_dtype, head_width=kv_head_width
     )
-    share = config.gpu_memory_utilization * defaults.memory_share
-    scratch_bytes = _scratch_bytes(model, max_slots, max_step_tokens)
+    memory_share = config.gpu_memory_utilization * defaults.memory_share
+    scratch_bytes = _scratch_bytes(share, max_slots, max_step_tokens)
     if config.kv_offloading_size:  # pages on their way, of two plans in both directions
         scratch_bytes += 4 * GROUPS_AT_ONCE * PAGES_PER_MOVE * one_page_bytes
-    room_bytes = max(0, int(free_bytes * share) - scratch_bytes)
+    room_bytes = max(0, int(free_bytes * memory_share) - scratch_bytes)
     room_tokens = (room_bytes // one_page_bytes - 1) * page_size
     max_model_len = _context(config, model, room_tokens)
     num_pages = plan_pages(
@@ -174,6 +178,8 @@ def resolve_plan(
         dtype=dtype,
         kv_dtype=kv_dtype,
         kv_head_width=kv_head_width,
+        tensor_parallel_size=config.tensor_parallel_size,
+        vocab_size=held.vocab_size,
         max_model_len=max_model_len,
         max_slots=max_slots,
         max_step_tokens=max_step_tokens,
@@ -181,7 +187,7 @@ def resolve_plan(
         page_size=page_size,
         num_pages=num_pages,
         page_bytes=one_page_bytes,
-        num_host_pages=_num_host_pages(config, one_page_bytes),
+        num_host_pages=_num_host_pages(config, one_page_bytes * config.tensor_parallel_size),
         pages_per_slot=-(-max_model_len // page_size),
         token_buckets=token_buckets(max_step_tokens, max_slots, defaults.bucket_growth),
         decode_buckets=row_buckets(max_slots) if max_decode_steps > 1 else (),
@@ -191,6 +197,12 @@ def resolve_plan(
         weight_layout=_weight_layout(device_kind, dtype),
         attention=attention,
     )
+
+
+def free_bytes_each(devices: Sequence[jax.Device]) -> int:
+    """Memory that is free on each of these devices now; those of a CPU share one memory."""
+    free_bytes = min(map(free_device_bytes, devices))
+    return free_bytes // (len(devices) if devices[0].platform == "cpu" else 1)
 
 
 def free_device_bytes(device: jax.Device) -> int:
@@ -309,6 +321,7 @@ _CHECKS: dict[str, Check] = {
     "load_format": _one_of("auto", "safetensors", "dummy"),
     "dtype": _one_of(*_DTYPES),
     "kv_cache_dtype": _one_of(*_KV_DTYPES),
+    "tensor_parallel_size": _integer(1, or_none=False),
     "max_model_len": _integer(2),
     "max_num_seqs": _integer(1),
     "max_num_batched_tokens": _integer(1),

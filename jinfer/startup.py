@@ -3,7 +3,7 @@
 import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -12,16 +12,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import SingleDeviceSharding
 from tqdm import tqdm
 
 from jinfer.config import EngineConfig, EnginePlan, GenerationDefaults, ModelConfig
 from jinfer.models.decoder import Decoder, Params
 from jinfer.page_mover import PageMover
+from jinfer.parallel.mesh import make_meshes
+from jinfer.parallel.sharding import Placement
+from jinfer.parallel.shares import chip_share, held_model
 from jinfer.request.tokenizer import Tokenizer, load_tokenizer
 from jinfer.resolve import (
     check_config,
-    free_device_bytes,
+    free_bytes_each,
     platform_of,
     resolve_dtype,
     resolve_plan,
@@ -89,18 +91,26 @@ def load(config: EngineConfig) -> Loaded:
     tokenizer = None
     if not config.skip_tokenizer_init:
         tokenizer = load_tokenizer(_folder_of(config.tokenizer) if config.tokenizer else folder)
-    device = jax.devices()[0]  # touched last: what the files show to be wrong is told at once
-    platform = platform_of(device)
-    room_bytes = _room_beside_weights(config, model, platform, free_device_bytes(device))
+    # Devices are touched last: what the files show to be wrong is told at once.
+    platform = platform_of(jax.devices()[0])
+    placement = Placement(
+        *make_meshes(
+            jax.devices(),
+            data_parallel_size=1,
+            tensor_parallel_size=config.tensor_parallel_size,
+        )
+    )
+    held = held_model(model, config.tensor_parallel_size)
+    free_bytes = free_bytes_each(placement.local_devices)
     plan = resolve_plan(
         config,
         model,
         platform=platform,
-        free_bytes=room_bytes,
-        device_kind=device.device_kind,
+        free_bytes=_room_beside_weights(config, held, platform, free_bytes),
+        device_kind=placement.devices[0].device_kind,
     )
-    shape = pool_shape(plan, model)
-    require_served(plan, model, shape)
+    require_served(plan, chip_share(held, plan.tensor_parallel_size))
+    shape = pool_shape(plan, held, placement)
     say(_plan_line(plan))
     say(_capacity_line(plan))
     if config.load_format != "dummy":
@@ -109,19 +119,21 @@ def load(config: EngineConfig) -> Loaded:
         empty_slots,
         max_slots=plan.max_slots,
         pages_per_slot=plan.pages_per_slot,
-        vocab_size=model.vocab_size,
+        vocab_size=plan.vocab_size,
     )
-    hold = hold_as(plan.weight_layout, SingleDeviceSharding(device))
-    weights = param_shapes(model, dtype=plan.dtype, layer_loop=plan.layer_loop, hold=hold)
-    programs = step_programs(plan, model, weights, shape, jax.eval_shape(make_slots))
+    slots_shape = placement.placed(jax.eval_shape(make_slots))
+    hold = hold_as(plan.weight_layout, placement.sharding)
+    weights = param_shapes(held, dtype=plan.dtype, layer_loop=plan.layer_loop, hold=hold)
+    programs = step_programs(plan, model, weights, shape, slots_shape, placement)
     pages = slots = None
     with _compiling(programs, config.progress) as compiling:
-        params = _load_weights(config, model, folder, plan, hold, say)
+        params = _load_weights(config, model, held, folder, plan, hold, say)
         try:
             compiled, report = compiling.result()
             say(report)
-            pages, slots = allocate_pages(shape), make_slots()
-            mover = PageMover(compiled, device)
+            where = jax.tree.map(lambda leaf: leaf.sharding, slots_shape)
+            pages, slots = allocate_pages(shape), jax.jit(make_slots, out_shardings=where)()
+            mover = PageMover(compiled, placement)
             min_restored_pages = None
             if plan.num_host_pages:
                 pages, slots, min_restored_pages = break_even_pages(
@@ -177,14 +189,15 @@ def break_even_pages(
     return pages, slots, num_pages if num_pages <= PAGES_PER_MOVE else None
 
 
-def pool_shape(plan: EnginePlan, model: ModelConfig) -> Any:
+def pool_shape(plan: EnginePlan, held: ModelConfig, placement: Placement) -> Any:
     """The pool of KV pages that the plan asks for, as shapes."""
     return pages_shape(
-        model,
+        held,
         num_pages=plan.num_pages,
         page_size=plan.page_size,
         dtype=plan.kv_dtype,
         head_width=plan.kv_head_width,
+        sharding=placement.sharding("LPK"),
     )
 
 
@@ -196,15 +209,18 @@ def free_arrays(*trees: Any) -> None:
 
 
 def _room_beside_weights(
-    config: EngineConfig, model: ModelConfig, platform: str, free_bytes: int
+    config: EngineConfig, held: ModelConfig, platform: str, free_bytes: int
 ) -> int:
+    """What each device has left; weights are cut over them evenly."""
     dtype = resolve_dtype(config, platform)
-    weight_bytes = model.num_parameters * jnp.dtype(dtype).itemsize
+    share = chip_share(held, config.tensor_parallel_size)
+    weight_bytes = share.num_parameters * jnp.dtype(dtype).itemsize
     if weight_bytes > free_bytes:
+        each = "" if config.tensor_parallel_size == 1 else " on each device"
         raise ValueError(
             f"the weights must fit into free memory; got {weight_bytes / 2**30:,.3f} GiB of "
-            f"{dtype} with {free_bytes / 2**30:,.3f} GiB free. Choose a smaller model, or free "
-            "the device."
+            f"{dtype} with {free_bytes / 2**30:,.3f} GiB free{each}. Choose a smaller model, free "
+            "the device, or raise tensor_parallel_size."
         )
     return free_bytes - weight_bytes
 
@@ -214,9 +230,15 @@ def _folder_of(name: str | Path) -> Path:
 
 
 def _load_weights(
-    config: EngineConfig, model: ModelConfig, folder: Path, plan: EnginePlan, hold: Hold, say: Any
+    config: EngineConfig,
+    model: ModelConfig,
+    held: ModelConfig,
+    folder: Path,
+    plan: EnginePlan,
+    hold: Hold,
+    say: Any,
 ) -> Params:
-    tree = {"dtype": plan.dtype, "layer_loop": plan.layer_loop}
+    tree: dict[str, Any] = {"dtype": plan.dtype, "layer_loop": plan.layer_loop, "held": held}
     if config.load_format == "dummy":
         params = dummy_params(model, **tree, seed=config.seed, hold=hold)
         say(f"made {model.num_parameters:,} random parameters, {plan.dtype}")
@@ -256,82 +278,113 @@ def _host_line(plan: EnginePlan, min_restored_pages: int | None) -> str:
 
 
 def step_programs(
-    plan: EnginePlan, model: ModelConfig, params: Params, pages: Any, slots: SlotState
+    plan: EnginePlan,
+    model: ModelConfig,
+    params: Params,
+    pages: Any,
+    slots: SlotState,
+    placement: Placement,
 ) -> list[Program]:
-    """One step per token bucket, several per row bucket, the writers of slots, moves of pages."""
+    """One step per token bucket, several per row bucket, the writers of slots, moves of pages.
+
+    Args:
+      plan: what was decided.
+      model: as the checkpoint has it.
+      params: shapes of the parameters as they are held, with their places.
+      pages: of the pool, likewise.
+      slots: of the slots, likewise.
+      placement: of whatever else a program takes.
+    """
     options = dict(
-        decoder=Decoder(model),
+        decoder=Decoder(model, placement.shards),
         paged_attention=ATTENTION[plan.attention],
         max_logprobs=plan.max_logprobs,
         # On TPU and GPU a float32 matmul is computed in fewer bits unless told otherwise.
         precision="highest" if plan.dtype == "float32" else "default",
     )
-    shapes = partial(jax.tree.map, lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype))
-    state = (params, pages, shapes(slots))
-    vocab_size = model.vocab_size
-    int32 = partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
-    steps = [
-        Program(
-            name=f"step of {size} tokens",
-            function=partial(run_step, **options),
-            shapes=(*state, BucketShape.of(size, plan).shapes()),
-            donate=(1, 2),
-        )
-        # The largest take longest to compile, so they go first.
+    state = (params, pages, slots)
+    # The largest take longest to compile, so they go first.
+    steps = {
+        f"step of {size} tokens": (partial(run_step, **options), BucketShape.of(size, plan))
         for size in reversed(plan.token_buckets)
-    ]
+    }
     decode = partial(run_decode, **options, max_steps=plan.max_decode_steps)
-    decodes = [
-        Program(
-            name=f"decode of {size} rows",
-            function=decode,
-            shapes=(*state, DecodeShape.of(size, plan).shapes()),
-            donate=(1, 2),
-        )
+    decodes = {
+        f"decode of {size} rows": (decode, DecodeShape.of(size, plan))
         for size in reversed(plan.decode_buckets)
-    ]
-    rows = shapes(admission_rows([], vocab_size))
+    }
+    made = partial(_program, placement)
     return [
-        *steps,
-        *decodes,
-        Program(
-            name="write_slots",
-            function=write_slots,
-            shapes=(
-                shapes(slots),
-                int32((ADMISSION_ROWS,)),
-                rows,
-                int32((ADMISSION_ROWS, plan.pages_per_slot)),
-            ),
-            donate=(0,),
-        ),
-        Program(
-            name="restore_counts",
-            function=restore_counts,
-            shapes=(shapes(slots), int32(()), int32((RESTORED_TOKENS,))),
-            donate=(0,),
-        ),
-        *_move_programs(plan, pages),
+        *[
+            made(
+                name,
+                function,
+                (*state, placement.placed(bucket.shapes())),
+                results=(pages, slots, None),
+                donate=(1, 2),
+            )
+            for name, (function, bucket) in (steps | decodes).items()
+        ],
+        *_slot_programs(made, plan, slots, placement),
+        *_move_programs(made, plan, pages, placement),
     ]
 
 
-def _move_programs(plan: EnginePlan, pages: Any) -> list[Program]:
-    page_J = jax.ShapeDtypeStruct((PAGES_PER_MOVE,), jnp.int32)
-    copy = Program(
-        name="copy_pages", function=copy_pages, shapes=(pages, page_J, page_J), donate=(0,)
+def _program(
+    placement: Placement,
+    name: str,
+    function: Callable[..., Any],
+    shapes: tuple[Any, ...],
+    *,
+    results: Any,
+    donate: tuple[int, ...],
+) -> Program:
+    spread = placement.spread(function, shapes, results)
+    return Program(name=name, function=spread, shapes=shapes, donate=donate)
+
+
+def _slot_programs(
+    made: Callable[..., Program], plan: EnginePlan, slots: SlotState, placement: Placement
+) -> list[Program]:
+    rows = placement.placed(admission_rows([], plan.vocab_size))
+    int32 = partial(jax.ShapeDtypeStruct, dtype=jnp.int32, sharding=placement.sharding(""))
+    table_AM = int32((ADMISSION_ROWS, plan.pages_per_slot))
+    return [
+        made(
+            "write_slots",
+            write_slots,
+            (slots, int32((ADMISSION_ROWS,)), rows, table_AM),
+            results=slots,
+            donate=(0,),
+        ),
+        made(
+            "restore_counts",
+            partial(restore_counts, shards=placement.shards),
+            (slots, int32(()), int32((RESTORED_TOKENS,))),
+            results=slots,
+            donate=(0,),
+        ),
+    ]
+
+
+def _move_programs(
+    made: Callable[..., Program], plan: EnginePlan, pages: Any, placement: Placement
+) -> list[Program]:
+    page_J: Any = jax.ShapeDtypeStruct(
+        (PAGES_PER_MOVE,), jnp.int32, sharding=placement.sharding("")
     )
+    copy = made("copy_pages", copy_pages, (pages, page_J, page_J), results=pages, donate=(0,))
     if not plan.num_host_pages:
         return [copy]
-    contents = jax.eval_shape(gather_pages, pages, page_J)
+    # A page without the axis of pages begins with "LK", whichever part of the pool it is of.
+    contents = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=placement.sharding("LK")),
+        jax.eval_shape(gather_pages, pages, page_J),
+    )
     return [
         copy,
-        Program(name="gather_pages", function=gather_pages, shapes=(pages, page_J), donate=()),
-        Program(
-            name="scatter_pages",
-            function=scatter_pages,
-            shapes=(pages, page_J, contents),
-            donate=(0,),
-        ),
+        made("gather_pages", gather_pages, (pages, page_J), results=contents, donate=()),
+        made("scatter_pages", scatter_pages, (pages, page_J, contents), results=pages, donate=(0,)),
     ]
 
 

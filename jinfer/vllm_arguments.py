@@ -19,7 +19,6 @@ _NO_SWAP = "KV pages go to host memory with kv_offloading_size."
 _NO_REVISION = "The hub's main revision is read; download another to a folder and name that."
 # Argument -> the values that say what jinfer does, and what that is.
 _SETTLED: dict[str, tuple[tuple[Any, ...], str]] = {
-    "tensor_parallel_size": ((1,), _ONE_DEVICE),
     "pipeline_parallel_size": ((1,), _ONE_DEVICE),
     "data_parallel_size": ((1,), _ONE_DEVICE),
     "distributed_executor_backend": ((None, "uni"), _ONE_DEVICE),

@@ -15,7 +15,8 @@ ROOT = Path(__file__).resolve().parents[1]
 # A part of the package imports itself and earlier layers, never its neighbours in a layer.
 LAYERS = (
     {"axes", "config", "errors", "shipped", "vllm_arguments"},
-    {"request", "models"},
+    {"request", "parallel"},
+    {"models"},
     {"schedule", "weights"},
     {"step"},
     {"resolve", "running", "interrupt", "page_mover", "metrics", "dispatched"},

@@ -8,6 +8,10 @@ dict whose keys are the modules' attribute names, and every jitted function take
 `blocks` is a list with one dict per layer (the layer loop is unrolled), or one dict whose
 leaves have a leading L axis (the layer loop is a scan). A parameter's name ends in its
 axes. A decoder with tied embeddings has no `unembed_VD`.
+
+On several chips the same functions run on each, on its share of the heads, of the feed-forward
+width and of the vocabulary; every layer adds up its shares twice, and nothing else is exchanged.
+Source: Shoeybi et al., Megatron-LM, arXiv:1909.08053, section 3.
 """
 
 from collections.abc import Callable
@@ -20,6 +24,7 @@ from jaxtyping import Array, Float, Int32
 
 from jinfer.config import ModelConfig
 from jinfer.models.layers import rms_norm, rope_tables, rotate
+from jinfer.parallel.collectives import WHOLE, Shards
 
 Params = dict[str, Any]
 Cache = Any  # whatever `attend` carries from layer to layer
@@ -31,10 +36,10 @@ Attend = Callable[[Array, Array, Array, Cache, Any], tuple[Array, Cache]]
 class Block(nnx.Module):
     """One layer: grouped-query attention, then a gated feed-forward, each around a norm."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, shards: Shards) -> None:
         D, F, H = config.width, config.mlp_width, config.head_width
         N, K = config.num_q_heads, config.num_kv_heads
-        self.config = config
+        self.config, self.shards = config, shards
         self.attn_norm_D = _parameter(D)
         self.w_q_DQ = _parameter(D, N * H)
         self.w_k_DC = _parameter(D, K * H)
@@ -80,7 +85,8 @@ class Block(nnx.Module):
             k_TKH = k_TKH + self.b_k_KH[...]
             v_TKH = v_TKH + self.b_v_KH[...]
         out_TNH, cache = attend(rotate(q_TNH, *rope), rotate(k_TKH, *rope), v_TKH, cache, layer)
-        mixed_TD = jnp.einsum("TQ,QD->TD", out_TNH.reshape(len(out_TNH), -1), self.w_o_QD[...])
+        out_TQ = out_TNH.reshape(len(out_TNH), -1)
+        mixed_TD = self.shards.sum(jnp.einsum("TQ,QD->TD", out_TQ, self.w_o_QD[...]))
         if self.config.attention_bias:
             mixed_TD = mixed_TD + self.b_o_D[...]
         return mixed_TD, cache
@@ -97,40 +103,59 @@ class Block(nnx.Module):
         up_TF = jnp.einsum("TD,DF->TF", normed_TD, self.w_up_DF[...])
         if self.config.mlp_bias:
             gate_TF, up_TF = gate_TF + self.b_gate_F[...], up_TF + self.b_up_F[...]
-        out_TD = jnp.einsum("TF,FD->TD", jax.nn.silu(gate_TF) * up_TF, self.w_down_FD[...])
+        inner_TF = jax.nn.silu(gate_TF) * up_TF
+        out_TD = self.shards.sum(jnp.einsum("TF,FD->TD", inner_TF, self.w_down_FD[...]))
         return out_TD + self.b_down_D[...] if self.config.mlp_bias else out_TD
 
 
 class Ends(nnx.Module):
     """What stands before the first block and after the last."""
 
-    def __init__(self, config: ModelConfig) -> None:
-        self.config = config
+    def __init__(self, config: ModelConfig, shards: Shards) -> None:
+        self.config, self.shards = config, shards
         self.embed_VD = _parameter(config.vocab_size, config.width)
         self.final_norm_D = _parameter(config.width)
         if not config.tied_embeddings:
             self.unembed_VD = _parameter(config.vocab_size, config.width)
 
     def embed(self, token_T: Int32[Array, "T"]) -> Float[Array, "T D"]:
-        return jnp.take(self.embed_VD[...], token_T, axis=0, mode="clip")
+        embed_VD = self.embed_VD[...]
+        if self.shards.axis is None:
+            return jnp.take(embed_VD, token_T, axis=0, mode="clip")
+        local_T = self.shards.local(token_T, len(embed_VD))
+        return self.shards.sum(jnp.take(embed_VD, local_T, axis=0, mode="fill", fill_value=0))
 
     def logits(self, hidden_RD: Float[Array, "R D"]) -> Float[Array, "R V"]:
-        """Float32 logits of a few chosen tokens, the final norm included."""
+        """Float32 logits of a few chosen tokens, the final norm included; of its V each shard's."""
         tied = self.config.tied_embeddings
         unembed_VD = (self.embed_VD if tied else self.unembed_VD)[...]
         normed_RD = rms_norm(hidden_RD, self.final_norm_D[...], eps=self.config.rms_eps)
-        return jnp.einsum(
+        logits_RV = jnp.einsum(
             "RD,VD->RV", normed_RD, unembed_VD, preferred_element_type=jnp.float32
         ).astype(jnp.float32)
+        return self._without_filling(logits_RV)
+
+    def _without_filling(self, logits_RV: Array) -> Array:
+        """-inf for the rows that were added so that the shards are of one size."""
+        length = logits_RV.shape[-1]
+        if self.shards.whole(length) == self.config.vocab_size:
+            return logits_RV
+        id_V = self.shards.start(length) + jnp.arange(length)
+        return jnp.where(id_V < self.config.vocab_size, logits_RV, -jnp.inf)
 
 
 class Decoder:
-    """The graph definitions of one model, and the functions that run them on parameters."""
+    """The graph definitions of one model, and the functions that run them on parameters.
 
-    def __init__(self, config: ModelConfig) -> None:
-        self.config = config
-        self._block_graph, block = nnx.split(nnx.eval_shape(lambda: Block(config)))
-        self._ends_graph, ends = nnx.split(nnx.eval_shape(lambda: Ends(config)))
+    Args:
+      config: the checkpoint's, whatever is held of it where the functions run.
+      shards: of which one runs them.
+    """
+
+    def __init__(self, config: ModelConfig, shards: Shards = WHOLE) -> None:
+        self.config, self.shards = config, shards
+        self._block_graph, block = nnx.split(nnx.eval_shape(lambda: Block(config, shards)))
+        self._ends_graph, ends = nnx.split(nnx.eval_shape(lambda: Ends(config, shards)))
         self.block_shapes: dict[str, jax.ShapeDtypeStruct] = nnx.to_pure_dict(block)
         self.ends_shapes: dict[str, jax.ShapeDtypeStruct] = nnx.to_pure_dict(ends)
 

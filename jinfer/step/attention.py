@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
 from jinfer.config import EnginePlan, ModelConfig
+from jinfer.step.kv_cache import pages_shape
 from kernels_pallas.paged_attention import gpu, tpu
 from kernels_pallas.paged_attention.xla import paged_attention_xla
 
@@ -40,13 +41,12 @@ def stored_head_width(attention: str, head_width: int) -> int:
     return kernels[attention].stored_head_width(head_width)
 
 
-def require_served(plan: EnginePlan, model: ModelConfig, pages: Any) -> None:
+def require_served(plan: EnginePlan, share: ModelConfig) -> None:
     """Lets the chosen implementation refuse the plan's shapes before any weight is read.
 
     Args:
       plan: with the name of the implementation.
-      model: whose heads attend.
-      pages: the pool, as shapes.
+      share: of the model, whose heads attend on one chip.
 
     Raises:
       NotImplementedError: the platform, a dtype or a size is not for it; says which and why.
@@ -55,11 +55,18 @@ def require_served(plan: EnginePlan, model: ModelConfig, pages: Any) -> None:
         raise NotImplementedError(
             f"attention='tpu' needs a TPU; got platform={plan.platform!r}. Leave it out."
         )
-    num_tokens, num_rows, width = plan.max_step_tokens, plan.max_slots, model.head_width
+    num_tokens, num_rows, width = plan.max_step_tokens, plan.max_slots, share.head_width
     int32 = partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
     q_TNH, kv_TKH = (
         jax.ShapeDtypeStruct((num_tokens, num_heads, width), plan.dtype)
-        for num_heads in (model.num_q_heads, model.num_kv_heads)
+        for num_heads in (share.num_q_heads, share.num_kv_heads)
+    )
+    pages = pages_shape(
+        share,
+        num_pages=plan.num_pages,
+        page_size=plan.page_size,
+        dtype=plan.kv_dtype,
+        head_width=plan.kv_head_width,
     )
     rows = (int32((num_rows, plan.pages_per_slot)), *[int32((num_rows,))] * 3)
     attend = partial(ATTENTION[plan.attention], scale=width**-0.5)

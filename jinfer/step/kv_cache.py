@@ -1,10 +1,12 @@
 """The pool of KV pages: one for all layers, donated at the border, updated in place."""
 
 import math
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Sharding
 
 from jinfer.config import ModelConfig
 from kernels_pallas.paged_attention.pages import LARGEST, Pages, QuantizedPages
@@ -13,20 +15,28 @@ KVPages = Pages
 
 
 def pages_shape(
-    config: ModelConfig, *, num_pages: int, page_size: int, dtype: str, head_width: int
+    config: ModelConfig,
+    *,
+    num_pages: int,
+    page_size: int,
+    dtype: str,
+    head_width: int,
+    sharding: Sharding | None = None,
 ) -> Any:
     """The pool as shapes: cells `[L, P, K, Z, 2H]`, a token's key and value side by side.
 
     Args:
-      config: the model's.
+      config: the model's, as it is held.
       num_pages: the bin included.
       page_size: tokens per page.
       dtype: of the cells; those of 8 bits come with a scale per key and value.
       head_width: as stored, which may be wider than the model's own.
+      sharding: of all parts of the pool, which begin with the same axes "LPK".
     """
+    shaped: Any = partial(jax.ShapeDtypeStruct, sharding=sharding)
     per_head = (config.num_layers, num_pages, config.num_kv_heads)
-    cells: Any = jax.ShapeDtypeStruct((*per_head, page_size, 2 * head_width), jnp.dtype(dtype))
-    scales: Any = jax.ShapeDtypeStruct((*per_head, 2, page_size), jnp.float32)
+    cells = shaped((*per_head, page_size, 2 * head_width), jnp.dtype(dtype))
+    scales = shaped((*per_head, 2, page_size), jnp.float32)
     return QuantizedPages(cells, scales) if dtype in LARGEST else cells
 
 
@@ -37,5 +47,9 @@ def page_bytes(config: ModelConfig, *, page_size: int, dtype: str, head_width: i
 
 
 def allocate_pages(shape: Any) -> KVPages:
-    """A pool of these shapes, all zeros."""
-    return jax.jit(lambda: jax.tree.map(lambda part: jnp.zeros(part.shape, part.dtype), shape))()
+    """A pool of these shapes, all zeros, where they say."""
+
+    def zeros() -> Any:
+        return jax.tree.map(lambda part: jnp.zeros(part.shape, part.dtype), shape)
+
+    return jax.jit(zeros, out_shardings=jax.tree.map(lambda part: part.sharding, shape))()

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int32
 
+from jinfer.parallel.collectives import WHOLE, Shards
+
 
 @no_type_check
 @jax.tree_util.register_dataclass
@@ -28,6 +30,7 @@ def read_logprobs(
     max_logprobs: int,
     *,
     wants_token_R: Bool[Array, "R"] | None = None,
+    shards: Shards = WHOLE,
 ) -> Logprobs:
     """Reads log_softmax of the raw logits, before any sampling transform.
 
@@ -39,6 +42,7 @@ def read_logprobs(
       wants_top_R: rows that also report the most probable tokens.
       max_logprobs: J; static.
       wants_token_R: rows that report their token; None = all.
+      shards: over which V is cut.
     """
     num_rows = token_R.shape[0]
     if wants_token_R is None:
@@ -47,12 +51,12 @@ def read_logprobs(
     nothing_R = jnp.full(num_rows, -jnp.inf, jnp.float32)
     logit_R, rank_R, log_total_R = lax.cond(
         jnp.any(wants_token_R),
-        lambda: _token(logits_RV, token_R),
+        lambda: _token(logits_RV, token_R, shards),
         lambda: (nothing_R, jnp.zeros(num_rows, jnp.int32), nothing_R),
     )
     top_ids_RJ, top_logits_RJ = lax.cond(
         jnp.any(wants_top_R),
-        lambda: _top(logits_RV, max_logprobs),
+        lambda: _top(logits_RV, max_logprobs, shards),
         lambda: (
             jnp.zeros((num_rows, max_logprobs), jnp.int32),
             jnp.full((num_rows, max_logprobs), -jnp.inf, jnp.float32),
@@ -68,17 +72,35 @@ def read_logprobs(
     )
 
 
-def _token(logits_RV: Array, token_R: Array) -> tuple[Array, Array, Array]:
+def _token(logits_RV: Array, token_R: Array, shards: Shards) -> tuple[Array, Array, Array]:
     """Logit and rank of each row's token, and the log of the sum of all exponentials."""
     logits_RV = logits_RV.astype(jnp.float32)
-    logit_R1 = jnp.take_along_axis(logits_RV, token_R[:, None], axis=-1)
-    rank_R = 1 + jnp.sum(logits_RV > logit_R1, axis=-1, dtype=jnp.int32)
-    return logit_R1[:, 0], rank_R, jax.nn.logsumexp(logits_RV, axis=-1)
+    logit_R = _logit(logits_RV, token_R, shards)
+    above_R = jnp.sum(logits_RV > logit_R[:, None], axis=-1, dtype=jnp.int32)
+    return logit_R, 1 + shards.sum(above_R), _log_total(logits_RV, shards)
 
 
-def _top(logits_RV: Array, max_logprobs: int) -> tuple[Array, Array]:
+def _logit(logits_RV: Array, token_R: Array, shards: Shards) -> Array:
+    local_R1 = shards.local(token_R, logits_RV.shape[-1])[:, None]
+    logit_R1 = jnp.take_along_axis(logits_RV, local_R1, axis=-1, mode="fill", fill_value=-jnp.inf)
+    return shards.max(logit_R1[:, 0])
+
+
+def _log_total(logits_RV: Array, shards: Shards) -> Array:
+    if shards.axis is None:
+        return jax.nn.logsumexp(logits_RV, axis=-1)
+    largest_R = shards.max(jnp.max(logits_RV, axis=-1))
+    total_R = shards.sum(jnp.sum(jnp.exp(logits_RV - largest_R[:, None]), axis=-1))
+    return largest_R + jnp.log(total_R)
+
+
+def _top(logits_RV: Array, max_logprobs: int, shards: Shards) -> tuple[Array, Array]:
     """Ids and logits of the most probable tokens; spare places hold token 0 and -inf."""
-    num_top = min(max_logprobs, logits_RV.shape[-1])
-    logits_RJ, ids_RJ = lax.top_k(logits_RV.astype(jnp.float32), num_top)
-    spare = ((0, 0), (0, max_logprobs - num_top))
+    length = logits_RV.shape[-1]
+    logits_RJ, ids_RJ = lax.top_k(logits_RV.astype(jnp.float32), min(max_logprobs, length))
+    if shards.axis is not None:  # the best of each shard's best, whose order keeps that of ids
+        ids_RJ = shards.join(ids_RJ + shards.start(length))
+        logits_RJ, place_RJ = lax.top_k(shards.join(logits_RJ), min(max_logprobs, ids_RJ.shape[1]))
+        ids_RJ = jnp.take_along_axis(ids_RJ, place_RJ, axis=-1)
+    spare = ((0, 0), (0, max_logprobs - ids_RJ.shape[1]))
     return jnp.pad(ids_RJ, spare), jnp.pad(logits_RJ, spare, constant_values=-jnp.inf)

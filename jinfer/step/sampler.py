@@ -4,6 +4,9 @@ The order is public and fixed: repetition, presence and frequency penalties; log
 and allowed ids; the ban of stop ids before min_tokens; temperature; top-k; top-p; min-p; the draw.
 Each part runs only in steps in which some row needs it, and changes nothing in the other rows: a
 row's token depends on its own logits, parameters and position alone.
+
+Where the vocabulary lies on several chips, each works on its own part of [R, V], and only a few
+numbers per row are exchanged: sums, maxima, and the weights of blocks of 128 tokens.
 """
 
 import dataclasses
@@ -16,6 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int32, UInt32
 
+from jinfer.parallel.collectives import WHOLE, Shards
 from jinfer.step.masks import (
     MAX_BAD_WORD_TOKENS,
     MAX_BAD_WORDS,
@@ -38,7 +42,7 @@ class SamplingState:
     """What each slot asks of the sampler, and the history its penalties need. Last row: the bin.
 
     Lists are padded with V (`jinfer.step.masks` builds them). Everything but the last two fields is
-    written at admission; `record` keeps those.
+    written at admission; `record` keeps those. A shard has its part of V and W.
     """
 
     temperature_A: Float[Array, "A"]  # 0 = the most probable token
@@ -99,6 +103,7 @@ def sample(
     state: SamplingState,
     slot_R: Int32[Array, "R"],
     position_R: Int32[Array, "R"],
+    shards: Shards = WHOLE,
 ) -> Int32[Array, "R"]:
     """Draws one token per readout, in the order the module promises.
 
@@ -111,6 +116,7 @@ def sample(
       state: parameters and history of every slot.
       slot_R: the slot each readout belongs to; the bin for padding.
       position_R: the position the drawn token will take: how many tokens come before it.
+      shards: over which V is cut.
 
     Raises:
       ValueError: if `state` was made for another vocabulary.
@@ -119,20 +125,24 @@ def sample(
       arXiv:1805.04833; top-p: Holtzman et al., arXiv:1904.09751; min-p: Nguyen et al.,
       arXiv:2407.01082.
     """
-    vocab_size = logits_RV.shape[-1]
-    if state.output_count_AV.shape[-1] != vocab_size:
+    length = logits_RV.shape[-1]
+    if state.output_count_AV.shape[-1] != length:
         raise ValueError(
             "SamplingState must be as wide as the logits; "
-            f"got V={state.output_count_AV.shape[-1]} for logits of V={vocab_size}. "
+            f"got V={state.output_count_AV.shape[-1]} for logits of V={length}. "
             "Build it with empty_state(num_rows, vocab_size) of this model."
         )
+    vocab_size = shards.whole(length)
     edits = (
         (_needs_penalties(state, slot_R), lambda x_RV: _penalise(x_RV, state, slot_R)),
-        (state.bias_ids_AJ[slot_R, 0] < vocab_size, lambda x_RV: _add_bias(x_RV, state, slot_R)),
+        (
+            state.bias_ids_AJ[slot_R, 0] < vocab_size,
+            lambda x_RV: _add_bias(x_RV, state, slot_R, shards),
+        ),
         (_needs_mask(state, slot_R), lambda x_RV: _keep_allowed(x_RV, state, slot_R)),
         (
             _needs_bans(state, slot_R, position_R, vocab_size),
-            lambda x_RV: _ban(x_RV, state, slot_R, position_R),
+            lambda x_RV: _ban(x_RV, state, slot_R, position_R, shards),
         ),
     )
     logits_RV = logits_RV.astype(jnp.float32)
@@ -142,9 +152,11 @@ def sample(
     return lax.cond(
         jnp.any(random_R),
         lambda: jnp.where(
-            random_R, _draw(logits_RV, state, slot_R, position_R), _argmax(logits_RV)
+            random_R,
+            _draw(logits_RV, state, slot_R, position_R, shards),
+            _argmax(logits_RV, shards),
         ),
-        lambda: _argmax(logits_RV),
+        lambda: _argmax(logits_RV, shards),
     )
 
 
@@ -153,6 +165,7 @@ def record(
     slot_R: Int32[Array, "R"],
     token_R: Int32[Array, "R"],
     drawn_R: Bool[Array, "R"],
+    shards: Shards = WHOLE,
 ) -> SamplingState:
     """Adds the drawn tokens to their slots' history, in place where `state` is donated.
 
@@ -161,10 +174,11 @@ def record(
     bin_slot = state.temperature_A.shape[0] - 1
     slot_R = jnp.where(drawn_R, slot_R, bin_slot)
     window_R7 = jnp.concatenate([state.recent_A7[slot_R, 1:], token_R[:, None]], axis=-1)
+    local_R = shards.local(token_R, state.output_count_AV.shape[-1])
     return dataclasses.replace(
         state,
         recent_A7=state.recent_A7.at[slot_R].set(window_R7),
-        output_count_AV=state.output_count_AV.at[slot_R, token_R].add(1),
+        output_count_AV=state.output_count_AV.at[slot_R, local_R].add(1, mode="drop"),
     )
 
 
@@ -180,13 +194,14 @@ def _clean(logits_RV: Array) -> Array:
     return jnp.where(jnp.isnan(logits_RV), -jnp.inf, jnp.minimum(logits_RV, _LARGEST))
 
 
-def _argmax(logits_RV: Array) -> Array:
+def _argmax(logits_RV: Array, shards: Shards) -> Array:
     """Lowest id of the largest logit. Two plain reductions: a third of the time of jnp.argmax."""
-    vocab_size = logits_RV.shape[-1]
-    largest_R = jnp.max(_clean(logits_RV), axis=-1)
-    id_V = jnp.arange(vocab_size, dtype=jnp.int32)
+    length = logits_RV.shape[-1]
+    largest_R = shards.max(jnp.max(_clean(logits_RV), axis=-1))
+    id_V = shards.start(length) + jnp.arange(length, dtype=jnp.int32)
     reached_RV = logits_RV >= largest_R[:, None]  # false for NaN
-    first_R = jnp.min(jnp.where(reached_RV, id_V, vocab_size), axis=-1)
+    none = shards.whole(length)
+    first_R = shards.min(jnp.min(jnp.where(reached_RV, id_V, none), axis=-1))
     return jnp.where(largest_R > -jnp.inf, first_R, 0)
 
 
@@ -208,9 +223,9 @@ def _penalise(logits_RV: Array, state: SamplingState, slot_R: Array) -> Array:
     return logits_RV - presence_R1 * (count_RV > 0).astype(jnp.float32)
 
 
-def _add_bias(logits_RV: Array, state: SamplingState, slot_R: Array) -> Array:
+def _add_bias(logits_RV: Array, state: SamplingState, slot_R: Array, shards: Shards) -> Array:
     row_R1 = jnp.arange(slot_R.shape[0])[:, None]
-    ids_RJ = state.bias_ids_AJ[slot_R]
+    ids_RJ = shards.local(state.bias_ids_AJ[slot_R], logits_RV.shape[-1])
     return logits_RV.at[row_R1, ids_RJ].add(state.bias_values_AJ[slot_R], mode="drop")
 
 
@@ -228,46 +243,54 @@ def _needs_bans(state: SamplingState, slot_R: Array, position_R: Array, vocab_si
     return has_bad_words_R | (position_R < state.min_length_A[slot_R])
 
 
-def _ban(logits_RV: Array, state: SamplingState, slot_R: Array, position_R: Array) -> Array:
+def _ban(
+    logits_RV: Array, state: SamplingState, slot_R: Array, position_R: Array, shards: Shards
+) -> Array:
     """Bans the tokens that would complete a bad word, and stop ids below the minimal length."""
-    vocab_size = logits_RV.shape[-1]
+    length = logits_RV.shape[-1]
+    vocab_size = shards.whole(length)
     bad_words_RJ8 = state.bad_words_AJ8[slot_R]
     prefix_RJ7, last_RJ = bad_words_RJ8[:, :, :-1], bad_words_RJ8[:, :, -1]
     same_RJ7 = (prefix_RJ7 == state.recent_A7[slot_R, None]) | (prefix_RJ7 == vocab_size)
     completed_RJ = jnp.where(jnp.all(same_RJ7, axis=-1), last_RJ, vocab_size)
     early_R1 = (position_R < state.min_length_A[slot_R])[:, None]
     stop_RJ = jnp.where(early_R1, state.stop_ids_AJ[slot_R], vocab_size)
-    banned_RJ = jnp.concatenate([completed_RJ, stop_RJ], axis=-1)
+    banned_RJ = shards.local(jnp.concatenate([completed_RJ, stop_RJ], axis=-1), length)
     row_R1 = jnp.arange(slot_R.shape[0])[:, None]
     return logits_RV.at[row_R1, banned_RJ].set(-jnp.inf, mode="drop")
 
 
-def _draw(logits_RV: Array, state: SamplingState, slot_R: Array, position_R: Array) -> Array:
+def _draw(
+    logits_RV: Array, state: SamplingState, slot_R: Array, position_R: Array, shards: Shards
+) -> Array:
     """One token per row in proportion to exp(logit / temperature) over what is kept."""
     temperature_R = state.temperature_A[slot_R]
-    weight_RV = _weights(logits_RV, jnp.where(temperature_R > 0.0, temperature_R, 1.0))
+    weight_RV = _weights(logits_RV, jnp.where(temperature_R > 0.0, temperature_R, 1.0), shards)
     top_k_R = jnp.where(temperature_R > 0.0, state.top_k_A[slot_R], 0)
     top_p_R = jnp.where(temperature_R > 0.0, state.top_p_A[slot_R], 1.0)
-    vocab_size = logits_RV.shape[-1]
+    vocab_size = shards.whole(logits_RV.shape[-1])
     everything_R = jnp.zeros_like(temperature_R)
     top_k_on_R = (top_k_R > 0) & (top_k_R < vocab_size)
     floor_R = lax.cond(
-        jnp.any(top_k_on_R), lambda: top_k_threshold(weight_RV, top_k_R), lambda: everything_R
+        jnp.any(top_k_on_R),
+        lambda: top_k_threshold(weight_RV, top_k_R, shards),
+        lambda: everything_R,
     )
     floor_R = lax.cond(
         jnp.any(top_p_R < 1.0),
-        lambda: top_p_threshold(weight_RV, top_p_R, floor_R),
+        lambda: top_p_threshold(weight_RV, top_p_R, floor_R, shards),
         lambda: floor_R,
     )
     floor_R = jnp.maximum(floor_R, state.min_p_A[slot_R])  # the largest weight is 1
     kept_RV = jnp.where(weight_RV >= floor_R[:, None], weight_RV, 0.0)
-    return _invert_cdf(kept_RV, *_uniforms(state.seed_A2[slot_R], position_R))
+    return _invert_cdf(kept_RV, *_uniforms(state.seed_A2[slot_R], position_R), shards)
 
 
-def _weights(logits_RV: Array, temperature_R: Array) -> Array:
+def _weights(logits_RV: Array, temperature_R: Array, shards: Shards) -> Array:
     """exp((logit - largest) / temperature), within [0, 1]; all 0 where nothing may be drawn."""
     logits_RV = _clean(logits_RV)
-    largest_R1 = jnp.maximum(jnp.max(logits_RV, axis=-1, keepdims=True), -_LARGEST)
+    largest_R1 = shards.max(jnp.max(logits_RV, axis=-1, keepdims=True))
+    largest_R1 = jnp.maximum(largest_R1, -_LARGEST)
     return jnp.exp((logits_RV - largest_R1) / temperature_R[:, None])
 
 
@@ -280,17 +303,23 @@ def _uniforms(seed_R2: Array, position_R: Array) -> tuple[Array, Array]:
     return uniform_R2[:, 0], uniform_R2[:, 1]
 
 
-def _invert_cdf(weight_RV: Array, block_uniform_R: Array, lane_uniform_R: Array) -> Array:
+def _invert_cdf(
+    weight_RV: Array, block_uniform_R: Array, lane_uniform_R: Array, shards: Shards
+) -> Array:
     """First a block of 128 tokens, then a token of it, each in proportion to its weight.
 
     Two numbers rather than one: 24 bits spread over the whole vocabulary would blur the
-    probability of rare tokens.
+    probability of rare tokens. No block lies on two shards (`jinfer.parallel.shares`).
     """
-    num_rows, vocab_size = weight_RV.shape
-    spare = -vocab_size % _LANES
+    num_rows, length = weight_RV.shape
+    spare = -length % _LANES
     block_RJ128 = jnp.pad(weight_RV, ((0, 0), (0, spare))).reshape(num_rows, -1, _LANES)
-    block_R = _pick(jnp.sum(block_RJ128, axis=-1), block_uniform_R)
-    lane_R128 = jnp.take_along_axis(block_RJ128, block_R[:, None, None], axis=1)[:, 0]
+    block_R = _pick(shards.join(jnp.sum(block_RJ128, axis=-1)), block_uniform_R)
+    local_R = shards.local(block_R, block_RJ128.shape[1])
+    lane_R128 = jnp.take_along_axis(
+        block_RJ128, local_R[:, None, None], axis=1, mode="fill", fill_value=0.0
+    )[:, 0]
+    lane_R128 = shards.sum(lane_R128)  # of which all but one are zeros
     return block_R * _LANES + _pick(lane_R128, lane_uniform_R)
 
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int32
 
+from jinfer.parallel.collectives import WHOLE, Shards
 from jinfer.step.batch import StepBatch
 from jinfer.step.sampler import SamplingState, empty_state, record
 
@@ -57,6 +58,7 @@ def record_drawn(
     slot_R: Int32[Array, "R"],
     token_R: Int32[Array, "R"],
     draws_R: Bool[Array, "R"],
+    shards: Shards = WHOLE,
 ) -> SlotState:
     """Keeps what was drawn: for the next step's input, for penalties, and whether it stops."""
     bin_slot = slots.last_token_A.shape[0] - 1
@@ -66,7 +68,7 @@ def record_drawn(
         slots,
         last_token_A=slots.last_token_A.at[drawn_slot_R].set(token_R),
         stopped_A=slots.stopped_A.at[drawn_slot_R].set(stops_R),
-        sampling=record(slots.sampling, slot_R, token_R, draws_R),
+        sampling=record(slots.sampling, slot_R, token_R, draws_R, shards),
     )
 
 
@@ -96,11 +98,16 @@ def write_slots(
 
 
 def restore_counts(
-    slots: SlotState, slot: Int32[Array, ""], token_J: Int32[Array, "J"]
+    slots: SlotState,
+    slot: Int32[Array, ""],
+    token_J: Int32[Array, "J"],
+    *,
+    shards: Shards = WHOLE,
 ) -> SlotState:
     """Adds output tokens to a slot's counts, for a sequence that resumes; padding is V."""
     sampling = slots.sampling
-    counts_AV = sampling.output_count_AV.at[slot, token_J].add(1, mode="drop")
+    local_J = shards.local(token_J, sampling.output_count_AV.shape[-1])
+    counts_AV = sampling.output_count_AV.at[slot, local_J].add(1, mode="drop")
     return dataclasses.replace(
         slots, sampling=dataclasses.replace(sampling, output_count_AV=counts_AV)
     )

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from jinfer.models.decoder import Decoder, Params
+from jinfer.parallel.collectives import Shards
 from jinfer.step.batch import StepBatch, StepOutput
 from jinfer.step.kv_cache import KVPages
 from jinfer.step.logprobs import read_logprobs
@@ -41,7 +42,7 @@ def run_step(
     with jax.default_matmul_precision(precision):
         hidden_TD, pages = decoder.hidden(params, token_T, batch.position_T, attend, pages)
         logits_RV = decoder.logits(params, hidden_TD[batch.read_token_R])
-    slots, output = _read(logits_RV, slots, batch, max_logprobs)
+    slots, output = _read(logits_RV, slots, batch, max_logprobs, decoder.shards)
     return pages, slots, output
 
 
@@ -85,15 +86,17 @@ def _attend(
 
 
 def _read(
-    logits_RV: Array, slots: SlotState, batch: StepBatch, max_logprobs: int
+    logits_RV: Array, slots: SlotState, batch: StepBatch, max_logprobs: int, shards: Shards
 ) -> tuple[SlotState, StepOutput]:
     # The draw's key depends on the position the new token will take, and on nothing else
     # of the step: the same request draws the same tokens alone or among others.
     position_R = batch.position_T[batch.read_token_R] + 1
     with jax.named_scope("sample"):
-        drawn_R = sample(logits_RV, slots.sampling, batch.read_slot_R, position_R)
+        drawn_R = sample(logits_RV, slots.sampling, batch.read_slot_R, position_R, shards)
         token_R = jnp.where(batch.draws_R, drawn_R, batch.target_R)
-    slots = record_drawn(slots, batch.read_slot_R, token_R, batch.draws_R)
+    slots = record_drawn(slots, batch.read_slot_R, token_R, batch.draws_R, shards)
     wants_R = batch.wants_logprobs_R
-    logprobs = read_logprobs(logits_RV, token_R, wants_R, max_logprobs, wants_token_R=wants_R)
+    logprobs = read_logprobs(
+        logits_RV, token_R, wants_R, max_logprobs, wants_token_R=wants_R, shards=shards
+    )
     return slots, StepOutput(token_R=token_R, logprobs=logprobs)

@@ -4,6 +4,7 @@ A weight is exp((logit - largest logit) / temperature): within [0, 1], and its f
 as an integer, are ordered as the weight is. "How many weights reach t" and "how much mass reaches
 t" fall as t grows, so the best t is found by halving an interval of integers: at most 30 passes of
 compare-and-sum over [R, V], where a sort of 128,256 logits takes the time of several hundred.
+Where the vocabulary lies on several chips, each pass adds up one number per row over them.
 """
 
 from collections.abc import Callable
@@ -12,6 +13,8 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int32
+
+from jinfer.parallel.collectives import WHOLE, Shards
 
 _ABOVE_ONE = 0x3F800001  # one past the bits of 1.0, the largest weight
 
@@ -25,21 +28,24 @@ class _Bracket(NamedTuple):
     amount_high_R: Array
 
 
-def top_k_threshold(weight_RV: Float[Array, "R V"], top_k_R: Int32[Array, "R"]) -> Array:
+def top_k_threshold(
+    weight_RV: Float[Array, "R V"], top_k_R: Int32[Array, "R"], shards: Shards = WHOLE
+) -> Array:
     """Smallest weight float32[R] that top-k keeps: the k-th largest, so its ties are kept too.
 
     Args:
       weight_RV: float32 in [0, 1].
       top_k_R: k; 0 or less, or V and more, keeps everything (threshold 0).
+      shards: over which V is cut.
     """
     bits_RV = _bits(weight_RV)
-    vocab_size = weight_RV.shape[-1]
+    vocab_size = shards.whole(weight_RV.shape[-1])
     off_R = (top_k_R <= 0) | (top_k_R >= vocab_size)
     target_R = jnp.where(off_R, vocab_size, top_k_R)
     zero_R = jnp.zeros_like(target_R)
 
     def count(low_R: Array) -> Array:
-        return jnp.sum(bits_RV >= low_R[:, None], axis=-1, dtype=jnp.int32)
+        return shards.sum(jnp.sum(bits_RV >= low_R[:, None], axis=-1, dtype=jnp.int32))
 
     def settled(bracket: _Bracket) -> Array:
         return bracket.amount_low_R == target_R
@@ -52,6 +58,7 @@ def top_p_threshold(
     weight_RV: Float[Array, "R V"],
     top_p_R: Float[Array, "R"],
     floor_R: Float[Array, "R"],
+    shards: Shards = WHOLE,
 ) -> Array:
     """Smallest weight float32[R] that top-p keeps among the weights that reach the floor.
 
@@ -62,11 +69,13 @@ def top_p_threshold(
       weight_RV: float32 in [0, 1].
       top_p_R: p; 1 or more keeps everything.
       floor_R: threshold of the transforms before (top-k); weights below it count as zero.
+      shards: over which V is cut.
     """
     bits_RV = _bits(weight_RV)
 
     def mass(low_R: Array) -> Array:
-        return jnp.sum(jnp.where(bits_RV >= low_R[:, None], weight_RV, 0.0), axis=-1)
+        kept_RV = jnp.where(bits_RV >= low_R[:, None], weight_RV, 0.0)
+        return shards.sum(jnp.sum(kept_RV, axis=-1))
 
     floor_bits_R = _bits(floor_R)
     total_R = mass(floor_bits_R)

@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -18,16 +19,22 @@ DEVICE_ALIGNMENT = 64  # bytes; XLA on CPU then takes a numpy buffer as it is
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HostTensor:
-    """One parameter, described. Nothing is read before `read` is called."""
+    """One parameter, described. Nothing is read before `read` is called.
+
+    It may be held larger than it is stored (`jinfer.parallel.shares`): rows of the vocabulary are
+    filled up with zeros, kv heads repeated side by side.
+    """
 
     axes: str  # one letter per axis, with a leading L if stacked
-    shape: tuple[int, ...]
+    shape: tuple[int, ...]  # as it is held
+    stored_shape: tuple[int, ...]  # the same axes as they are stored
+    head_width: int  # H
     dtype: np.dtype  # wanted; the stored one may differ
     layers: tuple[StoredTensor, ...]  # one, or one per layer if stacked
     stored_axes: str  # one layer's letters in the order of the file
 
     def read(self, index: tuple[slice, ...] | None = None) -> np.ndarray:
-        """Copies one shard out of the files, permuted and converted.
+        """Copies one shard out of the files, permuted, converted, filled up and repeated.
 
         Args:
           index: a slice per axis, as `jax.make_array_from_callback` asks for it; None = all.
@@ -47,16 +54,40 @@ class HostTensor:
 
     def _copy(self, tensor: StoredTensor, index: tuple[slice, ...], target: np.ndarray) -> None:
         axes = self.axes.removeprefix("L")
-        size_of = dict(zip(self.axes, self.shape, strict=True))
+        size_of = dict(zip(self.axes, self.stored_shape, strict=True))
         split = tensor.view().reshape([size_of[letter] for letter in self.stored_axes])
         source = split.transpose([self.stored_axes.index(letter) for letter in axes])
+        for axis, letter in enumerate(axes):
+            source = source[(slice(None),) * axis + (self._stored(letter, index[axis]),)]
+        if source.shape != target.shape:  # the rest of the vocabulary
+            target[...] = 0
+            target = target[tuple(map(slice, source.shape))]
         try:
-            copy_converted(source[index], target)
+            copy_converted(source, target)
         except FloatingPointError:
             raise CheckpointError(
                 f"stored values must fit the dtype asked for; got dtype={self.dtype} and larger "
                 f"values in {tensor.path}. Ask for bfloat16 or float32."
             ) from None
+
+    def _stored(self, letter: str, part: slice) -> slice | np.ndarray:
+        """Which entries of a stored axis a part of the held one consists of."""
+        axis = self.axes.index(letter)
+        held, stored = self.shape[axis], self.stored_shape[axis]
+        if held == stored:
+            return part
+        start, stop, _ = part.indices(held)
+        if letter == "V":
+            return slice(min(start, stored), min(stop, stored))
+        index = repeated(np.arange(start, stop), letter, held // stored, self.head_width)
+        first, last = int(index[0]), int(index[-1])
+        return slice(first, last + 1) if last - first == stop - start - 1 else index
+
+
+def repeated(index: Any, letter: str, num_repeats: int, head_width: int) -> Any:
+    """Where an entry of a repeated axis of kv heads, K or C, stands on the axis as stored."""
+    width = head_width if letter == "C" else 1
+    return index // width // num_repeats * width + index % width
 
 
 def copy_converted(source: np.ndarray, target: np.ndarray) -> None:

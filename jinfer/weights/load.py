@@ -68,6 +68,7 @@ def load_params(
     *,
     dtype: str,
     layer_loop: str,
+    held: ModelConfig | None = None,
     put: Put | None = None,
 ) -> tuple[Params, LoadReport]:
     """Reads every parameter of a checkpoint.
@@ -77,10 +78,9 @@ def load_params(
       config: what `read_model_config` gave for it.
       dtype: of the parameters: "float32", "bfloat16" or "float16", whatever is stored.
       layer_loop: "unrolled" gives a dict per layer, "scan" one dict with a leading L axis.
+      held: the model as it is cut, `jinfer.parallel.shares.held_model`; None = as stored.
       put: moves one parameter to its device or devices, given its path in the tree, such as
         "blocks.3.w_q_DQ" or, stacked, "blocks.w_q_DQ"; None = whole, to the first device.
-        For a sharding, `jax.make_array_from_callback(tensor.shape, sharding, tensor.read)`
-        reads every shard straight from the file.
 
     Returns:
       The tree, once every array has arrived, and a report.
@@ -91,6 +91,7 @@ def load_params(
     started_s = time.perf_counter()
     wanted_dtype = require_dtype(dtype)
     weights = FAMILIES[config.family].weight_map(config)
+    weights_held = FAMILIES[config.family].weight_map(held or config)
     stored = open_checked(folder, config)
     put = put or put_on_first_device
 
@@ -98,13 +99,15 @@ def load_params(
         tensor = HostTensor(
             axes=place.axes,
             shape=place.shape,
+            stored_shape=place.shape_in(weights),
+            head_width=config.head_width,
             dtype=wanted_dtype,
             layers=tuple(stored[tensor.name] for tensor in place.tensors),
             stored_axes="".join(place.tensors[0].groups),
         )
         return put(place.path, tensor)
 
-    params = build_tree(weights, config.num_layers, layer_loop, make)
+    params = build_tree(weights_held, config.num_layers, layer_loop, make)
     jax.block_until_ready(params)
     used = [stored[tensor.name] for tensor in weights.stored_tensors(config.num_layers)]
     return params, LoadReport(
@@ -127,16 +130,16 @@ def open_checked(folder: Path, config: ModelConfig) -> Mapping[str, StoredTensor
     return stored
 
 
-def param_shapes(config: ModelConfig, *, dtype: str, layer_loop: str, hold: Hold) -> Params:
+def param_shapes(held: ModelConfig, *, dtype: str, layer_loop: str, hold: Hold) -> Params:
     """The tree that `load_params` gives, as shapes: programs compile for it before it is there."""
     wanted_dtype = require_dtype(dtype)
 
     def make(place: Place) -> jax.ShapeDtypeStruct:
-        held: Any = hold(place.path, len(place.shape))
-        return jax.ShapeDtypeStruct(place.shape, wanted_dtype, sharding=held)
+        where: Any = hold(place.path, place.axes)
+        return jax.ShapeDtypeStruct(place.shape, wanted_dtype, sharding=where)
 
-    weights = FAMILIES[config.family].weight_map(config)
-    return build_tree(weights, config.num_layers, layer_loop, make)
+    weights = FAMILIES[held.family].weight_map(held)
+    return build_tree(weights, held.num_layers, layer_loop, make)
 
 
 def put_on_first_device(path: str, tensor: HostTensor) -> jax.Array:

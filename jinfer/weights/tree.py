@@ -28,13 +28,20 @@ class Place:
 
     path: str  # "embed_VD", "blocks.3.w_q_DQ" or, stacked, "blocks.w_q_DQ"
     axes: str  # one letter per axis, with a leading L if stacked
-    shape: tuple[int, ...]
+    shape: tuple[int, ...]  # as it is held
     tensors: tuple[HFTensor, ...]  # one, or one per layer if stacked
 
     @property
     def leaf(self) -> str:
         """The last word of the path."""
         return self.path.rsplit(".", 1)[-1]
+
+    def shape_in(self, weights: WeightMap) -> tuple[int, ...]:
+        """Its shape under another map of the same model, such as the checkpoint's own."""
+        return (
+            *self.shape[: len(self.axes) - len(leaf_axes(self.leaf))],
+            *weights.shape(self.leaf),
+        )
 
 
 def build_tree(
