@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from tqdm import tqdm
 from jinfer.config import EngineConfig, EnginePlan, GenerationDefaults, ModelConfig
 from jinfer.models.decoder import Decoder, Params
 from jinfer.page_mover import PageMover
-from jinfer.parallel.mesh import make_meshes
+from jinfer.parallel.mesh import make_mesh
 from jinfer.parallel.sharding import Placement
 from jinfer.parallel.shares import chip_share, held_model
 from jinfer.request.tokenizer import Tokenizer, load_tokenizer
@@ -93,13 +93,7 @@ def load(config: EngineConfig) -> Loaded:
         tokenizer = load_tokenizer(_folder_of(config.tokenizer) if config.tokenizer else folder)
     # Devices are touched last: what the files show to be wrong is told at once.
     platform = platform_of(jax.devices()[0])
-    placement = Placement(
-        *make_meshes(
-            jax.devices(),
-            data_parallel_size=1,
-            tensor_parallel_size=config.tensor_parallel_size,
-        )
-    )
+    placement = Placement(make_mesh(jax.devices(), config.tensor_parallel_size))
     held = held_model(model, config.tensor_parallel_size)
     free_bytes = free_bytes_each(placement.local_devices)
     plan = resolve_plan(
@@ -110,29 +104,20 @@ def load(config: EngineConfig) -> Loaded:
         device_kind=placement.devices[0].device_kind,
     )
     require_served(plan, chip_share(held, plan.tensor_parallel_size))
-    shape = pool_shape(plan, held, placement)
     say(_plan_line(plan))
     say(_capacity_line(plan))
     if config.load_format != "dummy":
         open_checked(folder, model)  # refused now, not after minutes of compiling
-    make_slots = partial(
-        empty_slots,
-        max_slots=plan.max_slots,
-        pages_per_slot=plan.pages_per_slot,
-        vocab_size=plan.vocab_size,
-    )
-    slots_shape = placement.placed(jax.eval_shape(make_slots))
-    hold = hold_as(plan.weight_layout, placement.sharding)
-    weights = param_shapes(held, dtype=plan.dtype, layer_loop=plan.layer_loop, hold=hold)
-    programs = step_programs(plan, model, weights, shape, slots_shape, placement)
+    state = state_shapes(plan, held, placement)
+    programs = step_programs(plan, model, state, placement)
     pages = slots = None
     with _compiling(programs, config.progress) as compiling:
+        hold = hold_as(plan.weight_layout, placement.sharding)
         params = _load_weights(config, model, held, folder, plan, hold, say)
         try:
             compiled, report = compiling.result()
             say(report)
-            where = jax.tree.map(lambda leaf: leaf.sharding, slots_shape)
-            pages, slots = allocate_pages(shape), jax.jit(make_slots, out_shardings=where)()
+            pages, slots = allocate_pages(state.pages), allocate_slots(plan, state.slots)
             mover = PageMover(compiled, placement)
             min_restored_pages = None
             if plan.num_host_pages:
@@ -189,15 +174,39 @@ def break_even_pages(
     return pages, slots, num_pages if num_pages <= PAGES_PER_MOVE else None
 
 
-def pool_shape(plan: EnginePlan, held: ModelConfig, placement: Placement) -> Any:
-    """The pool of KV pages that the plan asks for, as shapes."""
-    return pages_shape(
+class State(NamedTuple):
+    """What every step takes, as shapes with their places."""
+
+    params: Params
+    pages: Any
+    slots: Any
+
+
+def state_shapes(plan: EnginePlan, held: ModelConfig, placement: Placement) -> State:
+    """The weights, the pool and the slots that the plan asks for."""
+    hold = hold_as(plan.weight_layout, placement.sharding)
+    params = param_shapes(held, dtype=plan.dtype, layer_loop=plan.layer_loop, hold=hold)
+    pages = pages_shape(
         held,
         num_pages=plan.num_pages,
         page_size=plan.page_size,
         dtype=plan.kv_dtype,
         head_width=plan.kv_head_width,
         sharding=placement.sharding("LPK"),
+    )
+    slots = placement.placed(jax.eval_shape(partial(_empty_slots, plan)))
+    return State(params, pages, slots)
+
+
+def allocate_slots(plan: EnginePlan, shapes: Any) -> SlotState:
+    """Slots in which nothing runs, where the shapes say."""
+    where = jax.tree.map(lambda leaf: leaf.sharding, shapes)
+    return jax.jit(partial(_empty_slots, plan), out_shardings=where)()
+
+
+def _empty_slots(plan: EnginePlan) -> SlotState:
+    return empty_slots(
+        max_slots=plan.max_slots, pages_per_slot=plan.pages_per_slot, vocab_size=plan.vocab_size
     )
 
 
@@ -278,21 +287,14 @@ def _host_line(plan: EnginePlan, min_restored_pages: int | None) -> str:
 
 
 def step_programs(
-    plan: EnginePlan,
-    model: ModelConfig,
-    params: Params,
-    pages: Any,
-    slots: SlotState,
-    placement: Placement,
+    plan: EnginePlan, model: ModelConfig, state: State, placement: Placement
 ) -> list[Program]:
     """One step per token bucket, several per row bucket, the writers of slots, moves of pages.
 
     Args:
       plan: what was decided.
       model: as the checkpoint has it.
-      params: shapes of the parameters as they are held, with their places.
-      pages: of the pool, likewise.
-      slots: of the slots, likewise.
+      state: shapes of what every step takes.
       placement: of whatever else a program takes.
     """
     options = dict(
@@ -302,7 +304,6 @@ def step_programs(
         # On TPU and GPU a float32 matmul is computed in fewer bits unless told otherwise.
         precision="highest" if plan.dtype == "float32" else "default",
     )
-    state = (params, pages, slots)
     # The largest take longest to compile, so they go first.
     steps = {
         f"step of {size} tokens": (partial(run_step, **options), BucketShape.of(size, plan))
@@ -320,13 +321,13 @@ def step_programs(
                 name,
                 function,
                 (*state, placement.placed(bucket.shapes())),
-                results=(pages, slots, None),
+                results=(state.pages, state.slots, None),
                 donate=(1, 2),
             )
             for name, (function, bucket) in (steps | decodes).items()
         ],
-        *_slot_programs(made, plan, slots, placement),
-        *_move_programs(made, plan, pages, placement),
+        *_slot_programs(made, plan, state.slots, placement),
+        *_move_programs(made, plan, state.pages, placement),
     ]
 
 

@@ -7,7 +7,7 @@ process compiles for the first architecture it was asked for, whatever it is ask
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -16,11 +16,12 @@ import jax
 from jax.experimental import topologies
 
 from jinfer.config import EngineConfig, EnginePlan, ModelConfig
-from jinfer.models.decoder import Decoder
+from jinfer.parallel.mesh import make_mesh
+from jinfer.parallel.sharding import Placement
+from jinfer.parallel.shares import held_model
 from jinfer.resolve import resolve_plan
-from jinfer.startup import pool_shape, step_programs
-from jinfer.step.slots import empty_slots
-from jinfer.weights.layout import hold_as
+from jinfer.startup import state_shapes, step_programs
+from jinfer.step.programs import Program
 from kernels_pallas.compat import told_the_chip
 
 LLAMA_3_8B = ModelConfig(
@@ -91,48 +92,21 @@ def describe_gpu(name: str) -> Any:
     return topologies.get_topology_desc(topology_name="", platform="cuda", **topology).devices[0]
 
 
-def shapes_of(
-    model: ModelConfig, plan: EnginePlan, sharding: jax.sharding.Sharding
-) -> tuple[Any, Any, Any]:
-    """Parameters as the plan holds them, pool and slots of the model, as shapes."""
-    decoder, hold = Decoder(model), hold_as(plan.weight_layout, sharding)
-
-    def held(name: str, shape: jax.ShapeDtypeStruct, *leading: int) -> jax.ShapeDtypeStruct:
-        shape_of_all = (*leading, *shape.shape)
-        where = hold(name, len(shape_of_all)) or sharding
-        return jax.ShapeDtypeStruct(shape_of_all, plan.dtype, sharding=where)
-
-    params = {name: held(name, shape) for name, shape in decoder.ends_shapes.items()}
-    if plan.layer_loop == "scan":
-        leading = (model.num_layers,)
-        params["blocks"] = {n: held(n, s, *leading) for n, s in decoder.block_shapes.items()}
-    else:
-        block = {name: held(name, shape) for name, shape in decoder.block_shapes.items()}
-        params["blocks"] = [block] * model.num_layers
-    slots = jax.eval_shape(
-        lambda: empty_slots(
-            max_slots=plan.max_slots,
-            pages_per_slot=plan.pages_per_slot,
-            vocab_size=model.vocab_size,
-        )
-    )
-    return params, pool_shape(plan, model), slots
+def programs_for(chips: Sequence[Any], model: ModelConfig, plan: EnginePlan) -> list[Program]:
+    """The engine's own, for a model on these chips."""
+    size = plan.tensor_parallel_size
+    placement = Placement(make_mesh(chips, size))
+    state = state_shapes(plan, held_model(model, size), placement)
+    return step_programs(plan, model, state, placement)
 
 
 def measure(chip: Any, model: ModelConfig, plan: EnginePlan) -> Iterator[dict[str, Any]]:
     """Compiles a step and a loop of decode steps, and reads their memory off them."""
-    sharding = jax.sharding.SingleDeviceSharding(chip)
-    programs = step_programs(plan, model, *shapes_of(model, plan, sharding))
-    for program in programs:
+    for program in programs_for([chip], model, plan):
         if program.name not in (STEP, DECODE):
             continue
         start_s = time.perf_counter()
-        memory = (
-            jax.jit(program.function, donate_argnums=program.donate)
-            .lower(*jax.tree.map(lambda a: _placed(a, sharding), program.shapes))
-            .compile()
-            .memory_analysis()
-        )
+        memory = program.compile().memory_analysis()
         yield {
             "program": program.name,
             "aliased_bytes": memory.alias_size_in_bytes,
@@ -141,11 +115,6 @@ def measure(chip: Any, model: ModelConfig, plan: EnginePlan) -> Iterator[dict[st
             "weight_bytes": 2 * model.num_parameters,
             "elapsed_s": time.perf_counter() - start_s,
         }
-
-
-def _placed(shape: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> Any:
-    where = shape.format if shape.format.layout is not None else sharding
-    return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=where)
 
 
 def main(name: str, num_layers: str, attention: str) -> None:

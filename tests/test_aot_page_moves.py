@@ -3,9 +3,8 @@
 from dataclasses import replace
 from typing import Any
 
-import jax
 import pytest
-from aot_programs import CONFIG, LLAMA_3_8B, describe_gpu, shapes_of
+from aot_programs import CONFIG, LLAMA_3_8B, describe_gpu, programs_for
 from test_aot_programs import (
     GPU_COMPILER,
     TPUS,
@@ -15,7 +14,6 @@ from test_aot_programs import (
 
 from jinfer.config import EnginePlan, ModelConfig
 from jinfer.resolve import resolve_plan
-from jinfer.startup import step_programs
 
 pytestmark = pytest.mark.slow
 OFFLOADING = replace(CONFIG, kv_offloading_size=4.0)
@@ -37,16 +35,10 @@ def test_on_h200() -> None:
 
 
 def check_moves(chip: Any, model: ModelConfig, plan: EnginePlan) -> None:
-    sharding = jax.sharding.SingleDeviceSharding(chip)
-    programs = step_programs(plan, model, *shapes_of(model, plan, sharding))
-    moves = {p.name: p for p in programs if p.name.endswith("_pages")}
+    moves = {p.name: p for p in programs_for([chip], model, plan) if p.name.endswith("_pages")}
     assert set(moves) == {"copy_pages", "gather_pages", "scatter_pages"}
     for name, program in moves.items():
-        placed = jax.tree.map(
-            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), program.shapes
-        )
-        compiled = jax.jit(program.function, donate_argnums=program.donate).lower(*placed).compile()
-        memory = compiled.memory_analysis()
+        memory = program.compile().memory_analysis()
         print(f"{name}: temporaries {memory.temp_size_in_bytes / 1e6:.2f} MB")
         assert memory.temp_size_in_bytes < 2 * plan.page_bytes
         if name != "gather_pages":

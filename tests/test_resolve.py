@@ -3,9 +3,12 @@
 import dataclasses
 from typing import Any
 
+import jax
 import pytest
 
 from jinfer.config import EngineConfig, ModelConfig
+from jinfer.parallel.mesh import make_mesh
+from jinfer.parallel.sharding import Placement
 from jinfer.resolve import (
     check_config,
     free_device_bytes,
@@ -14,7 +17,7 @@ from jinfer.resolve import (
     resolve_layer_loop,
     resolve_plan,
 )
-from jinfer.startup import pool_shape
+from jinfer.startup import state_shapes
 
 # A token of KV takes 2 * 2 layers * 2 heads * 16 wide = 128 numbers.
 MODEL = ModelConfig(
@@ -82,7 +85,8 @@ def test_heads_are_stored_as_wide_as_the_attention_needs() -> None:
     assert resolve_plan(hopper, wide, platform="gpu", free_bytes=GIB).kv_head_width == 128
     assert plans["cpu"].page_bytes == 8 * 2 * 2 * 2 * 96 * 2
     assert plans["tpu"].page_bytes == 8 * 2 * 2 * 2 * 128 * 2
-    assert pool_shape(plans["tpu"], wide).shape[4] == 2 * 128
+    placement = Placement(make_mesh(jax.devices(), 1))
+    assert state_shapes(plans["tpu"], wide, placement).pages.shape[4] == 2 * 128
 
 
 def test_a_host_tier_smaller_than_a_page_is_refused() -> None:

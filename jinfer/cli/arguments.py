@@ -206,6 +206,7 @@ def _add_engine(parser: _Parser) -> None:
         _add, parser.add_argument_group("engine", "What is not given is decided by the hardware.")
     )
     count = {"type": int, "metavar": "N"}
+    add("tensor_parallel_size", **count, help="chips that share one model")
     add("max_model_len", **count, help="tokens of prompt and output together")
     add("max_num_seqs", **count, help="sequences that run at the same time")
     add("max_num_batched_tokens", **count, help="tokens of one step")

@@ -1,33 +1,45 @@
 """The mesh of devices: replicas of the model along one axis, its shards along the other."""
 
+import math
 from collections.abc import Sequence
 
 import jax
-import numpy as np
 from jax.sharding import AxisType, Mesh
 
 DATA, TENSOR = "data", "tensor"  # the mesh's axes
 
 
-def make_meshes(
-    devices: Sequence[jax.Device], *, data_parallel_size: int, tensor_parallel_size: int
-) -> list[Mesh]:
-    """One mesh `("data", "tensor")` per replica, cut out of one over all devices that are needed.
+def make_mesh(devices: Sequence[jax.Device], tensor_parallel_size: int) -> Mesh:
+    """One replica's mesh `("data", "tensor")` over the first devices, neighbours side by side.
 
-    Devices of one replica are neighbours where the platform says who is whose neighbour.
+    Raises:
+      ValueError: there are fewer devices than tensor_parallel_size.
+    """
+    if tensor_parallel_size > len(devices):
+        raise ValueError(
+            "tensor_parallel_size must not exceed the devices; got "
+            f"{tensor_parallel_size=} with {len(devices)} devices. Lower it, or add hosts."
+        )
+    return _mesh(devices, (1, tensor_parallel_size))
+
+
+def split_devices(
+    devices: Sequence[jax.Device], *, data_parallel_size: int, tensor_parallel_size: int
+) -> list[list[jax.Device]]:
+    """The devices of each replica.
 
     Raises:
       ValueError: there are fewer devices than data_parallel_size * tensor_parallel_size.
     """
-    num_needed = data_parallel_size * tensor_parallel_size
-    if num_needed > len(devices):
+    if data_parallel_size * tensor_parallel_size > len(devices):
         raise ValueError(
             "data_parallel_size * tensor_parallel_size must not exceed the devices; got "
             f"{data_parallel_size=}, {tensor_parallel_size=} with {len(devices)} devices. "
             "Lower them, or add hosts."
         )
+    return _mesh(devices, (data_parallel_size, tensor_parallel_size)).devices.tolist()
+
+
+def _mesh(devices: Sequence[jax.Device], shape: tuple[int, int]) -> Mesh:
     types = (AxisType.Explicit,) * 2
-    shape = (data_parallel_size, tensor_parallel_size)
-    whole = jax.make_mesh(shape, (DATA, TENSOR), types, devices=devices[:num_needed])
-    rows: list[np.ndarray] = np.split(whole.devices, data_parallel_size)
-    return [Mesh(row, (DATA, TENSOR), axis_types=types) for row in rows]
+    return jax.make_mesh(shape, (DATA, TENSOR), types, devices=devices[: math.prod(shape)])

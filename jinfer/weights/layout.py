@@ -72,6 +72,7 @@ def put_shards(tensor: HostTensor, sharding: Sharding, *, layer: int | None = No
     shape = tensor.shape if layer is None else (1, *tensor.shape[1:])
     shards = []
     for device, index in sharding.addressable_devices_indices_map(shape).items():
+        assert index is not None, f"a device without a shard: {sharding}"
         parts = tensor.read(index if layer is None else (layers, *index[1:]))
         shards.append(jax.block_until_ready(jax.device_put(parts, device)))
     return jax.make_array_from_single_device_arrays(shape, sharding, shards)

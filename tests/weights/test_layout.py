@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from engine_runs import make_engine, run_jobs, tokens_of
 from jax.experimental.layout import Format, Layout
+from jax.sharding import Sharding
 from random_checkpoint import write_llama_checkpoint
 
 from jinfer.config import EngineConfig
@@ -24,9 +25,11 @@ from jinfer.weights.load import load_params, read_model_config
 SHARDING = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
 
-def hold_transposed(path: str, num_axes: int) -> Format | None:
-    if not hold_as("16x128", SHARDING)(path, num_axes):
-        return None
+def hold_transposed(path: str, axes: str) -> Sharding | Format:
+    held = hold_as("16x128", lambda _: SHARDING)(path, axes)
+    if not isinstance(held, Format):
+        return held
+    num_axes = len(axes)
     return Format(Layout((*range(num_axes - 2), num_axes - 1, num_axes - 2)), SHARDING)
 
 
@@ -92,6 +95,6 @@ def test_only_bfloat16_on_a_7x_is_held_otherwise(
     config = EngineConfig(model="m", dtype=dtype)
     plan = resolve_plan(config, model, platform=platform, free_bytes=2**30, device_kind=device_kind)
     assert plan.weight_layout == want
-    held = hold_as(plan.weight_layout, SHARDING)
-    assert (held("blocks.3.w_q_DQ", 2) is None) == (want == "default")
-    assert held("embed_VD", 2) is None and held("blocks.attn_norm_D", 1) is None
+    held = hold_as(plan.weight_layout, lambda _: SHARDING)
+    assert isinstance(held("blocks.3.w_q_DQ", "DQ"), Format) == (want == "16x128")
+    assert held("embed_VD", "VD") == held("blocks.attn_norm_D", "LD") == SHARDING

@@ -1,0 +1,192 @@
+"""Many devices compute what one computes: the whole engine, on 8 virtual ones."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from engine_runs import Job, logprobs_of, make_engine, random_prompt, run_jobs, tokens_of
+from random_checkpoint import write_llama_checkpoint
+
+from jinfer.parallel.mesh import make_mesh
+from jinfer.parallel.sharding import Placement
+from jinfer.parallel.shares import held_model
+from jinfer.request.output import RequestOutput
+from jinfer.request.params import SamplingParams
+from jinfer.startup import state_shapes, step_programs
+from jinfer.weights.dummy import dummy_params
+from jinfer.weights.layout import hold_as, put_held
+from jinfer.weights.load import load_params, read_model_config
+
+VOCAB_SIZE = 133  # filled up on every mesh, and cut in the middle of a word of mask bits
+NUM_LAYERS = 2
+ONE_STEP: dict[str, Any] = {"max_num_seqs": 8, "max_decode_steps": 1}  # half the programs
+SHAPE: dict[str, Any] = {
+    "num_attention_heads": 8,
+    "vocab_size": VOCAB_SIZE,
+    "num_hidden_layers": NUM_LAYERS,
+}
+
+
+def jobs() -> list[Job]:
+    """Greedy, sampled with seeds, and everything that looks at single tokens of the vocabulary."""
+    rng = np.random.default_rng(0)
+    common: dict[str, Any] = {"max_tokens": 16, "logprobs": 3, "ignore_eos": True}
+    edges = {0: -3.0, 127: 2.0, 128: 2.5, 132: 3.0}
+    asked = [
+        SamplingParams(temperature=0, prompt_logprobs=2, **common),
+        SamplingParams(temperature=1, seed=3, top_p=0.9, top_k=50, **common),
+        SamplingParams(temperature=1.5, seed=5, n=2, **common),
+        SamplingParams(temperature=0.7, seed=7, min_p=0.02, logit_bias=edges, **common),
+        SamplingParams(
+            temperature=1,
+            seed=9,
+            repetition_penalty=1.3,
+            presence_penalty=0.2,
+            frequency_penalty=0.1,
+            allowed_token_ids=range(90, VOCAB_SIZE),
+            stop_token_ids=[131, 100],
+            min_tokens=12,
+            **common,
+        ),
+        SamplingParams(temperature=0, logit_bias={132: 100.0}, **common),
+    ]
+    return [(random_prompt(rng), params) for params in asked]
+
+
+def assert_same(one: list[RequestOutput], other: list[RequestOutput]) -> None:
+    for want, got in zip(one, other, strict=True):
+        assert tokens_of(got) == tokens_of(want)
+        for index in range(len(want.outputs)):
+            difference = logprobs_of(got, index) - logprobs_of(want, index)
+            np.testing.assert_allclose(difference, 0, atol=1e-4)
+            assert ranks_of(got, index) == ranks_of(want, index)
+
+
+def ranks_of(output: RequestOutput, index: int) -> list[dict[int, int | None]]:
+    """Of each drawn token and the most probable ones beside it."""
+    logprobs = output.outputs[index].logprobs
+    assert logprobs is not None
+    return [{token: one.rank for token, one in entry.items()} for entry in logprobs]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[int, tuple[Path, list[RequestOutput]]]:
+    """Per number of kv heads: a checkpoint, and what one device makes of the jobs."""
+    made = {}
+    for num_kv_heads in (1, 2, 8):
+        folder = write_llama_checkpoint(
+            tmp_path_factory.mktemp("checkpoint") / str(num_kv_heads),
+            seed=num_kv_heads,
+            num_key_value_heads=num_kv_heads,
+            attention_bias=True,
+            mlp_bias=True,
+            **SHAPE,
+        )
+        engine = make_engine(folder, **ONE_STEP)
+        made[num_kv_heads] = folder, run_jobs(engine, jobs())
+        engine.close()
+    return made
+
+
+@pytest.mark.parametrize("size", [2, 4, 8])
+@pytest.mark.parametrize("num_kv_heads", [1, 2, 8])
+def test_outputs_are_those_of_one_device(num_kv_heads: int, size: int, alone: Any) -> None:
+    folder, want = alone[num_kv_heads]
+    engine = make_engine(folder, tensor_parallel_size=size, **ONE_STEP)
+    assert_same(want, run_jobs(engine, jobs()))
+    engine.close()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"layer_loop": "scan"},
+        pytest.param({"attention": "tpu_interpret", "page_size": 8}, marks=pytest.mark.slow),
+        {"kv_offloading_size": 0.01, "page_size": 4, "num_pages": 70},
+    ],
+    ids=["scan", "tpu kernel", "host tier"],
+)
+def test_every_way_to_run_is_cut_alike(settings: dict[str, Any], alone: Any) -> None:
+    folder, want = alone[2]
+    engine = make_engine(folder, max_num_seqs=8, tensor_parallel_size=2, **settings)
+    for _ in range(2):  # the second time from the prefix cache, where that holds the prompts
+        assert_same(want, run_jobs(engine, jobs()))
+    engine.close()
+
+
+@pytest.mark.parametrize("layer_loop", ["scan", "unrolled"])
+@pytest.mark.parametrize(("num_kv_heads", "size"), [(8, 4), (2, 8), (1, 4)])
+def test_weights_are_read_into_their_shards(
+    num_kv_heads: int, size: int, layer_loop: str, alone: Any
+) -> None:
+    folder, _ = alone[num_kv_heads]
+    model = read_model_config(folder)
+    held = held_model(model, size)
+    placement = Placement(make_mesh(jax.devices(), size))
+    hold = hold_as("default", placement.sharding)
+    tree: dict[str, Any] = {"dtype": "float32", "layer_loop": layer_loop}
+    for whole, cut in (
+        (
+            load_params(folder, model, **tree)[0],
+            load_params(
+                folder, model, held=held, **tree, put=lambda p, t: put_held(p, t, hold=hold)
+            )[0],
+        ),
+        (
+            dummy_params(model, seed=3, **tree),
+            dummy_params(model, seed=3, held=held, hold=hold, **tree),
+        ),
+    ):
+        jax.tree_util.tree_map_with_path(
+            lambda path, a, b: assert_held(path[-1].key, a, b, model.head_width, size), whole, cut
+        )
+
+
+def assert_held(name: str, whole: jax.Array, cut: jax.Array, head_width: int, size: int) -> None:
+    """`cut` is `whole` on `size` devices, its kv heads repeated and its vocabulary filled up."""
+    assert len(cut.sharding.device_set) == size
+    axes = name.rsplit("_", 1)[1]
+    want = np.asarray(whole)
+    for axis, letter in enumerate(reversed(axes), start=1):
+        more = cut.shape[-axis] // want.shape[-axis]
+        if letter in "KC" and more > 1:
+            heads = np.moveaxis(want, -axis, 0)
+            heads = heads.reshape(-1, head_width if letter == "C" else 1, *heads.shape[1:])
+            heads = np.repeat(heads, more, axis=0).reshape(-1, *heads.shape[2:])
+            want = np.moveaxis(heads, 0, -axis)
+    got = np.asarray(cut)[: want.shape[0]] if axes.startswith("V") else np.asarray(cut)
+    np.testing.assert_array_equal(got, want)
+    if set(axes) & set("VNQKCF"):
+        assert cut.addressable_shards[0].data.nbytes * size == cut.nbytes
+    else:
+        assert cut.is_fully_replicated
+
+
+def test_a_step_exchanges_two_sums_per_layer_and_nothing_large(alone: Any) -> None:
+    folder, _ = alone[2]
+    engine = make_engine(folder, tensor_parallel_size=4)
+    plan, model = engine.plan, engine.model
+    engine.close()
+    placement = Placement(make_mesh(jax.devices(), 4))
+    state = state_shapes(plan, held_model(model, 4), placement)
+    programs = {p.name: p for p in step_programs(plan, model, state, placement)}
+    step = programs["step of 16 tokens"]
+    sizes = exchanged_sizes(step.compile().as_text() or "")
+    wide = [(op, num) for op, num in sizes if num >= 16 * model.width]
+    # Each layer's two, and the one that looks up embeddings.
+    assert wide == [("all-reduce", 16 * model.width)] * (2 * NUM_LAYERS + 1)
+    num_readouts = 4 + 1
+    assert all(num <= num_readouts * 128 for op, num in sizes if (op, num) not in wide)
+
+
+def exchanged_sizes(text: str) -> list[tuple[str, int]]:
+    """Every collective of a compiled program and how many numbers it gives each device."""
+    found = re.findall(
+        r"= \w+\[([\d,]*)\]\S* (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)"
+        r"(?:-start)?\(",
+        text,
+    )
+    return [(op, int(np.prod([int(n) for n in dims.split(",") if n]))) for dims, op in found]
