@@ -13,13 +13,14 @@ _RENAMED = {
     "num_scheduler_steps": "max_decode_steps",
 }
 
+_NO_PIPELINE = "jinfer cuts layers, not their sequence: use tensor_parallel_size."
 _ONE_DEVICE = "jinfer runs on one device so far."
 _NO_OFFLOAD = "Weights stay on the device."
 _NO_SWAP = "KV pages go to host memory with kv_offloading_size."
 _NO_REVISION = "The hub's main revision is read; download another to a folder and name that."
 # Argument -> the values that say what jinfer does, and what that is.
 _SETTLED: dict[str, tuple[tuple[Any, ...], str]] = {
-    "pipeline_parallel_size": ((1,), _ONE_DEVICE),
+    "pipeline_parallel_size": ((1,), _NO_PIPELINE),
     "data_parallel_size": ((1,), _ONE_DEVICE),
     "distributed_executor_backend": ((None, "uni"), _ONE_DEVICE),
     "enable_chunked_prefill": ((None, True), "Long prompts always come in chunks."),

@@ -27,7 +27,7 @@ def test_what_jinfer_does_anyway_is_accepted(usual: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("tensor_parallel_size", 2, "must be 1; got tensor_parallel_size=2. jinfer runs on one"),
+        ("pipeline_parallel_size", 2, "must be 1; got pipeline_parallel_size=2. jinfer cuts lay"),
         ("enforce_eager", True, "got enforce_eager=True. Every step is compiled .* Leave it out"),
         ("quantization", "awq", "must be None; got quantization='awq'. Weights are floating point"),
         ("swap_space", 4, "got swap_space=4. KV pages go to host memory with kv_offloading_size"),

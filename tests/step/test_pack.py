@@ -23,6 +23,8 @@ def shape_of(num_tokens: int, max_slots: int, page_size: int) -> BucketShape:
         dtype="float32",
         kv_dtype="float32",
         kv_head_width=1,
+        tensor_parallel_size=1,
+        vocab_size=8,
         max_model_len=50,
         max_slots=max_slots,
         max_step_tokens=num_tokens,

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from jinfer.parallel.collectives import WHOLE
 from jinfer.step import masks, sampler
 from jinfer.step.sampler import SamplingState, empty_state, record, sample, unpack_bits
 
@@ -306,6 +307,10 @@ def test_narrow_logits_are_read_as_float32(dtype: str) -> None:
     assert draw_one(narrow_V) == draw_one(narrow_V.astype(jnp.float32))
 
 
+def invert_cdf(weight_RV: np.ndarray, uniform_R: jax.Array) -> np.ndarray:
+    return np.asarray(sampler._invert_cdf(jnp.asarray(weight_RV), uniform_R, uniform_R, WHOLE))
+
+
 def test_no_id_outside_the_vocabulary_is_ever_drawn() -> None:
     # Uniforms next to 1 and vanishing weights: where an inverse CDF runs off its end.
     almost_one_R = jnp.full(4, 1 - 2.0**-24, jnp.float32)
@@ -313,11 +318,11 @@ def test_no_id_outside_the_vocabulary_is_ever_drawn() -> None:
     weight_RV[0, :] = 1e-3
     weight_RV[1, 17] = 1e-37
     weight_RV[2, [0, 256]] = 1.0, 1e-30
-    got = np.asarray(sampler._invert_cdf(jnp.asarray(weight_RV), almost_one_R, almost_one_R))
+    got = invert_cdf(weight_RV, almost_one_R)
     assert got.tolist() == [299, 17, 0, 0]
     zero_R = jnp.zeros(4)
     weight_RV = np.roll(weight_RV, 130, axis=1)
-    got = np.asarray(sampler._invert_cdf(jnp.asarray(weight_RV), zero_R, zero_R))
+    got = invert_cdf(weight_RV, zero_R)
     assert (weight_RV[np.arange(3), got[:3]] > 0).all()
     assert got[3] == 0
 
