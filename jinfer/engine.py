@@ -1,4 +1,4 @@
-"""The engine: owns the pool and the slots, and turns the loop once per `step`."""
+"""The engine: plans, dispatches and reads; turns the loop once per `step`."""
 
 import hashlib
 import time
@@ -11,6 +11,7 @@ from jinfer.config import EngineConfig
 from jinfer.dispatched import Dispatched, Observer
 from jinfer.errors import RequestError
 from jinfer.metrics import EngineMetrics, MetricsSnapshot
+from jinfer.model_runner import free_arrays
 from jinfer.request.params import SamplingParams, check_priority
 from jinfer.request.prompt import Prompt, check_prompt_ids
 from jinfer.request.stop import Finish
@@ -20,7 +21,7 @@ from jinfer.schedule.plan import Chunk
 from jinfer.schedule.prefix_cache import root_key
 from jinfer.schedule.scheduler import Scheduler
 from jinfer.schedule.sequence import Sequence, Status
-from jinfer.startup import free_arrays, load
+from jinfer.startup import load
 from jinfer.step.admission import check_row, sampling_row
 from jinfer.step.batch import StepOutput
 from jinfer.step.pack import BucketShape, DecodeShape, pack, pack_decode
@@ -45,8 +46,7 @@ class Engine:
         self.config = config
         self.model, self.plan = loaded.model, loaded.plan
         self.tokenizer, self.defaults = loaded.tokenizer, loaded.defaults
-        self._params, self._pages, self._slots = loaded.params, loaded.pages, loaded.slots
-        self._programs, self._mover = loaded.programs, loaded.mover
+        self.runner = loaded.runner
         self._shapes = {size: BucketShape.of(size, self.plan) for size in self.plan.token_buckets}
         self._decode_shapes = {n: DecodeShape.of(n, self.plan) for n in self.plan.decode_buckets}
         self._guard = CompileGuard(config.late_compile)
@@ -219,10 +219,9 @@ class Engine:
                 self.abort(request_id)
         finally:  # the memory comes back whatever state a request was left in
             output = None if self._pending is None else self._pending.output
-            free_arrays(self._params, self._pages, self._slots, output)
-            self._params = self._pages = self._slots = self._pending = None
-            self._programs = {}
-            self._mover.close()
+            self._pending = None
+            free_arrays(output)
+            self.runner.close()
             self._guard.close()
             self._why_stopped = _CLOSED
 
@@ -231,19 +230,20 @@ class Engine:
         if plan is None:
             return None
         self._metrics.num_preemptions += len(plan.preempted)
-        self._pages = self._mover.apply(self._pages, plan)
+        if plan.moves_pages:
+            self.runner.move_pages(plan.saves, plan.restores, plan.forgotten, plan.copies)
         self._admit(plan.admitted)
         if plan.num_steps == 1:
             size = bucket_for(self.plan.token_buckets, plan.num_tokens)
             batch = pack(plan, self._shapes[size], wants_logprobs=self._wants_logprobs)
-            run = self._programs[f"step of {size} tokens"]
+            name = f"step of {size} tokens"
         else:
             size = bucket_for(self.plan.decode_buckets, len(plan.chunks))
             shape = self._decode_shapes[size]
             batch = pack_decode(plan, shape, wants_logprobs=self._wants_logprobs)
-            run = self._programs[f"decode of {size} rows"]
+            name = f"decode of {size} rows"
         start_s = time.monotonic()
-        self._pages, self._slots, output = run(self._params, self._pages, self._slots, batch)
+        output = self.runner.run(name, batch)
         if self.observer is not None:
             self.observer.dispatched(start_s, output)
         if not any(map(self._wants_logprobs, plan.chunks)):
@@ -267,8 +267,8 @@ class Engine:
             page_table_AM = np.zeros((ADMISSION_ROWS, self.plan.pages_per_slot), np.int32)
             for row, sequence in enumerate(group):
                 page_table_AM[row, : len(sequence.pages)] = sequence.pages
-            self._slots = self._programs["write_slots"](
-                self._slots, slot_A, admission_rows(rows, self.plan.vocab_size), page_table_AM
+            self.runner.write_slots(
+                slot_A, admission_rows(rows, self.plan.vocab_size), page_table_AM
             )
         for sequence in admitted:
             metrics = self._continuations[sequence].request.metrics
@@ -299,9 +299,7 @@ class Engine:
             tokens = sequence.output_ids[start : start + RESTORED_TOKENS]
             token_J = np.full(RESTORED_TOKENS, self.plan.vocab_size, np.int32)
             token_J[: len(tokens)] = tokens
-            self._slots = self._programs["restore_counts"](
-                self._slots, np.int32(sequence.slot), token_J
-            )
+            self.runner.restore_counts(sequence.slot, token_J)
 
     def _wants_logprobs(self, chunk: Chunk) -> bool:
         params = self._continuations[chunk.sequence].request.params

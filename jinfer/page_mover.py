@@ -11,7 +11,7 @@ import numpy as np
 
 from jinfer.axes import PageId
 from jinfer.parallel.sharding import Placement
-from jinfer.schedule.plan import PageCopy, PageRestore, PageSave, StepPlan
+from jinfer.schedule.plan import PageCopy, PageRestore, PageSave
 from jinfer.schedule.prefix_cache import PageKey
 from jinfer.step.page_moves import GROUPS_AT_ONCE, PAGES_PER_MOVE
 
@@ -41,13 +41,20 @@ class PageMover:
         """Pages in host memory."""
         return len(self._stored)
 
-    def apply(self, pages: Any, plan: StepPlan) -> Any:
+    def apply(
+        self,
+        pages: Any,
+        saves: Sequence[PageSave],
+        restores: Sequence[PageRestore],
+        forgotten: Sequence[PageKey],
+        copies: Sequence[PageCopy],
+    ) -> Any:
         """Carries out a plan's moves; `pages` is consumed if anything is returned in its place."""
-        self._save(pages, plan.saves)
-        pages = self._restore(pages, plan.restores)
-        for key in plan.forgotten:
+        self._save(pages, saves)
+        pages = self._restore(pages, restores)
+        for key in forgotten:
             del self._stored[key]
-        return self._copy(pages, plan.copies)
+        return self._copy(pages, copies)
 
     def close(self) -> None:
         """Frees the host memory."""

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from tqdm import tqdm
 
 from jinfer.config import EngineConfig, EnginePlan, GenerationDefaults, ModelConfig
+from jinfer.model_runner import ModelRunner, free_arrays
 from jinfer.models.decoder import Decoder, Params
 from jinfer.page_mover import PageMover
 from jinfer.parallel.mesh import make_mesh
@@ -32,7 +33,7 @@ from jinfer.shipped import find_shipped
 from jinfer.step.attention import ATTENTION, require_served
 from jinfer.step.compile_cache import use_compilation_cache
 from jinfer.step.decode import run_decode
-from jinfer.step.kv_cache import KVPages, allocate_pages, pages_shape
+from jinfer.step.kv_cache import allocate_pages, pages_shape
 from jinfer.step.pack import BucketShape, DecodeShape
 from jinfer.step.page_moves import PAGES_PER_MOVE, copy_pages, gather_pages, scatter_pages
 from jinfer.step.programs import Compiling, Program
@@ -58,17 +59,13 @@ Compiled = dict[str, jax.stages.Compiled]
 
 @dataclass(kw_only=True)
 class Loaded:
-    """What start-up made. The engine takes `pages` and `slots` and replaces them every step."""
+    """What start-up made; `runner` is the engine's to close."""
 
     model: ModelConfig
     defaults: GenerationDefaults
     tokenizer: Tokenizer | None
     plan: EnginePlan
-    params: Params
-    pages: KVPages
-    slots: SlotState
-    programs: Compiled
-    mover: PageMover
+    runner: ModelRunner
     min_restored_pages: int | None  # fewer are computed sooner than fetched; None: always sooner
 
 
@@ -110,7 +107,7 @@ def load(config: EngineConfig) -> Loaded:
         open_checked(folder, model)  # refused now, not after minutes of compiling
     state = state_shapes(plan, held, placement)
     programs = step_programs(plan, model, state, placement)
-    pages = slots = None
+    pages = slots = runner = None
     with _compiling(programs, config.progress) as compiling:
         hold = hold_as(plan.weight_layout, placement.sharding)
         params = _load_weights(config, model, held, folder, plan, hold, say)
@@ -118,39 +115,34 @@ def load(config: EngineConfig) -> Loaded:
             compiled, report = compiling.result()
             say(report)
             pages, slots = allocate_pages(state.pages), allocate_slots(plan, state.slots)
-            mover = PageMover(compiled, placement)
+            runner = ModelRunner(
+                params=params,
+                pages=pages,
+                slots=slots,
+                programs=compiled,
+                mover=PageMover(compiled, placement),
+            )
             min_restored_pages = None
             if plan.num_host_pages:
-                pages, slots, min_restored_pages = break_even_pages(
-                    plan, compiled, mover, params, pages, slots
-                )
+                min_restored_pages = break_even_pages(plan, runner)
                 say(_host_line(plan, min_restored_pages))
             return Loaded(
                 model=model,
                 defaults=defaults,
                 tokenizer=tokenizer,
                 plan=plan,
-                params=params,
-                pages=pages,
-                slots=slots,
-                programs=compiled,
-                mover=mover,
+                runner=runner,
                 min_restored_pages=min_restored_pages,
             )
         except BaseException:
             # A notebook keeps the traceback, and that what it can see.
             free_arrays(params, pages, slots)
+            if runner is not None:
+                runner.close()
             raise
 
 
-def break_even_pages(
-    plan: EnginePlan,
-    programs: Compiled,
-    mover: PageMover,
-    params: Params,
-    pages: KVPages,
-    slots: SlotState,
-) -> tuple[KVPages, SlotState, int | None]:
+def break_even_pages(plan: EnginePlan, runner: ModelRunner) -> int | None:
     """Measures both ways to get a page: computing its tokens, and fetching it from the host.
 
     Computing is timed as the largest step, of padding only: its matrix products do not care.
@@ -158,20 +150,18 @@ def break_even_pages(
     much for fewer, so a few pages are fetched only where that surely wins.
 
     Returns:
-      The state, which the measurements consumed and gave back, and the fewest pages worth one
-      dispatch; None if even a full one takes longer than computing as many pages.
+      The fewest pages worth one dispatch; None if even a full one takes longer than computing as
+      many pages.
     """
     size = plan.max_step_tokens
     batch = BucketShape.of(size, plan).empty()
     step_s = math.inf
     for _ in range(3):
         start_s = time.perf_counter()
-        pages, slots, output = programs[f"step of {size} tokens"](params, pages, slots, batch)
-        jax.block_until_ready((pages, output))
+        jax.block_until_ready(runner.run(f"step of {size} tokens", batch))
         step_s = min(step_s, time.perf_counter() - start_s)
-    pages, restore_s = mover.time_restore(pages)
-    num_pages = math.ceil(restore_s / (step_s / size * plan.page_size))
-    return pages, slots, num_pages if num_pages <= PAGES_PER_MOVE else None
+    num_pages = math.ceil(runner.time_restore() / (step_s / size * plan.page_size))
+    return num_pages if num_pages <= PAGES_PER_MOVE else None
 
 
 class State(NamedTuple):
@@ -208,13 +198,6 @@ def _empty_slots(plan: EnginePlan) -> SlotState:
     return empty_slots(
         max_slots=plan.max_slots, pages_per_slot=plan.pages_per_slot, vocab_size=plan.vocab_size
     )
-
-
-def free_arrays(*trees: Any) -> None:
-    """Frees the device memory of every array, whoever else may still refer to it."""
-    for array in jax.tree.leaves(trees):
-        if isinstance(array, jax.Array) and not array.is_deleted():
-            array.delete()
 
 
 def _room_beside_weights(

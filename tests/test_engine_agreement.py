@@ -63,8 +63,8 @@ def count_calls(engine: Engine) -> Counter[str]:
 
         return call
 
-    for name, run in engine._programs.items():
-        engine._programs[name] = counted(name, run)
+    for name, run in engine.runner.programs.items():
+        engine.runner.programs[name] = counted(name, run)
     return calls
 
 

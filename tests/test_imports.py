@@ -20,6 +20,7 @@ LAYERS = (
     {"schedule", "weights"},
     {"step"},
     {"resolve", "running", "interrupt", "page_mover", "metrics", "dispatched"},
+    {"model_runner"},
     {"startup"},
     {"engine"},
     {"llm"},

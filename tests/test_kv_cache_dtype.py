@@ -79,7 +79,7 @@ def test_batched_and_cached_equal_alone_and_uncached(engine: Engine) -> None:
 
 
 def test_the_pool_is_what_the_plan_counted(engine: Engine) -> None:
-    plan, pages = engine.plan, engine._pages
+    plan, pages = engine.plan, engine.runner.pages
     assert plan.kv_dtype == KV_DTYPES[engine.config.kv_cache_dtype] == cells_of(pages).dtype
     assert sum(part.nbytes for part in pages) == plan.num_pages * plan.page_bytes
 

@@ -16,7 +16,6 @@ from jinfer.request.output import RequestOutput
 from jinfer.request.params import SamplingParams
 from jinfer.request.prompt import Prompt
 from jinfer.running import RunningRequest
-from jinfer.schedule.plan import StepPlan
 from jinfer.startup import break_even_pages
 from jinfer.step.page_moves import PAGES_PER_MOVE
 
@@ -203,39 +202,37 @@ def test_a_prompt_of_n_continuations_is_computed_once(
 def test_the_host_keeps_what_the_pool_gives_up(
     checkpoint: Path, uncached: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("jinfer.startup.break_even_pages", lambda *state: (*state[4:], 1))
+    monkeypatch.setattr("jinfer.startup.break_even_pages", lambda plan, runner: 1)
     jobs = jobs_that_share(np.random.default_rng(9), 30, longest=40)
     want = run_jobs(uncached, jobs)
     tight = make_engine(checkpoint, num_pages=17, kv_offloading_size=1 / 1024, **SETTINGS)
     assert tight.plan.num_host_pages == 2**20 // tight.plan.page_bytes
     restored = []
-    apply = tight._mover.apply
+    move_pages = tight.runner.move_pages
 
-    def apply_and_note(pages: Any, plan: StepPlan) -> Any:
-        restored.extend(plan.restores)
-        return apply(pages, plan)
+    def move_and_note(saves: Any, restores: Any, *others: Any) -> None:
+        restored.extend(restores)
+        move_pages(saves, restores, *others)
 
-    monkeypatch.setattr(tight._mover, "apply", apply_and_note)
+    monkeypatch.setattr(tight.runner, "move_pages", move_and_note)
     for _ in range(2):
         requests = run_requests(tight, jobs)
         for request, output in zip(requests, want, strict=True):
             assert_same(request.output(), output)
         assert sum(c.sequence.num_preemptions for r in requests for c in r.continuations) > 3
     assert len(restored) > 50
-    assert 0 < tight._mover.num_stored <= tight.plan.num_host_pages
+    assert 0 < tight.runner.mover.num_stored <= tight.plan.num_host_pages
     tight.reset_prefix_cache()
     run_jobs(tight, jobs[:1])
-    assert tight._mover.num_stored <= 3
+    assert tight.runner.mover.num_stored <= 3
     tight.close()
 
 
 def test_what_it_takes_to_fetch_a_page_is_measured(checkpoint: Path) -> None:
     engine = make_engine(checkpoint, kv_offloading_size=1 / 1024, **SETTINGS)
-    state = (engine._params, engine._pages, engine._slots)
-    pages, slots, num_pages = break_even_pages(engine.plan, engine._programs, engine._mover, *state)
+    num_pages = break_even_pages(engine.plan, engine.runner)
     assert num_pages is None or 1 <= num_pages <= PAGES_PER_MOVE
-    assert engine._mover.num_stored == 0
-    engine._pages, engine._slots = pages, slots
+    assert engine.runner.mover.num_stored == 0
     run_jobs(engine, [(random_prompt(np.random.default_rng(0)), asked())])
     engine.close()
 
@@ -243,7 +240,8 @@ def test_what_it_takes_to_fetch_a_page_is_measured(checkpoint: Path) -> None:
 def test_a_pool_full_of_nan_changes_nothing(checkpoint: Path, uncached: Engine) -> None:
     jobs = jobs_that_share(np.random.default_rng(10), 24, longest=40)
     poisoned = make_engine(checkpoint, num_pages=17, **SETTINGS)
-    poisoned._pages = jax.tree.map(lambda a: jnp.full_like(a, jnp.nan), poisoned._pages)
+    pages = poisoned.runner.pages
+    poisoned.runner.pages = jax.tree.map(lambda a: jnp.full_like(a, jnp.nan), pages)
     for request, want in zip(run_requests(poisoned, jobs), run_jobs(uncached, jobs), strict=True):
         assert_same(request.output(), want)
     poisoned.close()

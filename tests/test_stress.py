@@ -50,7 +50,7 @@ def preempted_equals_undisturbed(engine: Engine, reference: Engine, seeds: range
     num_stored = 0
     for seed in seeds:
         assert play(engine, reference, Faults(), seed).num_preemptions > 0, f"{seed=}"
-        num_stored += engine._mover.num_stored
+        num_stored += engine.runner.mover.num_stored
         if seed % 5 == 0:
             engine.reset_prefix_cache()
     assert num_stored > 0

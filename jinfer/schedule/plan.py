@@ -102,5 +102,9 @@ class StepPlan:
     copies: tuple[PageCopy, ...] = ()
 
     @property
+    def moves_pages(self) -> bool:
+        return bool(self.saves or self.restores or self.forgotten or self.copies)
+
+    @property
     def num_steps(self) -> int:
         return max(chunk.num_steps for chunk in self.chunks)

@@ -63,7 +63,7 @@ def test_switching_changes_no_token(
         settings = {"max_num_seqs": 2, "max_num_batched_tokens": 8, "late_compile": "warn"}
         engine = make_engine(folder, attention=name, kv_cache_dtype=kv_cache_dtype, **settings)
         stored_width = 128 if (name, head_width) == ("tpu_interpret", 96) else head_width
-        assert cells_of(engine._pages).shape[-1] == 2 * stored_width
+        assert cells_of(engine.runner.pages).shape[-1] == 2 * stored_width
         outputs = run_jobs(engine, jobs, may_compile=name == "tpu_interpret")
         tokens[name] = [tokens_of(output) for output in outputs]
         engine.close()

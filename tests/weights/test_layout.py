@@ -71,7 +71,7 @@ def test_an_engine_takes_weights_as_they_are_held(
             monkeypatch.setattr("jinfer.startup.hold_as", lambda *_: hold_transposed)
         engine = make_engine(folder, load_format=load_format, **sizes)
         assert engine.plan.weight_layout == ("16x128" if held else "default")
-        order = engine._params["blocks"]["w_q_DQ"].format.layout.major_to_minor
+        order = engine.runner.params["blocks"]["w_q_DQ"].format.layout.major_to_minor
         assert order == ((0, 2, 1) if held else (0, 1, 2))
         [output] = run_jobs(engine, [(list(range(3, 23)), params)])
         tokens.append(tokens_of(output))
