@@ -80,7 +80,7 @@ def paged_attention_gpu(  # noqa: PLR0913 - the contract of every implementation
         None = enough of them to occupy the chip, none below 512 tokens of the table's width.
       unit: what multiplies matrices, "wgmma" or "tcgen05". None = the chip's own, or wgmma where
         it is interpreted.
-      interpret: as in `plgpu.kernel`: False, or `plgpu.InterpretGPUParams(...)` for a CPU.
+      interpret: True or `plgpu.InterpretGPUParams(...)` to simulate the kernel on a CPU.
 
     Returns:
       Outputs in q's dtype, zero for tokens of no row, and the pool. Such tokens are written
@@ -111,8 +111,7 @@ def paged_attention_gpu(  # noqa: PLR0913 - the contract of every implementation
         sinks_N=sinks_N,
     )
     _check_arrays(q_TNH, k_TKH, v_TKH, pages)
-    if not interpret:
-        _check_jax()
+    _check_jax()
     unit = unit or ("wgmma" if interpret else _unit_of_chip())
     _check_unit(unit, pages)
     # Jax before 0.11 lacks what that file imports.
@@ -145,7 +144,7 @@ def paged_attention_gpu(  # noqa: PLR0913 - the contract of every implementation
             num_parts=num_parts,
             num_stages=STAGES_OF_HEAD_WIDTH[stored_width],
             unit=unit,
-            interpret=interpret or None,
+            interpret=interpret,
         ),
     )
     num_used = tile_tokens * group

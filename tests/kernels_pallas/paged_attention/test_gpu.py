@@ -283,6 +283,7 @@ def test_chooses_what_multiplies_by_the_chip(kind, capability, unit, monkeypatch
         assert _unit_of_chip() == unit
 
 
+@newer_jax_is_not_refused
 def test_refuses_unknown_units_and_wide_heads_on_blackwell():
     args, options = arrays()
     with pytest.raises(ValueError, match="unit must be wgmma or tcgen05; got unit='mma'. Leave"):
@@ -300,6 +301,7 @@ def test_refuses_old_jax():
         paged_attention_gpu(*args, **options)
 
 
+@newer_jax_is_not_refused
 @pytest.mark.parametrize("tile_tokens", [0, 33])
 def test_refuses_impossible_tiles(tile_tokens):
     args, options = arrays()
@@ -308,6 +310,7 @@ def test_refuses_impossible_tiles(tile_tokens):
         paged_attention_gpu(*args, **options, tile_tokens=tile_tokens, interpret=True)
 
 
+@newer_jax_is_not_refused
 def test_refuses_no_parts():
     args, options = arrays()
     with pytest.raises(ValueError, match="num_parts must be >= 1; got num_parts=0. Leave it out"):
