@@ -13,9 +13,8 @@ from jaxtyping import Array, Float, Int32
 from kernels_pallas.paged_attention.cases import Case
 from kernels_pallas.paged_attention.pages import Pages, cells_of, new_cells, scales_of
 
-# Of the largest output. On a CPU float32 is computed as such; elsewhere products round its factors.
-# float32: 1e-5, as in the tests, where queries are ordinary; here scores, and their errors, are
-# QUERY_FACTOR times as large.
+# Of the largest output. float32: 1e-5, as in the tests, where queries are ordinary; here scores,
+# and their errors, are QUERY_FACTOR times as large.
 BOUNDS = {"float32": 8e-5, "bfloat16": 2e-2, "float16": 5e-3}
 # So many tokens of a case are looked at, from its first to its last.
 _NUM_TOKENS = 64
@@ -32,11 +31,6 @@ class Step(NamedTuple):
     kv_len_B: np.ndarray
     start_B: np.ndarray
     query_len_B: np.ndarray
-
-
-def bound_of(dtype: str, platform: str) -> float:
-    """The largest error allowed, as a share of the largest output."""
-    return BOUNDS["bfloat16" if dtype == "float32" and platform != "cpu" else dtype]
 
 
 def max_error(

@@ -11,10 +11,10 @@ import numpy as np
 from jax import lax
 
 from jinfer.bench.baselines import BASELINES, variants_of
-from jinfer.bench.ceilings import Ceilings
+from jinfer.bench.ceilings import Ceilings, precision_of
 from jinfer.bench.chips import memory_of
 from jinfer.bench.kernel_cases import Work, work_of
-from jinfer.bench.kernel_check import Step, bound_of, max_error
+from jinfer.bench.kernel_check import BOUNDS, Step, max_error
 from jinfer.bench.table import figure, percent, table
 from jinfer.bench.timing import Timing, time_loop
 from jinfer.resolve import default_page_size
@@ -131,16 +131,16 @@ def time_case(
     num_layers = int(min(max(1, _POOL_BYTES // work.pool_bytes), _MOST_LAYERS))
     if name in BASELINES:
         num_layers = min(num_layers, BASELINES[name].most_layers or num_layers)
-    platform = jax.default_backend()
-    turn = _calls_in_turn(work, platform)
+    turn = _calls_in_turn(work, jax.default_backend())
     timings = []
     try:
-        error = _error(case, name, dtype, page_size)
-        result = replace(result, error=error, error_bound=bound_of(dtype, platform))
-        for attend in variants_of(name):
-            loop = _compiled_loop(case, name, attend, dtype, page_size, num_layers, turn)
-            timings.append((time_loop(loop[0], num_loops=num_loops).of_each(turn), loop[1]))
-            del loop  # and the pool with it
+        with jax.default_matmul_precision(precision_of(dtype)):
+            error = _error(case, name, dtype, page_size)
+            result = replace(result, error=error, error_bound=BOUNDS[dtype])
+            for attend in variants_of(name):
+                loop = _compiled_loop(case, name, attend, dtype, page_size, num_layers, turn)
+                timings.append((time_loop(loop[0], num_loops=num_loops).of_each(turn), loop[1]))
+                del loop  # and the pool with it
     # A limit, told in a sentence; or the compiler or the device fails, which costs no other case.
     except (NotImplementedError, jax.errors.JaxRuntimeError) as error:
         if not timings:

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from jinfer.bench.baselines import BASELINES, names_for, variants_of
+from jinfer.bench.ceilings import precision_of
 from jinfer.bench.chips import chip_named, describe, memory_of, no_compilation_cache
 from jinfer.bench.kernel_cases import Work, work_of
 from jinfer.bench.kernels import (
@@ -104,7 +105,8 @@ def _compiled(
     start_s = time.perf_counter()
     try:
         made = replace(made, pages=pages_for(result.implementation, made.pages, shaped))
-        with told_the_chip(device), no_compilation_cache():
+        precision = jax.default_matmul_precision(precision_of(str(made.q_TNH.dtype)))
+        with told_the_chip(device), no_compilation_cache(), precision:
             program = jax.jit(_call(case, result.implementation), donate_argnums=1).lower(
                 made.q_TNH, made.pages, made.k_TKH, shaped((), "int32"), made.table_BM, made.rows
             )

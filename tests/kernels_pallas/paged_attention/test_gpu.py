@@ -164,10 +164,12 @@ def test_any_tile_gives_the_same_answer(tile_tokens):
 
 
 def test_parts_fill_the_chip_and_are_not_tiny():
-    assert _num_parts(None, num_blocks=8, context_tokens=1 << 20) == 33  # of 8 makes 264 = 2 * 132
-    assert _num_parts(None, num_blocks=8, context_tokens=4096) == 8
-    assert _num_parts(None, num_blocks=1000, context_tokens=1 << 20) == 1
-    assert _num_parts(None, num_blocks=1, context_tokens=16) == 1
+    num_parts = partial(_num_parts, None, unit="wgmma")
+    assert num_parts(num_blocks=8, context_tokens=1 << 20) == 33  # of 8 makes 264 = 2 * 132
+    assert _num_parts(None, num_blocks=8, context_tokens=1 << 20, unit="tcgen05") == 37
+    assert num_parts(num_blocks=8, context_tokens=4096) == 8
+    assert num_parts(num_blocks=1000, context_tokens=1 << 20) == 1
+    assert num_parts(num_blocks=1, context_tokens=16) == 1
 
 
 def arrays(**changes):
