@@ -4,7 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from aot_programs import CONFIG, LLAMA_3_8B, describe_gpu, programs_for
+from aot_programs import CONFIG, LLAMA_3_8B, programs_for
 from test_aot_programs import (
     GPU_COMPILER,
     TPUS,
@@ -12,6 +12,7 @@ from test_aot_programs import (
     no_compilation_cache,  # noqa: F401  a fixture of every test here
 )
 
+from jinfer.bench.chips import describe
 from jinfer.config import EnginePlan, ModelConfig
 from jinfer.resolve import resolve_plan
 
@@ -31,7 +32,7 @@ def test_on_tpus(target: str) -> None:
 def test_on_h200() -> None:
     pytest.importorskip(GPU_COMPILER, reason="the GPU compiler is not here; pip install it")
     plan = resolve_plan(OFFLOADING, LLAMA_3_8B, platform="gpu", free_bytes=64 << 30)
-    check_moves(describe_gpu("H200"), LLAMA_3_8B, plan)
+    check_moves(describe("h200")[0], LLAMA_3_8B, plan)
 
 
 def check_moves(chip: Any, model: ModelConfig, plan: EnginePlan) -> None:

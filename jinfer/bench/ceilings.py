@@ -59,6 +59,11 @@ class Ceilings:
         )
 
 
+def precision_of(dtype: str) -> str:
+    """How the engine multiplies: float32 in full precision, which accelerators would cut short."""
+    return "highest" if dtype == "float32" else "default"
+
+
 def measure_ceilings(platform: str, dtype: str) -> Ceilings:
     """Measures this process's first device.
 
@@ -74,11 +79,12 @@ def measure_ceilings(platform: str, dtype: str) -> Ceilings:
     read_s = time_loop(_looped(_read, jnp.zeros(width), words)).median_s
     read_bytes = words.nbytes
     del words
-    # Rows that sum to about one, so that the numbers neither grow nor vanish.
-    matrix = jnp.full((width, width), 1 / width, dtype)
-    precision = "highest" if dtype == "float32" else "default"
-    product = partial(jnp.matmul, precision=precision)
-    product_s = time_loop(_looped(product, jnp.ones((width, width), dtype), matrix)).median_s
+    # Random, for chips draw less power, and clock higher, on numbers that repeat; and of a spectral
+    # radius of about one, so that the numbers neither grow nor vanish.
+    draw = jax.jit(partial(jax.random.normal, shape=(width, width), dtype=dtype))
+    start, matrix = draw(jax.random.key(0)), draw(jax.random.key(1)) / width**0.5
+    product = partial(jnp.matmul, precision=precision_of(dtype))
+    product_s = time_loop(_looped(product, start, matrix.astype(dtype))).median_s
     return Ceilings(
         copy_bytes_per_s=2 * num_bytes / copy_s,
         read_bytes_per_s=read_bytes / read_s,

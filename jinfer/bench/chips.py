@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import jax
@@ -91,6 +92,14 @@ def chip_named(name: str) -> Chip:
             f"--target must be one of {', '.join(CHIPS)}; got {name!r}. Choose one of these."
         )
     return CHIPS[name]
+
+
+def default_target() -> str | None:
+    """A chip whose compiler is installed, to ask where no accelerator is; None if none is."""
+    for module, name in (("libtpu", "v6e"), ("jax_plugins.xla_cuda13", "h200")):
+        if find_spec(module) is not None:
+            return name
+    return None
 
 
 def describe(name: str) -> tuple[Any, float]:

@@ -10,15 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jinfer.bench.ceilings import Ceilings
+from jinfer.bench.baselines import BASELINES, variants_of
+from jinfer.bench.ceilings import Ceilings, precision_of
 from jinfer.bench.chips import memory_of
 from jinfer.bench.kernel_cases import Work, work_of
+from jinfer.bench.kernel_check import BOUNDS, Step, max_error
 from jinfer.bench.table import figure, percent, table
 from jinfer.bench.timing import Timing, time_loop
 from jinfer.resolve import default_page_size
 from jinfer.step.attention import ATTENTION
 from kernels_pallas.paged_attention.cases import Case
-from kernels_pallas.paged_attention.pages import QuantizedPages
+from kernels_pallas.paged_attention.pages import LARGEST, Pages, QuantizedPages
 
 # What is timed unless names are given: what can run there and is not a simulation.
 IMPLEMENTATIONS = {"cpu": ("xla",), "gpu": ("gpu", "xla_wide"), "tpu": ("tpu", "xla_wide")}
@@ -50,6 +52,8 @@ class Result:
     case: str
     implementation: str
     work: Work
+    error: float | None = None  # the largest, as a share of the largest output
+    error_bound: float | None = None
     timing: Timing | None = None
     temp_bytes: int | None = None  # beside the pool, as the compiler counts
     why_not: str | None = None
@@ -61,6 +65,13 @@ class Result:
             said["bandwidth_share"] = self.bandwidth_share(ceilings)
             said["flops_share"] = self.flops_share(ceilings)
         return said
+
+    @property
+    def is_wrong(self) -> bool:
+        """Whether it was checked and its error is beyond the bound, or no number."""
+        if self.error is None or self.error_bound is None:
+            return False
+        return not self.error <= self.error_bound
 
     def bandwidth_share(self, ceilings: Ceilings) -> float:
         """Bytes that had to move per second, over what a large copy or read reaches."""
@@ -76,8 +87,8 @@ class Result:
 def check_names(names: Sequence[str]) -> None:
     """Refuses what is no implementation's name."""
     for name in names:
-        if name not in ATTENTION:
-            listed = ", ".join(ATTENTION)
+        if name not in ATTENTION and name not in BASELINES:
+            listed = ", ".join((*ATTENTION, *BASELINES))
             raise ValueError(
                 f"--implementation must be one of {listed}; got {name!r}. Choose one of these."
             )
@@ -118,14 +129,47 @@ def time_case(
         why = f"no room: {needed / 2**30:.1f} GiB needed, {free_bytes / 2**30:.1f} GiB free"
         return replace(result, why_not=why)
     num_layers = int(min(max(1, _POOL_BYTES // work.pool_bytes), _MOST_LAYERS))
+    if name in BASELINES:
+        num_layers = min(num_layers, BASELINES[name].most_layers or num_layers)
+    turn = _calls_in_turn(work, jax.default_backend())
+    timings = []
     try:
-        turn = _calls_in_turn(work, jax.default_backend())
-        run, temp_bytes = _compiled_loop(case, name, dtype, page_size, num_layers, turn)
-        timing = time_loop(run, num_loops=num_loops).of_each(turn)
+        with jax.default_matmul_precision(precision_of(dtype)):
+            error = _error(case, name, dtype, page_size)
+            result = replace(result, error=error, error_bound=BOUNDS[dtype])
+            for attend in variants_of(name):
+                loop = _compiled_loop(case, name, attend, dtype, page_size, num_layers, turn)
+                timings.append((time_loop(loop[0], num_loops=num_loops).of_each(turn), loop[1]))
+                del loop  # and the pool with it
     # A limit, told in a sentence; or the compiler or the device fails, which costs no other case.
     except (NotImplementedError, jax.errors.JaxRuntimeError) as error:
-        return replace(result, why_not=one_line(error))
+        if not timings:
+            return replace(result, why_not=one_line(error))
+    timing, temp_bytes = min(timings, key=lambda pair: pair[0].median_s)
     return replace(result, timing=timing, temp_bytes=temp_bytes)
+
+
+def pages_for(name: str, pages: Any, shaped: Shaped) -> Any:
+    """The pool's shapes in the form in which it is attended over by name."""
+    if name not in BASELINES:
+        return pages
+    parts = jax.eval_shape(BASELINES[name].split, pages)
+    return jax.tree.map(lambda part: shaped(part.shape, part.dtype), parts)
+
+
+def _error(case: Case, name: str, dtype: str, page_size: int) -> float:
+    shapes = arguments(case, dtype, page_size, 1, jax.ShapeDtypeStruct)
+    kv_len_B, start_B, query_len_B = _rows(case)
+    step = Step(
+        q_TNH=_filled(shapes.q_TNH, 0),
+        new_TKH=_filled(shapes.k_TKH, 1),
+        table_BM=_page_table(case, page_size),
+        kv_len_B=kv_len_B,
+        start_B=start_B,
+        query_len_B=query_len_B,
+    )
+    split = BASELINES[name].split if name in BASELINES else None
+    return max_error(variants_of(name)[0], case, step, lambda: _pool(shapes.pages), split)
 
 
 def one_line(error: Exception) -> str:
@@ -141,10 +185,17 @@ def _calls_in_turn(work: Work, platform: str) -> int:
 
 
 def _compiled_loop(
-    case: Case, name: str, dtype: str, page_size: int, num_layers: int, turn: int
+    case: Case,
+    name: str,
+    attend: Callable[..., tuple[Any, Any]],
+    dtype: str,
+    page_size: int,
+    num_layers: int,
+    turn: int,
 ) -> tuple[Callable[[int], None], int]:
     shapes = arguments(case, dtype, page_size, num_layers, jax.ShapeDtypeStruct)
-    attend = partial(ATTENTION[name], scale=case.head_width**-0.5)
+    shapes = replace(shapes, pages=pages_for(name, shapes.pages, jax.ShapeDtypeStruct))
+    attend = partial(attend, scale=case.head_width**-0.5)
 
     def loop(q_TNH, pages, num_turns, k_TKH, table_BM, rows):
         def one(i, carry):
@@ -164,8 +215,7 @@ def _compiled_loop(
     compiled = jitted.lower(
         shapes.q_TNH, shapes.pages, count, shapes.k_TKH, shapes.table_BM, shapes.rows
     ).compile()
-    made = jax.tree.map(_filled, (shapes.q_TNH, shapes.pages, shapes.k_TKH))
-    state, k_TKH = made[:2], made[2]
+    state, k_TKH = (_filled(shapes.q_TNH, 0), _pool(shapes.pages)), _filled(shapes.k_TKH, 1)
     fixed = (k_TKH, jnp.asarray(_page_table(case, page_size)), tuple(map(jnp.asarray, _rows(case))))
 
     def run(num_turns: int) -> None:
@@ -175,18 +225,32 @@ def _compiled_loop(
     return run, memory_of(compiled).temp_size_in_bytes
 
 
-def _filled(shape: jax.ShapeDtypeStruct) -> jax.Array:
-    """Numbers between -1 and 1 without a pattern that hardware could profit from."""
+def _filled(shape: jax.ShapeDtypeStruct, seed: int) -> jax.Array:
+    """Numbers between -1 and 1 without a pattern that hardware or a softmax could profit from."""
     size = shape.size
 
     def fill() -> jax.Array:
-        # Positions of a hash, not of a counter; uint32 wraps, which suits.
-        place = lax.iota(jnp.uint32, size) * jnp.uint32(2654435761)
+        # The end of MurmurHash3, which scatters neighbours, and fuses where a random generator
+        # would hold its bits in memory. uint32 wraps, which suits.
+        place = lax.iota(jnp.uint32, size) + jnp.uint32(seed * 0x9E3779B9 % 2**32)
+        for factor, shift in ((1, 16), (0x85EBCA6B, 13), (0xC2B2AE35, 16)):
+            place *= jnp.uint32(factor)
+            place ^= place >> shift
         unit = (place >> 8).astype(jnp.float32) * 2.0**-23 - 1
         numbers = unit * 127 if jnp.issubdtype(shape.dtype, jnp.integer) else unit
         return numbers.astype(shape.dtype).reshape(shape.shape)
 
     return jax.jit(fill)()
+
+
+def _pool(shapes: Any) -> Pages:
+    """A filled pool; of 8 bits, such that cells times scales are between -1 and 1 too."""
+    parts = [_filled(part, 2 + i) for i, part in enumerate(jax.tree.leaves(shapes))]
+    if not isinstance(shapes, QuantizedPages):
+        return jax.tree.unflatten(jax.tree.structure(shapes), parts)
+    cells, scales = parts
+    largest = LARGEST["int8"] if cells.dtype == jnp.int8 else 1
+    return QuantizedPages(cells, jnp.abs(scales) / largest)
 
 
 def _page_table(case: Case, page_size: int) -> np.ndarray:
@@ -206,7 +270,7 @@ def _rows(case: Case) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return np.array(case.kv_len, np.int32), start_B, query_len_B
 
 
-HEADER = ("case", "by", "us", "+-", "MB", "GFLOP", "GB/s", "bandwidth", "TFLOP/s", "peak")
+HEADER = ("case", "by", "error", "us", "+-", "MB", "GFLOP", "GB/s", "bandwidth", "peak")
 
 
 def timing_table(results: Sequence[Result], ceilings: Ceilings) -> str:
@@ -222,12 +286,18 @@ def _timing_row(result: Result, ceilings: Ceilings) -> tuple[str, ...]:
     spread = (timing.slowest_s - timing.fastest_s) / 2 / timing.median_s
     return (
         *named,
+        _error_cell(result),
         figure(timing.median_s * 1e6),
         f"{spread * 100:.0f} %",
         figure(work.num_bytes / 1e6),
         figure(work.num_flops / 1e9),
         figure(work.num_bytes / timing.median_s / 1e9),
         percent(result.bandwidth_share(ceilings)),
-        figure(work.num_flops / timing.median_s / 1e12),
         percent(result.flops_share(ceilings)),
     )
+
+
+def _error_cell(result: Result) -> str:
+    if result.error is None:
+        return "not checked"
+    return f"{'WRONG ' if result.is_wrong else ''}{result.error:.0e}"

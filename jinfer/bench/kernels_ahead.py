@@ -8,14 +8,22 @@ from typing import Any
 
 import jax
 
+from jinfer.bench.baselines import BASELINES, names_for, variants_of
+from jinfer.bench.ceilings import precision_of
 from jinfer.bench.chips import chip_named, describe, memory_of, no_compilation_cache
 from jinfer.bench.kernel_cases import Work, work_of
-from jinfer.bench.kernels import IMPLEMENTATIONS, Arguments, arguments, one_line, page_size_of
+from jinfer.bench.kernels import (
+    IMPLEMENTATIONS,
+    Arguments,
+    Shaped,
+    arguments,
+    one_line,
+    page_size_of,
+    pages_for,
+)
 from jinfer.bench.table import figure, table
-from jinfer.step.attention import ATTENTION
 from kernels_pallas.compat import told_the_chip
 from kernels_pallas.paged_attention.cases import Case
-from kernels_pallas.paged_attention.pages import cells_of
 
 NUM_LAYERS = 2  # of the pool, where there is room; so that the layer is looked up as in a model
 
@@ -63,7 +71,7 @@ def compile_cases(
         work = work_of(case, dtype)
         memory_s = chip.bound_s(work.num_bytes, 0, share)
         bound_s = chip.bound_s(work.num_bytes, work.num_flops, share)
-        for name in names or IMPLEMENTATIONS[chip.platform]:
+        for name in names or names_for(case, IMPLEMENTATIONS[chip.platform], chip.platform):
             result = Compiled(
                 target=target,
                 case=case.name,
@@ -80,21 +88,27 @@ def compile_cases(
                 why = f"no room: {need_gb:.0f} GB of pages, {room_gb:.0f} GB on the device"
                 yield replace(result, why_not=why)
             else:
-                num_layers = int(min(NUM_LAYERS, room // work.pool_bytes))
+                most_layers = BASELINES[name].most_layers if name in BASELINES else None
+                num_layers = int(min(most_layers or NUM_LAYERS, room // work.pool_bytes))
                 shaped = partial(
                     jax.ShapeDtypeStruct, sharding=jax.sharding.SingleDeviceSharding(device)
                 )
                 tokens = page_size or page_size_of(case, chip.platform, dtype)
-                made = arguments(case, dtype, tokens, num_layers, shaped)
-                yield _compiled(result, case, device, made)
+                yield _compiled(
+                    result, case, device, arguments(case, dtype, tokens, num_layers, shaped), shaped
+                )
 
 
-def _compiled(result: Compiled, case: Case, device: Any, made: Arguments) -> Compiled:
+def _compiled(
+    result: Compiled, case: Case, device: Any, made: Arguments, shaped: Shaped
+) -> Compiled:
     start_s = time.perf_counter()
     try:
-        with told_the_chip(device), no_compilation_cache():
+        made = replace(made, pages=pages_for(result.implementation, made.pages, shaped))
+        precision = jax.default_matmul_precision(precision_of(str(made.q_TNH.dtype)))
+        with told_the_chip(device), no_compilation_cache(), precision:
             program = jax.jit(_call(case, result.implementation), donate_argnums=1).lower(
-                made.q_TNH, made.pages, made.k_TKH, made.table_BM, made.rows
+                made.q_TNH, made.pages, made.k_TKH, shaped((), "int32"), made.table_BM, made.rows
             )
             program = program.compile()
     except (NotImplementedError, jax.errors.JaxRuntimeError) as error:
@@ -111,11 +125,10 @@ def _compiled(result: Compiled, case: Case, device: Any, made: Arguments) -> Com
 
 
 def _call(case: Case, name: str) -> Callable[..., Any]:
-    attend = partial(ATTENTION[name], scale=case.head_width**-0.5)
+    attend = partial(variants_of(name)[0], scale=case.head_width**-0.5)
 
-    def call(q_TNH, pages, k_TKH, table_BM, rows):
-        last_layer = cells_of(pages).shape[0] - 1
-        return attend(q_TNH, k_TKH, k_TKH, pages, last_layer, table_BM, *rows)
+    def call(q_TNH, pages, k_TKH, layer, table_BM, rows):
+        return attend(q_TNH, k_TKH, k_TKH, pages, layer, table_BM, *rows)
 
     return call
 

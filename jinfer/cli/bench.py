@@ -9,7 +9,7 @@ from typing import Any
 
 
 def bench(args: Namespace) -> int:
-    """Runs one benchmark; returns 0."""
+    """Runs one benchmark; returns 0, or 1 if something that was timed computes a wrong answer."""
     for name in (args.json, getattr(args, "plot", None)):
         if name is not None:
             _check_writable(name)  # not after minutes of measuring
@@ -22,7 +22,7 @@ def bench(args: Namespace) -> int:
     figures: dict[str, Any] = module.run(args)
     if args.json is not None:
         Path(args.json).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
-    return 0
+    return 1 if figures.get("wrong") else 0
 
 
 def _check_writable(name: str) -> None:

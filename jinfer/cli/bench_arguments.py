@@ -13,9 +13,11 @@ writes the same figures as JSON. Timings of one run belong together; compare the
 """
 _KERNELS = """\
 Times paged attention at the shapes that serving asks for, each call inside one compiled loop, and
-sets it against a large copy and a large matrix product measured in the same run. On a CPU a
-scaled-down set is timed. With --target nothing runs: the kernels are compiled for that chip,
-which need not be here, and what the compiler says is printed beside the chip's own bound.
+sets it against a large copy and a large matrix product measured in the same run. Answers are
+checked first; a wrong one ends the command with status 1. With --target nothing runs: the kernels
+are compiled for that chip, which need not be here, and what the compiler says is printed beside the
+chip's own bound. Without an accelerator that is the default, for a chip whose compiler is here;
+--implementation xla times a scaled-down set on the CPU.
 """
 _LATENCY = """\
 How long one batch takes, alone: the batch is sent, answered whole, and sent again with new

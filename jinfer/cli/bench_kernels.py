@@ -6,8 +6,9 @@ from typing import Any
 
 import jax
 
+from jinfer.bench.baselines import names_for
 from jinfer.bench.ceilings import measure_ceilings
-from jinfer.bench.chips import chip_named
+from jinfer.bench.chips import chip_named, default_target
 from jinfer.bench.kernel_cases import chosen
 from jinfer.bench.kernels import (
     IMPLEMENTATIONS,
@@ -30,19 +31,27 @@ def run(args: Namespace) -> dict[str, Any]:
     if args.dtype not in (None, *_DTYPES):
         raise ValueError(f"--dtype must be one of {', '.join(_DTYPES)}; got {args.dtype!r}.")
     if args.target:
-        return _compile(args)
-    return _time(args)
-
-
-def _time(args: Namespace) -> dict[str, Any]:
+        return _compile(args, args.target)
     device = jax.devices()[0]
     platform = platform_of(device)
+    if platform == "cpu" and not args.cases and not args.implementation:
+        if (target := default_target()) is not None:
+            note(f"no accelerator here: compiling for {target}; --implementation xla times the CPU")
+            return _compile(args, [target])
+        note(
+            "no accelerator here, nor a compiler for one, so the CPU is timed; to see what the "
+            'compiler says: pip install "jinfer[tpu]", or "jinfer[cuda13]"'
+        )
+    return _time(args, device, platform)
+
+
+def _time(args: Namespace, device: jax.Device, platform: str) -> dict[str, Any]:
     dtype = args.dtype or ("float32" if platform == "cpu" else "bfloat16")
     cases = chosen(args.cases, small=platform == "cpu", dtype=dtype)
     ceilings = measure_ceilings(platform, dtype)
     results = []
     for case in cases:
-        for name in args.implementation or IMPLEMENTATIONS[platform]:
+        for name in args.implementation or names_for(case, IMPLEMENTATIONS[platform], platform):
             note(f"{case.name}, {name}")
             result = time_case(
                 case,
@@ -57,8 +66,9 @@ def _time(args: Namespace) -> dict[str, Any]:
     show(f"{machine_line()}\n{dtype}, {pages}; 32 query heads, 8 kv heads of width 128")
     show(f"\nin the same run: {ceilings}\n\n{timing_table(results, ceilings)}\n\n")
     show(_TIMING_NOTES)
-    if platform == "cpu" and not args.cases:
-        note("no accelerator here: `--target v6e` compiles for one that is not (needs libtpu)")
+    wrong = [f"{result.case}, {result.implementation}" for result in results if result.is_wrong]
+    for named in wrong:
+        note(f"{named}: a wrong answer")
     return {
         "benchmark": "kernels",
         **versions(),
@@ -66,16 +76,17 @@ def _time(args: Namespace) -> dict[str, Any]:
         "page_size": args.page_size,
         "ceilings": asdict(ceilings),
         "results": [result.as_json(ceilings) for result in results],
+        "wrong": wrong,
     }
 
 
-def _compile(args: Namespace) -> dict[str, Any]:
-    check_targets(args.target)
+def _compile(args: Namespace, targets: list[str]) -> dict[str, Any]:
+    check_targets(targets)
     dtype = args.dtype or "bfloat16"
     cases = chosen(args.cases, small=False, dtype=dtype)
     every = []
     show(f"{machine_line(with_device=False)}\n{dtype}; nothing was run\n")
-    for target in args.target:
+    for target in targets:
         results = []
         for result in compile_cases(
             cases, target, args.implementation, dtype=dtype, page_size=args.page_size
@@ -96,12 +107,17 @@ def _compile(args: Namespace) -> dict[str, Any]:
 
 
 _TIMING_NOTES = """\
-us: of one call, the median over loops compiled as one program, dispatch subtracted; +-: half of
-what lies between the fastest and the slowest loop. MB, GFLOP: what any implementation must move
-and compute. bandwidth, peak: the share of what the large copy or read, and the product, reach.
+error: the largest, of tokens from first to last, as a share of the largest output; WRONG where it
+is beyond what the dtype explains. us: of one call, the median over loops compiled as one program,
+dispatch subtracted; +-: half of what lies between the fastest and the slowest loop. MB, GFLOP: what
+any implementation must move and compute. bandwidth, peak: the share of what the large copy or read,
+and the product, reach.
+triton, cudnn: others' kernels, which attend and write nothing; cudnn over one layer's pages, which
+a cache may hold.
 """
 _COMPILED_NOTES = """
 bound: the MB and GFLOP that any implementation must move and compute, over the maker's figures; no
 estimate of what it takes. temporary: memory beside the arguments. pool: whether the pages are
-updated in place. On chips that show up as two devices a line is one of them.
+updated in place. On chips that show up as two devices a line is one of them. Errors and times wait
+for the chip. triton, cudnn: others' kernels, which attend and write nothing.
 """

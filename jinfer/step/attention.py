@@ -19,8 +19,9 @@ ATTENTION: dict[str, Callable[..., Any]] = {
     "xla_wide": partial(paged_attention_xla, tiles_at_once=32),  # the same for wider devices
     "tpu": tpu.paged_attention_tpu,
     "gpu": gpu.paged_attention_gpu,  # Hopper and Blackwell; by name until it has run on one
-    # The TPU kernel simulated on a CPU: slow, for finding out which of the two is wrong.
+    # The kernels simulated on a CPU: slow, for finding out which of the two is wrong.
     "tpu_interpret": partial(tpu.paged_attention_tpu, interpret=pltpu.InterpretParams()),
+    "gpu_interpret": partial(gpu.paged_attention_gpu, interpret=True),
 }
 
 
@@ -35,10 +36,9 @@ def default_attention(model: ModelConfig, *, platform: str, dtype: str) -> str:
 
 def stored_head_width(attention: str, head_width: int) -> int:
     """How wide the pool holds a head for this implementation: as it is, or filled with zeros."""
-    kernels = {"tpu": tpu, "tpu_interpret": tpu, "gpu": gpu}
-    if attention not in kernels:
-        return head_width
-    return kernels[attention].stored_head_width(head_width)
+    kernels = {"tpu": tpu, "gpu": gpu}
+    kernel = kernels.get(attention.removesuffix("_interpret"))
+    return kernel.stored_head_width(head_width) if kernel else head_width
 
 
 def require_served(plan: EnginePlan, share: ModelConfig) -> None:

@@ -28,7 +28,7 @@ BLOCK_TOKENS = 64  # keys in a stage of the ring
 STAGES_OF_HEAD_WIDTH = {64: 4, 128: 4, 256: 2}
 # A part below this many tokens is not worth a block of its own and a share of the combine.
 MIN_PART_TOKENS = 512
-NUM_MULTIPROCESSORS = 132
+MULTIPROCESSORS_OF_UNIT = {"wgmma": 132, "tcgen05": 148}  # of an H100 or H200, of a B200
 UNIT_OF_CAPABILITY = {"9": "wgmma", "10": "tcgen05"}  # of compute capability 9.0, 10.0, 10.3
 # What Hoppers' kinds are called: the description of a chip in a mesh says no more.
 HOPPER = ("H100", "H200", "H800", "H20")
@@ -80,7 +80,7 @@ def paged_attention_gpu(  # noqa: PLR0913 - the contract of every implementation
         None = enough of them to occupy the chip, none below 512 tokens of the table's width.
       unit: what multiplies matrices, "wgmma" or "tcgen05". None = the chip's own, or wgmma where
         it is interpreted.
-      interpret: as in `plgpu.kernel`: False, or `plgpu.InterpretGPUParams(...)` for a CPU.
+      interpret: True or `plgpu.InterpretGPUParams(...)` to simulate the kernel on a CPU.
 
     Returns:
       Outputs in q's dtype, zero for tokens of no row, and the pool. Such tokens are written
@@ -111,8 +111,7 @@ def paged_attention_gpu(  # noqa: PLR0913 - the contract of every implementation
         sinks_N=sinks_N,
     )
     _check_arrays(q_TNH, k_TKH, v_TKH, pages)
-    if not interpret:
-        _check_jax()
+    _check_jax()
     unit = unit or ("wgmma" if interpret else _unit_of_chip())
     _check_unit(unit, pages)
     # Jax before 0.11 lacks what that file imports.
@@ -127,7 +126,7 @@ def paged_attention_gpu(  # noqa: PLR0913 - the contract of every implementation
     tile_tokens = _tile_tokens(tile_tokens, most_tokens, num_tokens, num_rows)
     num_tiles = min(num_tokens, (num_tokens + num_rows * (tile_tokens - 1)) // tile_tokens)
     context_tokens = page_table_BM.shape[1] * page_size
-    num_parts = _num_parts(num_parts, num_tiles * num_kv_heads, context_tokens)
+    num_parts = _num_parts(num_parts, num_tiles * num_kv_heads, context_tokens, unit)
 
     pages = _write(pages, k_TKH, v_TKH, layer, page_table_BM, rows)
     tiles, _ = _cut(rows, num_tokens, tile_tokens, num_tiles, window)
@@ -145,7 +144,7 @@ def paged_attention_gpu(  # noqa: PLR0913 - the contract of every implementation
             num_parts=num_parts,
             num_stages=STAGES_OF_HEAD_WIDTH[stored_width],
             unit=unit,
-            interpret=interpret or None,
+            interpret=interpret,
         ),
     )
     num_used = tile_tokens * group
@@ -266,9 +265,9 @@ def _tile_tokens(asked: int | None, most: int, num_tokens: int, num_rows: int) -
     return asked
 
 
-def _num_parts(asked: int | None, num_blocks: int, context_tokens: int) -> int:
+def _num_parts(asked: int | None, num_blocks: int, context_tokens: int, unit: str) -> int:
     if asked is None:
-        wanted = 2 * NUM_MULTIPROCESSORS // num_blocks
+        wanted = 2 * MULTIPROCESSORS_OF_UNIT[unit] // num_blocks
         return max(1, min(wanted, context_tokens // MIN_PART_TOKENS))
     if asked < 1:
         raise ValueError(

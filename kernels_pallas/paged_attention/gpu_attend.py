@@ -91,6 +91,10 @@ def attend_tiles(
     num_tiles, num_kv_heads, num_rows, head_width = q_XKQH.shape
     grid = (num_tiles, options.num_parts, num_kv_heads)
     scratch = _scratch(q_XKQH.dtype, head_width, pages, options)
+    interpret = options.interpret or None
+    if interpret is True:
+        # Checked against jax 0.10, which has no such simulator.
+        interpret = plgpu.InterpretGPUParams()  # pyright: ignore[reportAttributeAccessIssue]
     attend = plgpu.kernel(
         # A fresh object: JAX 0.11 caches a kernel's jaxpr by the identity of its function.
         partial(_kernel, options=options),
@@ -104,7 +108,7 @@ def attend_tiles(
         num_threads=2,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True),
-        interpret=options.interpret,
+        interpret=interpret,
         kernel_name="paged_attention",
     )
     return attend(tile_X4, table_BM, q_XKQH, pages)

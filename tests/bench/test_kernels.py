@@ -1,12 +1,15 @@
 """What a case must move and compute, timings, and the command that reports them."""
 
 import json
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
+from jinfer.bench.baselines import BASELINES, names_for
 from jinfer.bench.ceilings import Ceilings
 from jinfer.bench.chips import CHIPS
 from jinfer.bench.kernel_cases import CASES, chosen, decode, work_of
@@ -14,6 +17,7 @@ from jinfer.bench.kernels import (
     IMPLEMENTATIONS,
     _calls_in_turn,
     _compiled_loop,
+    _error,
     _page_table,
     _rows,
     arguments,
@@ -175,8 +179,91 @@ def test_short_calls_share_a_turn_of_the_loop_but_not_on_a_cpu() -> None:
 def test_a_loop_in_turns_runs_and_is_counted_by_the_call() -> None:
     case = decode(2, 64)
     for turn in (1, 3):
-        run, _ = _compiled_loop(case, "xla", "float32", 16, 2, turn)
+        run, _ = _compiled_loop(case, "xla", ATTENTION["xla"], "float32", 16, 2, turn)
         run(2)
     assert Timing(median_s=6.0, fastest_s=3.0, slowest_s=9.0, num_calls=2, num_loops=1).of_each(
         3
     ) == Timing(median_s=2.0, fastest_s=1.0, slowest_s=3.0, num_calls=6, num_loops=1)
+
+
+def wrong(q_TNH, k_TKH, v_TKH, pages, layer, table_BM, kv_len_B, *rows, scale):
+    """Misses the last key of every row."""
+    return ATTENTION["xla"](
+        q_TNH, k_TKH, v_TKH, pages, layer, table_BM, kv_len_B - 1, *rows, scale=scale
+    )
+
+
+@pytest.mark.parametrize("pages_dtype", [None, "int8", "float8_e4m3fn"])
+def test_a_wrong_answer_shows(pages_dtype: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    mixed = case([(200, 1), (40, 40), (70, 3)], pages_dtype)
+    options = {"dtype": "float32", "page_size": 16, "free_bytes": 1 << 30, "num_loops": 1}
+    right = time_case(mixed, "xla", **options)
+    assert right.error is not None and right.error < 8e-5 and not right.is_wrong
+    monkeypatch.setitem(ATTENTION, "wrong", wrong)
+    found = time_case(mixed, "wrong", **options)
+    assert found.is_wrong
+    assert "WRONG" in timing_table([right, found], CEILINGS).splitlines()[2]
+
+
+def test_a_wrong_answer_ends_the_command_with_1(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ATTENTION, "wrong", wrong)
+    words = "bench kernels --cases decode_1x1k --repeats 1 --implementation"
+    assert main([*words.split(), "wrong"]) == 1
+
+
+def test_baselines_are_timed_where_they_can_be() -> None:
+    assert names_for(decode(16, 1024), ("gpu",), "gpu") == ("gpu", "triton", "cudnn")
+    assert names_for(decode(16, 1024), ("tpu",), "tpu") == ("tpu",)
+    for declined in (decode(16, 1024, pages_dtype="int8"), case([(9, 2)])):
+        assert names_for(declined, ("gpu",), "gpu") == ("gpu",)
+
+
+def test_the_triton_baseline_is_called_as_it_must_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    triton = BASELINES["triton"]
+    simulated = replace(triton, attend=partial(triton.attend, interpret=True))
+    monkeypatch.setitem(BASELINES, "triton", simulated)
+    rows = case([(256, 1), (100, 1), (17, 1)])
+    assert _error(rows, "triton", "float32", 8) < 8e-5
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "page_size", "message"),
+    [
+        ("triton", [(9, 3)], 8, "one token per row; got 3 tokens of 1 rows"),
+        ("triton", [(24, 1)], 8, "into 16 parts of whole blocks of 8 pages; got 3 pages"),
+        ("cudnn", [(24, 1), (8, 1)], 8, "as many pages as the table has entries, 6; got 4"),
+    ],
+)
+def test_baselines_decline_in_a_sentence(
+    name: str, rows: list[tuple[int, int]], page_size: int, message: str
+) -> None:
+    with pytest.raises(NotImplementedError, match=message):
+        _error(case(rows), name, "float32", page_size)
+
+
+@pytest.mark.parametrize(("target", "said"), [("v6e", "compiling for v6e"), (None, "pip install")])
+def test_without_an_accelerator_the_compiler_is_asked(
+    target: str | None,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    compiled, timed = [], []
+    for attribute, value in {
+        "default_target": lambda: target,
+        "_compile": lambda _, targets: compiled.extend(targets) or {},
+        "_time": lambda *_: timed.append("the CPU") or {},
+    }.items():
+        monkeypatch.setattr(f"jinfer.cli.bench_kernels.{attribute}", value)
+    assert main(["bench", "kernels"]) == 0
+    assert said in capsys.readouterr().err
+    assert (compiled, timed) == (([target], []) if target else ([], ["the CPU"]))
+
+
+@pytest.mark.slow
+def test_baselines_compile_for_an_h200() -> None:
+    pytest.importorskip("jax_plugins.xla_cuda13", reason="the GPU compiler is not here")
+    case = decode(16, 8192)
+    [triton] = compile_cases([case], "h200", ["triton"], dtype="bfloat16", page_size=None)
+    assert triton.why_not is None and triton.temp_bytes is not None
+    assert triton.temp_bytes < triton.work.pool_bytes // 16

@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax import lax
-from jax.experimental import topologies
 
+from jinfer.bench.chips import describe
 from kernels_pallas.paged_attention.gpu import paged_attention_gpu
 from kernels_pallas.paged_attention.pages import QuantizedPages
 
@@ -28,23 +28,6 @@ pytest.importorskip(
 if jax.__version_info__ < (0, 11):
     pytest.skip("paged attention on GPU needs jax >= 0.11", allow_module_level=True)
 
-H200 = """
-gpu_device_info {
-  cuda_compute_capability { major: 9 minor: 0 }
-  threads_per_block_limit: 1024  threads_per_warp: 32
-  shared_memory_per_block: 49152  shared_memory_per_core: 233472
-  shared_memory_per_block_optin: 232448
-  threads_per_core_limit: 2048  core_count: 132  fpus_per_core: 128
-  block_dim_limit_x: 2147483647  block_dim_limit_y: 65535  block_dim_limit_z: 65535
-  memory_bandwidth: 4800000000000  l2_cache_size: 62914560  clock_rate_ghz: 1.98
-  device_memory_size: 150000000000
-  registers_per_core_limit: 65536  registers_per_block_limit: 65536
-}
-platform_name: "CUDA"
-dnn_version_info { major: 9 minor: 10 }
-device_description_str: "NVIDIA H200"
-"""
-B200 = H200.replace("H200", "B200").replace("major: 9", "major: 10").replace("132", "148")
 NUM_LAYERS, NUM_PAGES = 4, 4096
 INT8, FP8 = {"pages_dtype": "int8"}, {"pages_dtype": "float8_e4m3fn"}
 
@@ -68,12 +51,11 @@ def compiled(  # noqa: PLR0913 - what a shape may change
     stored_width=None,
     sinks=False,
     scanned=False,
-    target=H200,
+    target="h200",
     **options,
 ):
     """Compiles one call, or one per layer in a scan; returns it and the pool's bytes."""
-    topology = {"target_config": target, "topology": "1x1x1"}
-    chip = topologies.get_topology_desc(topology_name="", platform="cuda", **topology).devices[0]
+    chip, _ = describe(target)
     sharding = jax.sharding.SingleDeviceSharding(chip)
 
     def shaped(shape, dtype):
@@ -192,7 +174,7 @@ def test_width_256_compiles_with_few_spills(shape, most_spilled, monkeypatch, ca
 )
 def test_compiles_for_b200(shape, most_spilled):
     # In a process of its own: the first architecture that one compiles for stays.
-    code = f"import test_gpu_compiles as t; t.check_memory(*t.compiled(target=t.B200, **{shape}))"
+    code = f"import test_gpu_compiles as t; t.check_memory(*t.compiled(target='b200', **{shape}))"
     finished = subprocess.run(
         [sys.executable, "-c", code],
         cwd=Path(__file__).parent,
