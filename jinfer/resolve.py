@@ -325,6 +325,14 @@ def _share(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be in (0, 1]; got {name}={value!r}. Choose such a share.")
 
 
+def _milliseconds(name: str, value: Any) -> None:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if value is not None and not (number and 0.0 < value < math.inf):
+        raise ValueError(
+            f"{name} must be above 0; got {name}={value!r}. Pass milliseconds, or None."
+        )
+
+
 def _amount(name: str, value: Any) -> None:
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if value is not None and not (number and 0.0 <= value < math.inf):
@@ -343,6 +351,8 @@ _CHECKS: dict[str, Check] = {
     "max_num_batched_tokens": _integer(1),
     "max_decode_steps": _integer(1, 128),
     "long_prefill_token_threshold": _integer(1),
+    "ttft_target_ms": _milliseconds,
+    "tpot_target_ms": _milliseconds,
     "enable_prefix_caching": _flag,
     "kv_offloading_size": _amount,
     "page_size": _integer(1),

@@ -19,7 +19,7 @@ LAYERS = (
     {"schedule", "weights"},
     {"step"},
     {"resolve", "running", "interrupt", "page_mover", "metrics", "dispatched"},
-    {"startup"},
+    {"startup", "pacing"},
     {"engine"},
     {"llm"},
     {"async_llm", "batch", "bench"},
