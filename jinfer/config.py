@@ -109,6 +109,8 @@ class EngineConfig:
     max_num_batched_tokens: int | None = None  # token budget of one step
     max_decode_steps: int | None = None  # decode steps of one dispatch at most; 1 = always one
     long_prefill_token_threshold: int | None = None  # longest prefill chunk; None = the budget
+    ttft_target_ms: float | None = None  # arrival to first token, to aim at; see schedule/pace.py
+    tpot_target_ms: float | None = None  # between tokens of a request in the mean, likewise
     enable_prefix_caching: bool = True  # prompts that begin alike are computed once
     kv_offloading_size: float | None = None  # GiB of host memory for KV pages the device gives up
     page_size: int | None = None  # tokens per KV page

@@ -19,6 +19,7 @@ class Dispatched:
     plan: StepPlan
     output: StepOutput | DecodeOutput  # its logprobs None where nobody wants them
     num_places: int  # tokens or rows of its program, padding included; in each of its steps
+    start_s: float  # of `time.monotonic()`, when it was sent
 
     def read(self) -> Iterator[tuple[StepOutput, list[tuple[Chunk, range]]]]:
         """Waits, and yields each step's output with its chunks and their readouts."""

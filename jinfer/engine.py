@@ -12,6 +12,7 @@ from jinfer.dispatched import Dispatched, Observer
 from jinfer.errors import RequestError
 from jinfer.metrics import EngineMetrics, MetricsSnapshot
 from jinfer.model_runner import free_arrays
+from jinfer.pacing import Pacing
 from jinfer.request.params import SamplingParams, check_priority
 from jinfer.request.prompt import Prompt, check_prompt_ids
 from jinfer.request.stop import Finish
@@ -50,6 +51,8 @@ class Engine:
         self._shapes = {size: BucketShape.of(size, self.plan) for size in self.plan.token_buckets}
         self._decode_shapes = {n: DecodeShape.of(n, self.plan) for n in self.plan.decode_buckets}
         self._guard = CompileGuard(config.late_compile)
+        self._pacing = Pacing(config, self.plan.token_buckets)
+        self._pacing.time_steps(self.runner, self._shapes)
         self.scheduler = Scheduler(
             max_slots=self.plan.max_slots,
             max_step_tokens=self.plan.max_step_tokens,
@@ -60,6 +63,7 @@ class Engine:
             prefix_caching=config.enable_prefix_caching,
             num_host_pages=self.plan.num_host_pages if loaded.min_restored_pages else 0,
             min_restored_pages=loaded.min_restored_pages or 1,
+            pace=self._pacing.pace,
         )
         self._pending: Dispatched | None = None
         self._requests: dict[str, RunningRequest] = {}
@@ -168,6 +172,7 @@ class Engine:
         self._num_with_stop_strings += bool(request.params.stop)
         for continuation in request.continuations:
             self._continuations[continuation.sequence] = continuation
+            continuation.sequence.arrival_s = request.metrics.arrival_time
             self.scheduler.add(continuation.sequence)
 
     def abort(self, request_id: str) -> RunningRequest | None:
@@ -226,7 +231,8 @@ class Engine:
             self._why_stopped = _CLOSED
 
     def _dispatch(self) -> Dispatched | None:
-        plan = self.scheduler.plan(self._max_steps())  # host: who runs, and on which pages
+        # Host: who runs, and on which pages.
+        plan = self.scheduler.plan(self._max_steps(), self._pacing.next_start_s(self._pending))
         if plan is None:
             return None
         self._metrics.num_preemptions += len(plan.preempted)
@@ -248,7 +254,7 @@ class Engine:
             self.observer.dispatched(start_s, output)
         if not any(map(self._wants_logprobs, plan.chunks)):
             output = replace(output, logprobs=None)  # spares bringing them up
-        return Dispatched(plan, output, num_places=size)
+        return Dispatched(plan, output, num_places=size, start_s=start_s)
 
     def _max_steps(self) -> int:
         """Many where only the device looks at the tokens, few where the host must as well."""
@@ -309,6 +315,7 @@ class Engine:
         advanced: dict[str, RunningRequest] = {}
         for output, chunks in dispatched.read():
             now = time.monotonic()
+            self._pacing.was_read(dispatched, now)
             if self.observer is not None:
                 self.observer.read([chunk for chunk, _ in chunks], dispatched.num_places)
             for chunk, readouts in chunks:

@@ -195,6 +195,8 @@ BAD_ARGUMENTS = [
     ({"num_pages": 3}, "num_pages=17; got num_pages=3. The longest context that fits is 32 tok"),
     ({"num_pages": 10**9}, "num_pages=1000000000, .* GiB, of .* GiB. Lower num_pages to"),
     ({"long_prefill_token_threshold": 0}, "long_prefill_token_threshold must be at least 1"),
+    ({"ttft_target_ms": 0}, "ttft_target_ms must be above 0; got ttft_target_ms=0. Pass millis"),
+    ({"tpot_target_ms": "fast"}, "tpot_target_ms must be above 0; got .*'fast'"),
     ({"kv_offloading_size": -1}, "kv_offloading_size must be at least 0; got .*=-1. Pass GiB"),
     ({"kv_offloading_size": "a"}, "kv_offloading_size must be at least 0; got"),
     (

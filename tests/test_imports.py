@@ -14,14 +14,14 @@ from jinfer.config import EngineConfig
 ROOT = Path(__file__).resolve().parents[1]
 # A part of the package imports itself and earlier layers, never its neighbours in a layer.
 LAYERS = (
-    {"axes", "config", "errors", "shipped", "vllm_arguments"},
+    {"axes", "chips", "config", "errors", "shipped", "vllm_arguments"},
     {"request", "parallel"},
     {"models"},
     {"schedule", "weights"},
     {"step"},
     {"resolve", "running", "interrupt", "page_mover", "metrics", "dispatched"},
     {"model_runner"},
-    {"startup"},
+    {"startup", "pacing"},
     {"engine"},
     {"llm"},
     {"async_llm", "batch", "bench"},

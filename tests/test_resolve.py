@@ -113,6 +113,29 @@ def test_what_was_asked_is_kept() -> None:
     assert (plan.layer_loop, plan.attention) == ("scan", "xla")
 
 
+@pytest.mark.parametrize(
+    ("platform", "device_kind", "sizes"),
+    [
+        # The ridge is at 561 tokens, and 128 slots may decode beside them.
+        ("tpu", "TPU v6 lite", (1, 8, 32, 128, 512, 1024)),
+        ("tpu", "TPU v5 lite", (1, 8, 32, 128, 256, 512)),
+        ("gpu", "NVIDIA H200", (1, 8, 32, 128, 256, 512)),  # 207, and 256 slots
+        ("gpu", "NVIDIA H100 80GB HBM3", (1, 8, 32, 128, 256, 512, 1024)),  # 296, likewise
+        ("gpu", "NVIDIA RTX 9999", (1, 32, 64, 128, 256, 512, 1024, 2048)),
+        ("cpu", "cpu", (1, 8, 32, 128, 512)),
+    ],
+)
+def test_the_token_budget_is_the_smallest_that_fills_the_chip(
+    platform: str, device_kind: str, sizes: tuple[int, ...]
+) -> None:
+    place = dict(platform=platform, free_bytes=GIB, device_kind=device_kind)
+    plan = resolve_plan(EngineConfig(model="m"), MODEL, **place)
+    assert plan.token_buckets == sizes
+    assert plan.max_step_tokens == sizes[-1]
+    asked = EngineConfig(model="m", max_num_batched_tokens=300)
+    assert resolve_plan(asked, MODEL, **place).max_step_tokens == 300
+
+
 def test_a_step_is_never_smaller_than_the_slots() -> None:
     assert plan_of(max_num_seqs=5000).max_step_tokens == 5000
 

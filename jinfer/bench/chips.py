@@ -1,9 +1,8 @@
-"""Chips by name: what their makers say of them, and how to compile for one that is not here."""
+"""How to compile for a chip that is not here."""
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
@@ -11,63 +10,7 @@ import jax
 from jax.experimental import topologies
 from jax.experimental.compilation_cache import compilation_cache
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Chip:
-    """Public figures of one chip: memory, its bandwidth, and dense 16-bit matrix arithmetic.
-
-    What a maker prints is reached by nothing; a bound from it is a bound and no estimate.
-    """
-
-    platform: str  # "tpu" | "gpu"
-    topology: str  # TPU: a slice of the chip's kind, of `num_chips` chips; GPU: its architecture
-    memory_gb: float
-    bandwidth_gb_s: float
-    tflops: float
-    num_chips: int = 1
-
-    def bound_s(self, num_bytes: float, num_flops: float, share: float = 1.0) -> float:
-        """The least time on `share` of a chip: some show up as two devices."""
-        bytes_per_s, flops_per_s = self.bandwidth_gb_s * 1e9, self.tflops * 1e12
-        return max(num_bytes / bytes_per_s, num_flops / flops_per_s) / share
-
-
-def _tpu(topology: str, memory_gb: float, bandwidth_gb_s: float, tflops: float) -> Chip:
-    return Chip(
-        platform="tpu",
-        topology=topology,
-        memory_gb=memory_gb,
-        bandwidth_gb_s=bandwidth_gb_s,
-        tflops=tflops,
-        num_chips=4,
-    )
-
-
-def _gpu(architecture: str, memory_gb: float, bandwidth_gb_s: float, tflops: float) -> Chip:
-    return Chip(
-        platform="gpu",
-        topology=architecture,
-        memory_gb=memory_gb,
-        bandwidth_gb_s=bandwidth_gb_s,
-        tflops=tflops,
-    )
-
-
-# Google Cloud's "System architecture" page of each TPU, and NVIDIA's data sheets (SXM where there
-# is one, without sparsity).
-CHIPS = {
-    "v4": _tpu("v4:2x2x1", 32, 1228, 275),
-    "v5e": _tpu("v5e:2x2", 16, 819, 197),
-    "v5p": _tpu("v5p:2x2x1", 95, 2765, 459),
-    "v6e": _tpu("v6e:2x2", 32, 1638, 918),
-    "tpu7x": _tpu("tpu7x:2x2x1", 192, 7380, 2307),
-    "t4": _gpu("7.5", 16, 320, 65),
-    "a100": _gpu("8.0", 80, 2039, 312),
-    "l4": _gpu("8.9", 24, 300, 121),
-    "h100": _gpu("9.0", 80, 3350, 989),
-    "h200": _gpu("9.0", 141, 4800, 989),
-    "b200": _gpu("10.0", 180, 8000, 2250),
-}
+from jinfer.chips import CHIPS, Chip
 
 # What the compiler asks of a GPU beside the figures above: multiprocessors, their shared memory
 # (of one and of one block, bytes), threads, floating-point units, L2 in MiB, clock in GHz.

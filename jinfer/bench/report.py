@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from jinfer.bench.ceilings import Ceilings
+from jinfer.bench.goals import Goals
 from jinfer.bench.runner import Recording
 from jinfer.bench.table import figure, percent, table
 
@@ -61,25 +62,32 @@ class Report:
     num_preemptions: int
     num_cached_tokens: int
     num_steps: int
+    num_good: int  # requests that met all goals
+    goals: Goals
     roofline: Roofline
 
     def as_json(self) -> dict[str, Any]:
         """Every figure, rates and shares included."""
-        rates = {name: rate for name, rate in self.rates().items()}
-        return {**asdict(self), **rates, "roofline_share": self.roofline.share}
+        derived = {**self.rates(), "goals_ms": self.goals.limits_ms}
+        told = {name: value for name, value in asdict(self).items() if name != "goals"}
+        return {**told, **derived, "roofline_share": self.roofline.share}
 
     def rates(self) -> dict[str, float]:
         """Per second of the elapsed time."""
         return {
             "requests_per_s": self.num_requests / self.elapsed_s,
+            "good_requests_per_s": self.num_good / self.elapsed_s,
             "input_tokens_per_s": self.num_input_tokens / self.elapsed_s,
             "output_tokens_per_s": self.num_output_tokens / self.elapsed_s,
             "total_tokens_per_s": (self.num_input_tokens + self.num_output_tokens) / self.elapsed_s,
         }
 
 
-def make_report(recordings: Sequence[Recording], ceilings: Ceilings) -> Report:
-    """Adds up runs that came one after the other."""
+def make_report(
+    recordings: Sequence[Recording], ceilings: Ceilings, goals: Goals | None = None
+) -> Report:
+    """Adds up runs that came one after the other, and counts who met the goals, if any."""
+    goals = goals or Goals()
     served = [one for recording in recordings for one in recording.served]
     elapsed_s = sum(r.elapsed_s for r in recordings)
     with_work_s = elapsed_s - sum(r.idle_s for r in recordings)
@@ -112,6 +120,8 @@ def make_report(recordings: Sequence[Recording], ceilings: Ceilings) -> Report:
         num_preemptions=sum(r.num_preemptions for r in recordings),
         num_cached_tokens=sum(r.num_cached_tokens for r in recordings),
         num_steps=len(steps),
+        num_good=sum(map(goals.met_by, served)),
+        goals=goals,
         roofline=roofline,
     )
 
@@ -138,6 +148,11 @@ def report_text(report: Report) -> str:
         ("preemptions", str(report.num_preemptions), ""),
         ("from prefix cache", f"{report.num_cached_tokens:,}", "prompt tokens"),
     ]
+    if limits_ms := report.goals.limits_ms:
+        said = ", ".join(f"{name} {figure(ms)} ms" for name, ms in limits_ms.items())
+        rate = figure(rates["good_requests_per_s"])
+        share = percent(report.num_good / max(1, report.num_requests))
+        lines.append(("goodput", share, f"of requests within {said}; {rate} a second"))
     name_width = max(len(name) for name, _, _ in lines)
     value_width = max(len(value) for _, value, _ in lines)
     shares = "\n".join(

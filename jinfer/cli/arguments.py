@@ -212,6 +212,9 @@ def _add_engine(parser: _Parser) -> None:
     add("max_num_batched_tokens", **count, help="tokens of one step")
     add("max_decode_steps", **count, help="decode steps of one dispatch at most")
     add("long_prefill_token_threshold", **count, help="most tokens of one prompt in one step")
+    target = {"type": float, "metavar": "MS"}
+    add("ttft_target_ms", **target, help="time to first token to aim at")
+    add("tpot_target_ms", **target, help="time per further token to aim at")
     add("enable_prefix_caching", off=True, help="compute every prompt whole")
     add(
         "kv_offloading_size",

@@ -137,6 +137,13 @@ def _add_serve(parser: Any) -> None:
     _add_workload(parser)
     said = "requests per second; default: 1, or the trace's own times"
     _flag(parser, "rate", metavar="X", type=float, help=said)
+    _flag(
+        parser,
+        "goodput",
+        metavar="NAME:MS",
+        nargs="+",
+        help="count the requests within ttft:MS tpot:MS e2el:MS; default: the engine's targets",
+    )
 
 
 def _add_startup(parser: Any) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 
 from jinfer.bench.ceilings import Ceilings, measure_ceilings
 from jinfer.bench.compare import compare, compared_text, transformers_runs
+from jinfer.bench.goals import Goals
 from jinfer.bench.machine import machine_line, versions
 from jinfer.bench.models import SHAPES, model_arguments
 from jinfer.bench.plot import plot, require_matplotlib
@@ -52,7 +53,8 @@ def run(args: Namespace) -> dict[str, Any]:
             runs = [(said, _record(args, llm, batches)) for said, batches in _plans(args, llm)]
         ceilings = ceilings.faster(measure_ceilings(platform, dtype))
     show(f"{machine_line()}\n{model_line}\n")
-    reports = [_report(said, recordings, ceilings) for said, recordings in runs]
+    goals = Goals.parse(args.goodput) if _asks_goals(args) else Goals.of_engine(llm.engine.config)
+    reports = [_report(said, recordings, ceilings, goals) for said, recordings in runs]
     if args.plot is not None:
         plot([r for _, r in runs][-1], args.plot, title=f"{args.benchmark}: {runs[-1][0]}")
     return {"benchmark": args.benchmark, "model": args.model, **versions(), "runs": reports}
@@ -63,15 +65,23 @@ def _say(args: Namespace) -> Callable[[str], object]:
     return (lambda text: None) if args.quiet else note
 
 
-def _report(said: str, recordings: list[Recording], ceilings: Ceilings) -> dict[str, Any]:
-    report = make_report(recordings, ceilings)
+def _report(
+    said: str, recordings: list[Recording], ceilings: Ceilings, goals: Goals
+) -> dict[str, Any]:
+    report = make_report(recordings, ceilings, goals)
     show(f"\n{said}\n{report_text(report)}")
     return {"workload": said, **report.as_json()}
+
+
+def _asks_goals(args: Namespace) -> bool:
+    return bool(getattr(args, "goodput", None))
 
 
 def _check(args: Namespace) -> None:
     if args.plot is not None:
         require_matplotlib()
+    if _asks_goals(args):
+        Goals.parse(args.goodput)  # refused now, not after the run
     if args.benchmark == "latency":
         return
     if (args.workload == "trace") != (args.trace is not None):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from jinfer.schedule.page_pool import pages_for
 
 MAX_TOKEN_BUCKETS = 8  # each is one compiled program, and start-up pays for all of them
-_ROW_GROWTH = 4  # of decode programs: a padding row costs next to nothing beside the weights
+_COARSE_GROWTH = 4  # where a padding token or row costs next to nothing beside the weights
 
 
 def plan_pages(
@@ -62,17 +62,21 @@ def plan_pages(
     return requested_num_pages
 
 
-def token_buckets(max_step_tokens: int, max_slots: int, growth: int = 2) -> tuple[int, ...]:
+def token_buckets(
+    max_step_tokens: int, max_slots: int, growth: int = 2, ridge_tokens: int = 0
+) -> tuple[int, ...]:
     """Decides the step sizes T that get a program, ascending; the last is `max_step_tokens`.
 
     1, then from 8 on by `growth`, and `max_slots`, where a full engine decodes in every step.
     Between 1 and 8 nothing is won: such a step takes the time to read the weights, padded or
-    not. Of more than MAX_TOKEN_BUCKETS the smallest above 1 go first.
+    not. Up to `ridge_tokens` the same holds, nearly, so there sizes grow by four. Of more than
+    MAX_TOKEN_BUCKETS the smallest above 1 go first.
 
     Args:
       max_step_tokens: tokens of the largest step.
       max_slots: sequences that run at the same time.
       growth: ratio of neighbours; a larger one compiles less and pads more.
+      ridge_tokens: up to here the time of a step is that of reading the weights; 0 = not known.
 
     Raises:
       ValueError: if a step is too small for one token of every slot.
@@ -83,7 +87,11 @@ def token_buckets(max_step_tokens: int, max_slots: int, growth: int = 2) -> tupl
             f"decode in each step; got {max_step_tokens} < {max_slots}. "
             "Raise the one or lower the other."
         )
-    powers = {8 * growth**i for i in range(32) if 8 * growth**i <= max_step_tokens}
+    powers = set()
+    size = 8
+    while size <= max_step_tokens:
+        powers.add(size)
+        size *= _COARSE_GROWTH if size * _COARSE_GROWTH <= ridge_tokens else growth
     kept = {1, max_slots, max_step_tokens}
     droppable = sorted(powers - kept)
     num_surplus = max(0, len(powers | kept) - MAX_TOKEN_BUCKETS)
@@ -99,7 +107,7 @@ def row_buckets(max_slots: int) -> tuple[int, ...]:
     size = 8
     while size < max_slots:
         rows.add(size)
-        size *= _ROW_GROWTH
+        size *= _COARSE_GROWTH
     return tuple(sorted(rows))
 
 

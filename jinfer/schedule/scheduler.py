@@ -1,12 +1,14 @@
 """Who runs in the next step: in which slot, on which pages, how many tokens."""
 
 import heapq
+import math
 from bisect import insort
 from dataclasses import replace
 
 from jinfer.axes import PageId, Slot
 from jinfer.schedule.draft import Draft
 from jinfer.schedule.host_index import HostIndex
+from jinfer.schedule.pace import Awaited, Pace
 from jinfer.schedule.page_pool import PagePool, pages_for
 from jinfer.schedule.plan import Chunk, PageCopy, PageRestore, PageWrite, StepPlan
 from jinfer.schedule.prefixes import Found, Prefixes
@@ -42,6 +44,9 @@ class Scheduler:
     the longest known prefix begins first; and one whose prefix another is just computing lets
     those behind it pass until it is there.
 
+    A `Pace` may ask for smaller steps and shorter dispatches, and tells whose first token can no
+    longer be in time: they let the others of their priority begin.
+
     The loop may plan step n+1 before it commits step n. Device work runs in order, so pages
     given back while a step in flight still writes to them may be handed out at once.
     """
@@ -60,6 +65,7 @@ class Scheduler:
         num_host_pages: int = 0,
         min_restored_pages: int = 1,
         max_overtaken: int = MAX_OVERTAKEN,
+        pace: Pace | None = None,
     ) -> None:
         """Starts empty.
 
@@ -76,6 +82,7 @@ class Scheduler:
           num_host_pages: pages for which host memory has room, once the pool needs theirs.
           min_restored_pages: so many must be there to be fetched rather than computed.
           max_overtaken: so many later ones begin before the oldest that waits, at most.
+          pace: keeps to targets of time; None = there are none.
         """
         max_readouts = max_slots if max_readouts is None else max_readouts
         # Every running row can then decode in every step, and the oldest can always grow.
@@ -84,6 +91,7 @@ class Scheduler:
         assert num_pages - 1 >= pages_for(max_model_len, page_size), f"{num_pages=}"
         assert max_chunk_tokens is None or max_chunk_tokens >= 1, f"{max_chunk_tokens=}"
         self._max_step_tokens = max_step_tokens
+        self._pace = pace or Pace([max_step_tokens])
         self._max_chunk_tokens = max_chunk_tokens or max_step_tokens
         self._max_readouts = max_readouts
         self._max_model_len = max_model_len
@@ -143,15 +151,17 @@ class Scheduler:
         if sequence.status is not Status.FINISHED:
             self.finish(sequence)
 
-    def plan(self, max_steps: int = 1) -> StepPlan | None:
+    def plan(self, max_steps: int = 1, now_s: float = 0.0) -> StepPlan | None:
         """Decides the next dispatch and takes its pages and slots; None if nothing can run.
 
         With nothing in flight, None means that there is no work.
 
         Args:
           max_steps: where every row decodes, the dispatch may take up to so many steps.
+          now_s: when the dispatch can begin, on the clock of `Sequence.arrival_s`.
         """
-        draft = Draft(self._max_step_tokens, self._max_readouts)
+        self._pass_over_late(now_s)
+        draft = Draft(self._most_tokens(now_s), self._max_readouts)
         num_untold = len(self._preempted)
         self._schedule_running(draft)
         # What was just taken from one is not for another that came later.
@@ -165,7 +175,7 @@ class Scheduler:
             return None
         if max_steps > 1:
             most = STEPS_WHILE_WAITING if self._waiting else max_steps
-            self._prolong(draft, min(max_steps, most))
+            self._prolong(draft, self._pace.most_steps(len(draft.chunks), min(max_steps, most)))
         for sequence, chunk in draft.chunks.items():
             sequence.num_scheduled += chunk.num_tokens + chunk.num_steps - 1
             sequence.num_unread += chunk.samples * chunk.num_steps
@@ -177,6 +187,37 @@ class Scheduler:
         self._preempted.clear()
         saves, forgotten = self._host.take_moves()
         return draft.seal(preempted=preempted, saves=saves, forgotten=forgotten)
+
+    def _pass_over_late(self, now_s: float) -> None:
+        """Lets those that wait and can be in time no more go behind those that can."""
+        if not (self._pace.has_ttft_target and self._waiting):
+            return
+        decodes, prefills = self._decodes_and_prefills()
+        num_tokens = sum(s.num_unscheduled for s in prefills)
+        while first := self._waiting.first(1):
+            sequence = first[0]
+            if sequence.is_late or sequence.is_due:
+                return  # so are those behind it, or they may not pass it
+            if self._pace.can_meet(self._awaited(sequence), num_tokens, len(decodes), now_s):
+                return
+            self._waiting.step_back(sequence)
+
+    def _most_tokens(self, now_s: float) -> int:
+        if not self._pace.has_tpot_target:
+            return self._max_step_tokens
+        decodes, prefills = self._decodes_and_prefills()
+        prompts = [*prefills, *self._waiting.first(CANDIDATES)]
+        return self._pace.most_tokens(len(decodes), list(map(self._awaited, prompts)), now_s)
+
+    def _decodes_and_prefills(self) -> tuple[list[Sequence], list[Sequence]]:
+        """Those that run and have something to compute next, each in order of rank."""
+        decodes = [s for s in self._running if s.num_unscheduled == 1]
+        return decodes, [s for s in self._running if s.num_unscheduled > 1]
+
+    def _awaited(self, sequence: Sequence) -> Awaited:
+        has_begun = sequence.output_ids or sequence.num_unread  # to answer
+        deadline_s = math.inf if has_begun else self._pace.deadline_s(sequence.arrival_s)
+        return Awaited(sequence.length - sequence.num_scheduled, deadline_s)
 
     def _prolong(self, draft: Draft, max_steps: int) -> None:
         """Lets a draft in which every row decodes go on for more steps, as far as pages are free.
@@ -232,8 +273,7 @@ class Scheduler:
         self._prefixes.forget(self._running)
 
     def _schedule_running(self, draft: Draft) -> None:
-        decodes = [s for s in self._running if s.num_unscheduled == 1]
-        prefills = [s for s in self._running if s.num_unscheduled > 1]
+        decodes, prefills = self._decodes_and_prefills()
         num_rows_after = len(decodes) + len(prefills)
         for sequence in decodes + prefills:
             num_rows_after -= 1
@@ -271,7 +311,7 @@ class Scheduler:
         best = None
         for sequence in self._waiting.first(self._num_candidates):
             # A preempted one waits for its tokens in flight: it must compute them again.
-            if sequence.num_in_flight or (best and best[0].rank[0] != sequence.rank[0]):
+            if sequence.num_in_flight or (best and best[0].rank[:2] != sequence.rank[:2]):
                 break
             found = self._prefixes.find(sequence, self._running)
             if not self._prefixes.is_coming(sequence, found, self._running):
@@ -366,5 +406,5 @@ class Scheduler:
         sequence.slot = None
 
 
-def _rank(sequence: Sequence) -> tuple[float, int]:
+def _rank(sequence: Sequence) -> tuple[float, bool, int]:
     return sequence.rank

@@ -18,7 +18,7 @@ class Status(enum.Enum):
 class Sequence:
     """One continuation of one request: a request with n=3 has three.
 
-    Compared and hashed by identity. The scheduler alone writes the fields below `priority`.
+    Compared and hashed by identity. The scheduler alone writes the fields below `arrival_s`.
 
     A step is planned, then committed when its tokens have been read; in between it is in
     flight. What a plan promises is counted apart from what a commit has confirmed, so that
@@ -34,6 +34,7 @@ class Sequence:
     scores_prompt: bool = False  # prompt logprobs wanted: each prompt position needs a readout
     root_key: bytes = b""  # before its first page's key: who may share pages with it
     priority: int = 0  # lower goes first
+    arrival_s: float = 0.0  # when the request came, on the clock that `Scheduler.plan` is told
     order: int = -1  # of first arrival at the scheduler, kept when preempted; -1 before it
     output_ids: list[int] = field(default_factory=list)
     num_computed: int = 0  # tokens whose K/V is in the pool
@@ -50,11 +51,14 @@ class Sequence:
     num_preemptions: int = 0
     num_overtaken: int = 0  # while it was the oldest that waits, so many later ones began
     is_due: bool = False  # that was often enough: now it goes before all that are not
+    is_late: bool = False  # its first token could not come in time: it goes behind those that can
 
     @property
-    def rank(self) -> tuple[float, int]:
+    def rank(self) -> tuple[float, bool, int]:
         """Who goes first, and keeps its pages: the lower."""
-        return (-math.inf if self.is_due else self.priority, self.order)
+        if self.is_due:
+            return -math.inf, False, self.order
+        return self.priority, self.is_late, self.order
 
     @property
     def num_prompt_tokens(self) -> int:

@@ -9,19 +9,19 @@ from jinfer.schedule.sequence import Sequence
 class WaitingQueue:
     """Sequences in order of rank: by priority, then by arrival.
 
-    Others may begin before one that came earlier: because of their priority, or because more of
-    their prefix is known. So that it is not overtaken for ever, the one that came first counts,
-    and is due once `max_overtaken` others began before it: a due sequence has a rank before all
-    that are not, here and while it runs. A sequence with k older ones is therefore overtaken at
-    most `max_overtaken` * (k + 1) times, and when it is due and the oldest of those, nobody
-    takes its pages.
+    Others may begin before one that came earlier: because of their priority, because more of
+    their prefix is known, or because it is late in any case and they are not. So that it is not
+    overtaken for ever, the one that came first counts, and is due once `max_overtaken` others
+    began before it: a due sequence has a rank before all that are not, here and while it runs. A
+    sequence with k older ones is therefore overtaken at most `max_overtaken` * (k + 1) times, and
+    when it is due and the oldest of those, nobody takes its pages.
     """
 
     def __init__(self, max_overtaken: int) -> None:
         self._max_overtaken = max_overtaken
         # Heaps of (rank or order, serial, sequence). An entry counts if its serial is the
         # sequence's latest; the others are skipped when they come up.
-        self._by_rank: list[tuple[tuple[float, int], int, Sequence]] = []
+        self._by_rank: list[tuple[tuple[float, bool, int], int, Sequence]] = []
         self._by_order: list[tuple[int, int, Sequence]] = []
         self._serial_of: dict[Sequence, int] = {}
         self._num_entries = 0
@@ -65,6 +65,12 @@ class WaitingQueue:
             self.discard(oldest)
             oldest.is_due = True
             self.add(oldest)
+
+    def step_back(self, sequence: Sequence) -> None:
+        """Puts one behind all of its priority that are not late."""
+        self.discard(sequence)
+        sequence.is_late = True
+        self.add(sequence)
 
     def _oldest(self) -> Sequence | None:
         while self._by_order:

@@ -77,8 +77,10 @@ def test_serve_from_a_trace(bench: Bench, tmp_path: Path) -> None:
         "2023-11-16 18:15:46.7805900,20,16\n2023-11-16 18:15:47.1805900,9,4\n"
     )
     words = ["--workload", "trace", "--trace", str(trace), "--scale", "0.5", "--num-prompts", "3"]
-    out, figures = bench("serve", *words, *SMALL)
+    targets = ["--ttft-target-ms", "60000", "--tpot-target-ms", "60000"]
+    out, figures = bench("serve", *words, *targets, *SMALL)
     [run] = figures["runs"]
+    assert run["num_good"] == 3 and "goodput            100.0 %  of requests within TTFT" in out
     check_run(run, num_requests=3, num_input=32, num_output=14)
     assert run["elapsed_s"] > 0.5  # the last one arrives then
     assert "as in the trace; 32 tokens in, 14 out" in out
@@ -102,6 +104,7 @@ def test_startup(bench: Bench) -> None:
         ("throughput --compare --profile a", "--profile does nothing with --compare"),
         ("throughput --scale 0", r"--scale must be above 0; got 0.0"),
         ("throughput --workload poem", "invalid choice: 'poem'"),
+        ("serve --goodput ttft=5", "--goodput takes ttft, tpot and e2el"),
         ("serve --rate -1", r"--rate must be above 0; got -1.0"),
         ("latency --batch-size 0", "a number from 1 on; got '0'"),
         ("startup --compilation-cache /x", "startup makes a folder of its own"),

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from jinfer.bench.ceilings import Ceilings
 from jinfer.bench.compare import Compared, compare, compared_text
 from jinfer.bench.device_log import DeviceTimes, device_times
+from jinfer.bench.goals import Goals
 from jinfer.bench.report import Spread, make_report, report_text
 from jinfer.bench.roofline import Costs, StepWork
 from jinfer.bench.runner import Recording, Served
@@ -120,6 +121,31 @@ def test_report() -> None:
     assert report.padding_waste == 0.25 and report.kv_waste == 0.125
     assert report.roofline.bound_s == 1.5 and report.roofline.share == 0.5
     assert report.as_json()["roofline_share"] == 0.5
+
+
+def test_goodput_counts_who_met_every_goal() -> None:
+    for words, num_good in (
+        ([], 2),
+        (["ttft:1000"], 1),
+        (["ttft:2000", "tpot:750"], 2),
+        (["ttft:2000", "tpot:749.9"], 1),  # a single token has no TPOT
+        (["e2el:2100"], 1),
+        (["ttft:900"], 0),
+    ):
+        report = make_report([recording()], CEILINGS, Goals.parse(words))
+        assert report.num_good == num_good, words
+        assert report.rates()["good_requests_per_s"] == num_good / 4
+        assert ("goodput" in report_text(report)) == bool(words)
+    report = make_report([recording()], CEILINGS, Goals.parse(["ttft:1000", "tpot:800"]))
+    said = "of requests within TTFT 1,000 ms, TPOT 800 ms; 0.250 a second"
+    assert f"goodput            50.0 %  {said}" in report_text(report)
+    assert report.as_json()["goals_ms"] == {"TTFT": 1000, "TPOT": 800}
+
+
+@pytest.mark.parametrize("words", [["ttft"], ["itl:5"], ["ttft:x"], ["tpot:0"], ["ttft:1"] * 2])
+def test_goals_that_are_none(words: list[str]) -> None:
+    with pytest.raises(ValueError, match=r"--goodput takes ttft, tpot and e2el.*; got '.*Write"):
+        Goals.parse(words)
 
 
 def test_report_reads_well() -> None:

@@ -97,6 +97,12 @@ def test_token_buckets_that_grow_faster_are_fewer() -> None:
     assert token_buckets(600, 20, growth=4) == (1, 8, 20, 32, 128, 512, 600)
 
 
+def test_token_buckets_are_coarse_where_a_step_takes_the_time_to_read_the_weights() -> None:
+    assert token_buckets(1024, 128, ridge_tokens=561) == (1, 8, 32, 128, 512, 1024)
+    assert token_buckets(512, 256, ridge_tokens=207) == (1, 8, 32, 128, 256, 512)
+    assert token_buckets(512, 32, growth=4, ridge_tokens=100) == (1, 8, 32, 128, 512)
+
+
 def test_token_buckets_are_few_and_cover_every_step() -> None:
     for max_step_tokens in [*range(1, 70), 1000, 4095, 4096, 4097, 100_000, 2**20]:
         for max_slots in {1, 3, max_step_tokens // 2, max_step_tokens}:

@@ -37,6 +37,17 @@ def test_the_oldest_is_due_once_it_was_overtaken_often_enough() -> None:
     assert queue.first(1) == [old]
 
 
+def test_who_steps_back_goes_behind_its_own_priority_only() -> None:
+    queue = WaitingQueue(max_overtaken=9)
+    a, b, c = sequences = [make(0), make(1), make(2, 1)]
+    for sequence in sequences:
+        queue.add(sequence)
+    queue.step_back(a)
+    assert queue.first(9) == [b, a, c] and len(queue) == 3
+    queue.step_back(b)
+    assert queue.first(9) == [a, b, c]
+
+
 def test_random_use_agrees_with_a_list() -> None:
     rng = random.Random(0)
     queue = WaitingQueue(max_overtaken=3)

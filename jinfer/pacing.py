@@ -1,0 +1,55 @@
+"""The engine's clock: how long its steps take, and when the next one can begin."""
+
+import time
+from collections.abc import Mapping
+
+import jax
+
+from jinfer.config import EngineConfig
+from jinfer.dispatched import Dispatched
+from jinfer.model_runner import ModelRunner
+from jinfer.schedule.pace import Pace
+from jinfer.step.pack import BucketShape
+
+_NUM_RUNS = 2  # of each step at the start: the first finds caches and pages of memory cold
+
+
+class Pacing:
+    """Tells a `Pace` what the device does."""
+
+    def __init__(self, config: EngineConfig, sizes: tuple[int, ...]) -> None:
+        """With the targets of `config`, for steps of these sizes."""
+        targets_ms = config.ttft_target_ms, config.tpot_target_ms
+        ttft_s, tpot_s = (None if ms is None else ms / 1e3 for ms in targets_ms)
+        self.pace = Pace(sizes, ttft_target_s=ttft_s, tpot_target_s=tpot_s)
+        self._read_s = 0.0  # of `time.monotonic()`, when the last dispatch was read
+
+    def time_steps(self, runner: ModelRunner, shapes: Mapping[int, BucketShape]) -> None:
+        """Where there are targets, runs each step, so that the first request is paced already.
+
+        On padding alone: matrix products do not care, attention has nothing to do.
+        """
+        if not (self.pace.has_ttft_target or self.pace.has_tpot_target):
+            return
+        for size, shape in shapes.items():
+            elapsed_s = 0.0
+            for _ in range(_NUM_RUNS):
+                start_s = time.monotonic()
+                jax.block_until_ready(runner.run(f"step of {size} tokens", shape.empty()))
+                elapsed_s = time.monotonic() - start_s
+            self.pace.times.observe(size, elapsed_s)
+
+    def next_start_s(self, pending: Dispatched | None) -> float:
+        """When the device can begin what is sent next, about; `pending` comes before it."""
+        now = time.monotonic()
+        if pending is None:
+            return now
+        steps_s = pending.plan.num_steps * self.pace.times.predict(pending.num_places)
+        return max(now, max(pending.start_s, self._read_s) + steps_s)
+
+    def was_read(self, dispatched: Dispatched, now: float) -> None:
+        """The results of a dispatch, or of one of its steps, came at `now`."""
+        # It began when it was sent or when the one before was done, whichever is later.
+        begun_s, self._read_s = max(dispatched.start_s, self._read_s), now
+        if dispatched.plan.num_steps == 1:
+            self.pace.times.observe(dispatched.num_places, now - begun_s)

@@ -1,0 +1,47 @@
+"""Targets of time in an engine: steps become smaller, tokens stay what they are."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from engine_runs import make_engine, run_jobs, tokens_of
+from random_checkpoint import write_llama_checkpoint
+
+from jinfer.request.params import SamplingParams
+from jinfer.schedule.plan import Chunk
+
+
+class Sizes:
+    """An observer that notes who computed how much, and in which size."""
+
+    def __init__(self) -> None:
+        self.steps: list[tuple[list[int], int]] = []
+
+    def dispatched(self, start_s: float, output: Any) -> None:
+        pass
+
+    def read(self, chunks: Sequence[Chunk], num_places: int) -> None:
+        self.steps.append(([chunk.num_tokens for chunk in chunks], num_places))
+
+
+def test_a_tight_target_makes_small_steps_and_the_same_tokens(tmp_path: Path) -> None:
+    write_llama_checkpoint(tmp_path, seed=1)
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(3, 60, n).tolist() for n in (4, 90)]
+    jobs = [(prompt, SamplingParams(max_tokens=24, ignore_eos=True, seed=1)) for prompt in prompts]
+    settings = {"max_num_batched_tokens": 64, "max_decode_steps": 1}
+    outputs, mixed, predicted_s = [], [], []
+    for targets in ({}, {"tpot_target_ms": 1e-3, "ttft_target_ms": 1e7}):
+        engine = make_engine(tmp_path, **settings, **targets)
+        engine.observer = sizes = Sizes()
+        times = engine._pacing.pace.times
+        predicted_s.append(times.predict(64))
+        outputs.append(run_jobs(engine, jobs, gaps=[0, 3]))
+        assert times.predict(64) not in (0.0, predicted_s[-1])  # it learns as it runs
+        engine.close()
+        mixed.append([n for tokens, n in sizes.steps if 1 in tokens and max(tokens) > 1])
+    assert predicted_s[0] == 0.0 and 0.0 < predicted_s[1] < 5.0  # steps were timed at the start
+    assert max(mixed[0]) == 64
+    assert set(mixed[1]) == {4}  # the smallest in which the prompt gets on: there are four slots
+    assert list(map(tokens_of, outputs[0])) == list(map(tokens_of, outputs[1]))
