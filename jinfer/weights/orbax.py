@@ -125,9 +125,7 @@ def open_orbax(folder: Path) -> dict[str, OrbaxArray]:
         raise _damaged(place, _reason(error)) from None
     if not stores:
         raise _damaged(place, "it has no arrays")
-    return {
-        name: OrbaxArray(path=place, name=name, store=store) for name, store in stores.items()
-    }
+    return {name: OrbaxArray(path=place, name=name, store=store) for name, store in stores.items()}
 
 
 def import_tensorstore() -> Any:
