@@ -24,14 +24,15 @@ from random_checkpoint import (
 from jinfer import LLM, SamplingParams
 from jinfer.cli import main
 from jinfer.errors import CheckpointError
-from jinfer.parallel.shares import held_model
 from jinfer.parallel.sharding import spec_of
+from jinfer.parallel.shares import held_model
 from jinfer.shipped import target_folder
 from jinfer.weights.convert import convert
 from jinfer.weights.describe import describe
 from jinfer.weights.layout import Hold, put_held
 from jinfer.weights.load import load_params, read_model_config
 from jinfer.weights.orbax import ORBAX_FOLDER, open_orbax
+from jinfer.weights.orbax_save import CHUNK_BYTES
 from jinfer.weights.tree import Params
 
 BIASED = {"attention_bias": True, "mlp_bias": True}
@@ -180,7 +181,7 @@ def test_a_part_is_read_from_the_chunks_it_touches(tmp_path) -> None:
     for rows, columns in ((slice(0, 1024), slice(0, 1400)), (slice(300, 900), slice(699, 1399))):
         array = arrays["blocks.0.w_gate_DF"]
         pieces = array.pieces(array.shape, (rows, columns))
-        assert 1 < len(pieces) and all(read().nbytes <= 2**21 for _, read in pieces)
+        assert 1 < len(pieces) and all(read().nbytes <= CHUNK_BYTES for _, read in pieces)
         part = np.full(whole[rows, columns].shape, np.nan, np.float32)
         for where, read in pieces:
             assert np.isnan(part[where]).all()  # no number is read twice
@@ -350,7 +351,7 @@ from jinfer.weights.layout import put_held
 from jinfer.weights.load import load_params, read_model_config
 
 jinfer.weights.host_tensor.MAX_THREADS = 2  # as many chunks are held at once
-small, large, layer_loop, num_chips = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], 8
+small, large, layer_loop = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
 types = (jax.sharding.AxisType.Explicit,)
 mesh = jax.make_mesh((8,), ("tensor",), types)
 hold = lambda path, axes: jax.NamedSharding(mesh, spec_of(axes))
@@ -418,10 +419,10 @@ def wide(small, tmp_path_factory) -> tuple[Path, Path]:
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize("layer_loop", ["unrolled", "scan"])
 def test_no_shard_is_ever_held_twice(wide, layer_loop) -> None:
-    """On 8 devices: beside the parameters the host holds less than one shard."""
+    """On 8 devices: beside the parameters the host holds less than one shard and a few chunks."""
     beside, param_bytes, shard_bytes = measured(MEASURE_RESTORING, *wide, layer_loop)
     assert param_bytes > 200e6 and shard_bytes == 49_152 * 1024 * 4 / 8
-    assert beside < shard_bytes, f"{beside=}, {shard_bytes=}"
+    assert beside < shard_bytes + 4 * CHUNK_BYTES, f"{beside=}, {shard_bytes=}"
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
