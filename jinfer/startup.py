@@ -53,6 +53,7 @@ from jinfer.weights.generation_config import read_generation_config
 from jinfer.weights.hub import resolve_model
 from jinfer.weights.layout import Hold, hold_as, put_held
 from jinfer.weights.load import load_params, open_checked, param_shapes, read_model_config
+from jinfer.weights.safetensors import open_checkpoint
 
 Compiled = dict[str, jax.stages.Compiled]
 
@@ -104,6 +105,8 @@ def load(config: EngineConfig) -> Loaded:
     say(_plan_line(plan))
     say(_capacity_line(plan))
     if config.load_format != "dummy":
+        if config.load_format == "safetensors":
+            open_checkpoint(folder)  # refuses a folder of another kind
         open_checked(folder, model)  # refused now, not after minutes of compiling
     state = state_shapes(plan, held, placement)
     programs = step_programs(plan, model, state, placement)

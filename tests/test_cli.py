@@ -90,7 +90,11 @@ BENCHMARKS = ("latency", "throughput", "serve", "startup", "kernels")
 
 @pytest.mark.parametrize(
     "words",
-    [[], ["generate"], ["chat"], ["info"], ["bench"], *(["bench", name] for name in BENCHMARKS)],
+    [
+        [],
+        *([command] for command in ("generate", "chat", "info", "convert", "bench")),
+        *(["bench", name] for name in BENCHMARKS),
+    ],
     ids=" ".join,
 )
 def test_help_fits_a_hundred_columns(
@@ -169,6 +173,8 @@ def test_what_is_not_written_is_left_to_the_model() -> None:
         (["generate", "A", "-q", "--max-model-len", "99999"], r"max_model_len=99999.*Lower it\."),
         (["chat", "--top-p", "0"], r"top_p must be in \(0, 1\]"),
         (["info", "/no/such"], r"got model='/no/such'"),
+        (["convert", "/no/such", "new"], r"got model='/no/such'"),
+        (["convert", "fable"], r"arguments are required: ORBAX_FOLDER"),
         (["bench"], r"required: BENCHMARK"),
         (["bench", "kernels", "--target", "v3"], r"--target must be one of v4, .*got 'v3'"),
         (["bench", "kernels", "--target", "t4", "l4"], r"one GPU architecture at a time.*t4, l4"),

@@ -1,4 +1,5 @@
-"""The command line: `jinfer generate`, `jinfer chat`, `jinfer info`, `jinfer bench`."""
+"""The command line: `jinfer generate`, `jinfer chat`, `jinfer info`, `jinfer convert`,
+`jinfer bench`."""
 
 import os
 import signal
@@ -57,6 +58,10 @@ def _command(name: str):
         from jinfer.cli.bench import bench
 
         return bench
+    if name == "convert":
+        from jinfer.cli.convert import convert
+
+        return convert
     from jinfer.cli.info import info
 
     return info

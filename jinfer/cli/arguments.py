@@ -28,6 +28,10 @@ Ctrl-C stops an answer, not the program. /reset forgets the conversation, /help 
 commands, /quit or Ctrl-D ends.
 """
 _INFO = "What a model folder holds, told without reading its weights."
+_CONVERT = """\
+Writes a model folder again, its weights as an Orbax checkpoint: every shard of a model that is cut
+over many chips is read from it without the rest. What stands beside the weights is copied.
+"""
 _JSON = (
     "one JSON object per prompt and line: prompt, text, token_ids, finish_reason, metrics, and "
     "logprobs if asked for; with --n above 1, a list of outputs"
@@ -96,6 +100,11 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
         "generate": ("continue prompts", "jinfer generate [flags] [PROMPT ...]", _GENERATE),
         "chat": ("talk with a model in the terminal", "jinfer chat [flags]", _CHAT),
         "info": ("say what a model folder holds", "jinfer info [--json] [MODEL]", _INFO),
+        "convert": (
+            "write a model as an Orbax checkpoint",
+            "jinfer convert [flags] HF_FOLDER ORBAX_FOLDER",
+            _CONVERT,
+        ),
         "bench": ("measure speed against its limits", "jinfer bench BENCHMARK [flags]", ""),
     }
     commands = {
@@ -112,6 +121,7 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     _add_generate(commands["generate"])
     _add_chat(commands["chat"])
     _add_info(commands["info"])
+    _add_convert(commands["convert"])
     commands |= add_bench(commands["bench"], formatter, _add_engine)
     return parser, commands
 
@@ -145,6 +155,17 @@ def _add_info(parser: _Parser) -> None:
         help=f"a folder, a hub name org/name, or a shipped model (default: {DEFAULT_MODEL})",
     )
     parser.add_argument("--json", action="store_true", help="one JSON object")
+
+
+def _add_convert(parser: _Parser) -> None:
+    parser.add_argument(
+        "model", metavar="HF_FOLDER", help="a folder, a hub name org/name, or a shipped model"
+    )
+    parser.add_argument("target", metavar="ORBAX_FOLDER", help="a new folder, or an empty one")
+    parser.add_argument(
+        "--dtype", metavar="NAME", help="float32, bfloat16 or float16 (default: as it is stored)"
+    )
+    parser.add_argument("-q", "--quiet", action="store_true", help="only errors")
 
 
 def _add_model(parser: _Parser) -> None:

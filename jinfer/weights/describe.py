@@ -4,11 +4,10 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from jinfer.models.registry import FAMILIES, architecture
+from jinfer.models.registry import architecture
 from jinfer.weights.folder import read_hf_config
 from jinfer.weights.generation_config import read_generation_config
-from jinfer.weights.load import check_tensors, read_model_config
-from jinfer.weights.safetensors import open_checkpoint
+from jinfer.weights.load import open_checked, read_model_config
 
 # First file that is there decides, in the order the tokenizer looks for them.
 TOKENIZER_FILES = {"tokenizer.json": "tokenizers", "tokenizer.model": "sentencepiece"}
@@ -36,15 +35,14 @@ def describe(folder: Path) -> ModelDescription:
       CheckpointError, NotImplementedError: as `read_model_config` and `load_params` would.
     """
     hf, config = read_hf_config(folder), read_model_config(folder)
-    stored = open_checkpoint(folder)
-    check_tensors(stored, FAMILIES[config.family].weight_map(config), config.num_layers)
-    files = {tensor.path for tensor in stored.values()}
+    stored = open_checked(folder, config)
+    places = {tensor.path for tensor in stored.values()}
     kinds = [kind for name, kind in TOKENIZER_FILES.items() if (folder / name).is_file()]
     return ModelDescription(
         architecture=architecture(hf),
         family=config.family,
         num_parameters=config.num_parameters,
-        file_bytes=sum(path.stat().st_size for path in files),
+        file_bytes=sum(map(_bytes_on_disk, places)),
         stored_dtypes=dict(Counter(tensor.dtype.name for tensor in stored.values())),
         max_position=config.max_position,
         kv_bytes_per_token={
@@ -54,3 +52,8 @@ def describe(folder: Path) -> ModelDescription:
         tokenizer=kinds[0] if kinds else "none",
         eos_token_ids=read_generation_config(folder, hf).eos_token_ids,
     )
+
+
+def _bytes_on_disk(place: Path) -> int:
+    files = place.rglob("*") if place.is_dir() else [place]
+    return sum(path.stat().st_size for path in files if path.is_file())

@@ -18,8 +18,8 @@ def require_model_folder(folder: Path) -> None:
     else:
         return
     raise CheckpointError(
-        f"a model must be a folder with config.json and safetensors; got {str(folder)!r}, "
-        f"which {problem}. Give the folder that transformers saved, or a hub name 'org/name'."
+        f"a model must be a folder with config.json and weights; got {str(folder)!r}, "
+        f"which {problem}. Give what transformers or `jinfer convert` wrote, or a hub name."
     )
 
 

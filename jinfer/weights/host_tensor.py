@@ -1,20 +1,49 @@
 """One parameter as it lies in the files, and the copy that permutes and converts it."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 
 from jinfer.errors import CheckpointError
-from jinfer.weights.safetensors import StoredTensor
 
 TILE_BYTES = 128 * 1024  # of a file per copy: the permuted writes then stay in the core's cache
 PARALLEL_BYTES = 4 * 1024 * 1024  # from here on, several threads copy one tensor
 MAX_THREADS = 16
 DEVICE_ALIGNMENT = 64  # bytes; XLA on CPU then takes a numpy buffer as it is
+
+Part = slice | np.ndarray  # of an axis: from start to stop, or entry by entry
+# Where a piece of a part of a tensor stands within that part, and how to read it.
+Piece = tuple[tuple[slice, ...], Callable[[], np.ndarray]]
+
+
+class Stored(Protocol):
+    """One tensor of a checkpoint, described, whatever the format of the files."""
+
+    @property
+    def path(self) -> Path: ...
+
+    @property
+    def dtype(self) -> np.dtype: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def num_bytes(self) -> int: ...
+
+    def pieces(self, sizes: Sequence[int], parts: Sequence[Part]) -> Sequence[Piece]:
+        """Cuts a part of the tensor into pieces that need not all be in memory at once.
+
+        Args:
+          sizes: of the axes that `parts` speaks of: the tensor's own, or these split.
+          parts: of each of these axes.
+        """
+        ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,7 +59,7 @@ class HostTensor:
     stored_shape: tuple[int, ...]  # the same axes as they are stored
     head_width: int  # H
     dtype: np.dtype  # wanted; the stored one may differ
-    layers: tuple[StoredTensor, ...]  # one, or one per layer if stacked
+    layers: tuple[Stored, ...]  # one, or one per layer if stacked
     stored_axes: str  # one layer's letters in the order of the file
 
     def read(self, index: tuple[slice, ...] | None = None) -> np.ndarray:
@@ -52,31 +81,35 @@ class HostTensor:
             self._copy(self.layers[0], index, target)
         return target
 
-    def _copy(self, tensor: StoredTensor, index: tuple[slice, ...], target: np.ndarray) -> None:
+    def _copy(self, tensor: Stored, index: tuple[slice, ...], target: np.ndarray) -> None:
         axes = self.axes.removeprefix("L")
         size_of = dict(zip(self.axes, self.stored_shape, strict=True))
-        split = tensor.view().reshape([size_of[letter] for letter in self.stored_axes])
-        source = split.transpose([self.stored_axes.index(letter) for letter in axes])
-        for axis, letter in enumerate(axes):
-            source = source[(slice(None),) * axis + (self._stored(letter, index[axis]),)]
-        if source.shape != target.shape:  # the rest of the vocabulary
+        order = [axes.index(letter) for letter in self.stored_axes]
+        target = target.transpose(order)  # a view, its axes as they are stored
+        parts = [self._stored(letter, index[axes.index(letter)]) for letter in self.stored_axes]
+        if any(map(_is_longer, target.shape, parts)):  # the rest of the vocabulary
             target[...] = 0
-            target = target[tuple(map(slice, source.shape))]
+        sizes = [size_of[letter] for letter in self.stored_axes]
+
+        def copy(piece: Piece) -> None:
+            where, read = piece
+            copy_converted(read(), target[where])
+
         try:
-            copy_converted(source, target)
+            _in_threads(copy, tensor.pieces(sizes, parts))
         except FloatingPointError:
             raise CheckpointError(
                 f"stored values must fit the dtype asked for; got dtype={self.dtype} and larger "
                 f"values in {tensor.path}. Ask for bfloat16 or float32."
             ) from None
 
-    def _stored(self, letter: str, part: slice) -> slice | np.ndarray:
+    def _stored(self, letter: str, part: slice) -> Part:
         """Which entries of a stored axis a part of the held one consists of."""
         axis = self.axes.index(letter)
         held, stored = self.shape[axis], self.stored_shape[axis]
-        if held == stored:
-            return part
         start, stop, _ = part.indices(held)
+        if held == stored:
+            return slice(start, stop)
         if letter == "V":
             return slice(min(start, stored), min(stop, stored))
         index = repeated(np.arange(start, stop), letter, held // stored, self.head_width)
@@ -88,6 +121,10 @@ def repeated(index: Any, letter: str, num_repeats: int, head_width: int) -> Any:
     """Where an entry of a repeated axis of kv heads, K or C, stands on the axis as stored."""
     width = head_width if letter == "C" else 1
     return index // width // num_repeats * width + index % width
+
+
+def _is_longer(length: int, part: Part) -> bool:
+    return length > (part.stop - part.start if isinstance(part, slice) else len(part))
 
 
 def copy_converted(source: np.ndarray, target: np.ndarray) -> None:
@@ -109,13 +146,23 @@ def copy_converted(source: np.ndarray, target: np.ndarray) -> None:
             rows = slice(start, start + tile_rows)
             target[rows] = _converted(source[rows], target.dtype)
 
-    num_threads = min(MAX_THREADS, os.cpu_count() or 1)
-    if source.nbytes < PARALLEL_BYTES or num_threads == 1:
-        copy(starts)
+    num_threads = 1 if source.nbytes < PARALLEL_BYTES else _most_threads()
+    # Interleaved, so that the threads move through the file together.
+    _in_threads(copy, [starts[thread::num_threads] for thread in range(num_threads)])
+
+
+def _in_threads(work: Callable[[Any], None], items: Sequence[Any]) -> None:
+    num_threads = min(_most_threads(), len(items))
+    if num_threads < 2:
+        for item in items:
+            work(item)
         return
     with ThreadPoolExecutor(num_threads) as pool:
-        # Interleaved, so that the threads move through the file together.
-        list(pool.map(copy, [starts[thread::num_threads] for thread in range(num_threads)]))
+        list(pool.map(work, items))
+
+
+def _most_threads() -> int:
+    return min(MAX_THREADS, os.cpu_count() or 1)
 
 
 def _converted(tile: np.ndarray, dtype: np.dtype) -> np.ndarray:

@@ -18,9 +18,10 @@ from jinfer.errors import CheckpointError
 from jinfer.models.registry import FAMILIES, family_of
 from jinfer.models.weight_map import WeightMap
 from jinfer.weights.folder import read_hf_config, require_model_folder
-from jinfer.weights.host_tensor import HostTensor
+from jinfer.weights.host_tensor import HostTensor, Stored
 from jinfer.weights.layout import Hold
-from jinfer.weights.safetensors import StoredTensor, open_checkpoint
+from jinfer.weights.orbax import is_orbax, open_orbax, own_map
+from jinfer.weights.safetensors import open_checkpoint
 from jinfer.weights.tree import FLOAT_DTYPES, Params, Place, build_tree, require_dtype
 
 Put = Callable[[str, HostTensor], jax.Array]
@@ -74,7 +75,7 @@ def load_params(
     """Reads every parameter of a checkpoint.
 
     Args:
-      folder: a model folder with safetensors.
+      folder: a model folder, with safetensors or as `jinfer convert` writes it.
       config: what `read_model_config` gave for it.
       dtype: of the parameters: "float32", "bfloat16" or "float16", whatever is stored.
       layer_loop: "unrolled" gives a dict per layer, "scan" one dict with a leading L axis.
@@ -90,8 +91,8 @@ def load_params(
     """
     started_s = time.perf_counter()
     wanted_dtype = require_dtype(dtype)
-    weights = FAMILIES[config.family].weight_map(config)
-    weights_held = FAMILIES[config.family].weight_map(held or config)
+    weights = map_of(folder, config)
+    weights_held = map_of(folder, held or config)
     stored = open_checked(folder, config)
     put = put or put_on_first_device
 
@@ -118,15 +119,21 @@ def load_params(
     )
 
 
-def open_checked(folder: Path, config: ModelConfig) -> Mapping[str, StoredTensor]:
+def map_of(folder: Path, config: ModelConfig) -> WeightMap:
+    """Where the folder's files have each parameter."""
+    weights = FAMILIES[config.family].weight_map(config)
+    return own_map(weights) if is_orbax(folder) else weights
+
+
+def open_checked(folder: Path, config: ModelConfig) -> Mapping[str, Stored]:
     """What the folder's files hold, once it is known to be what the model needs; reads no weight.
 
     Raises:
       CheckpointError: as `load_params`.
     """
     require_model_folder(folder)
-    stored = open_checkpoint(folder)
-    check_tensors(stored, FAMILIES[config.family].weight_map(config), config.num_layers)
+    stored = open_orbax(folder) if is_orbax(folder) else open_checkpoint(folder)
+    check_tensors(stored, map_of(folder, config), config.num_layers)
     return stored
 
 
@@ -148,7 +155,7 @@ def put_on_first_device(path: str, tensor: HostTensor) -> jax.Array:
     return jax.device_put(tensor.read(), jax.devices()[0])
 
 
-def check_tensors(stored: Mapping[str, StoredTensor], weights: WeightMap, num_layers: int) -> None:
+def check_tensors(stored: Mapping[str, Stored], weights: WeightMap, num_layers: int) -> None:
     """Raises CheckpointError unless exactly the wanted tensors are stored, as wanted."""
     wanted = {tensor.name: tensor for tensor in weights.stored_tensors(num_layers)}
     missing = [name for name in wanted if name not in stored]

@@ -8,7 +8,7 @@ Source: huggingface/safetensors, README, "Format".
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import numpy as np
 
 from jinfer.errors import CheckpointError
 from jinfer.weights.folder import read_json_object
+from jinfer.weights.host_tensor import Part, Piece
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 SINGLE_FILE = "model.safetensors"
@@ -60,6 +61,13 @@ class StoredTensor:
         return np.memmap(
             self.path, dtype=self.dtype, mode="r", offset=self.offset, shape=self.shape
         )
+
+    def pieces(self, sizes: Sequence[int], parts: Sequence[Part]) -> list[Piece]:
+        """The part whole, as a view: `jinfer.weights.host_tensor.Stored` has the meaning."""
+        view = self.view().reshape(sizes)
+        for axis, part in enumerate(parts):
+            view = view[(slice(None),) * axis + (part,)]
+        return [(tuple(map(slice, view.shape)), lambda: view)]
 
 
 def open_checkpoint(folder: Path) -> dict[str, StoredTensor]:

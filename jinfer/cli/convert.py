@@ -1,0 +1,33 @@
+"""`jinfer convert`: a model folder as an Orbax checkpoint."""
+
+import time
+from argparse import Namespace
+from pathlib import Path
+
+import jax
+from tqdm import tqdm
+
+from jinfer.cli.screen import binary_size, counted, note
+from jinfer.shipped import find_shipped
+from jinfer.weights.convert import convert as convert_folder
+from jinfer.weights.hub import resolve_model
+
+
+def convert(args: Namespace) -> int:
+    """Writes the folder; returns 0."""
+    jax.config.update("jax_platforms", "cpu")  # files to files: an accelerator is left alone
+    source = find_shipped(args.model) or resolve_model(args.model)
+    target = Path(args.target).expanduser()
+    start_s = time.monotonic()
+    # None: a bar on a terminal, nothing in a file or a pipe.
+    with tqdm(desc="saving", unit=" arrays", disable=True if args.quiet else None) as bar:
+        written = convert_folder(
+            source, target, dtype=args.dtype, on_saved=lambda name: bar.update()
+        )
+    if not args.quiet:
+        elapsed_s = time.monotonic() - start_s
+        note(
+            f"saved {counted(written.num_arrays, 'array')}, {binary_size(written.num_bytes)}, "
+            f"in {elapsed_s:.1f} s to {target}"
+        )
+    return 0
