@@ -265,7 +265,7 @@ def test_a_context_without_room_is_told_with_what_would_fit(tmp_path: Path) -> N
 
 
 def test_weights_without_room_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("jinfer.startup.free_device_bytes", lambda device: 2**16)
+    monkeypatch.setattr("jinfer.startup.free_bytes_each", lambda devices: 2**16)
     with pytest.raises(
         ValueError, match=r"weights must fit into free memory; got 0.0.. GiB of flo"
     ):
