@@ -104,6 +104,7 @@ class EngineConfig:
     dtype: str = "auto"  # "auto": float32 on CPU, else bfloat16; "float32" | "bfloat16" | "float16"
     kv_cache_dtype: str = "auto"  # of KV pages; "auto": as dtype; "int8" | "fp8" = "fp8_e4m3"
     tensor_parallel_size: int = 1  # chips that share one model
+    data_parallel_size: int = 1  # replicas of the model, each on chips of its own
     max_model_len: int | None = None  # tokens of prompt and output together
     max_num_seqs: int | None = None  # slots: sequences that run at the same time
     max_num_batched_tokens: int | None = None  # token budget of one step

@@ -2,15 +2,18 @@
 
 import hashlib
 import time
+from collections.abc import Iterator
 from collections.abc import Sequence as Seq
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
+from jax import Device
 
 from jinfer.config import EngineConfig
 from jinfer.dispatched import Dispatched, Observer
 from jinfer.errors import RequestError
-from jinfer.metrics import EngineMetrics, MetricsSnapshot
+from jinfer.metrics import EngineMetrics, Load, MetricsSnapshot
 from jinfer.model_runner import free_arrays
 from jinfer.pacing import Pacing
 from jinfer.request.params import SamplingParams, check_priority
@@ -41,9 +44,21 @@ class Engine:
     decodes, a dispatch is several steps long.
     """
 
-    def __init__(self, config: EngineConfig) -> None:
-        """Loads and compiles everything; see `jinfer.startup.load` for what it raises."""
-        loaded = load(config)
+    def __init__(
+        self,
+        config: EngineConfig,
+        *,
+        devices: Seq[Device] | None = None,
+        metrics: EngineMetrics | None = None,
+    ) -> None:
+        """Loads and compiles everything; see `jinfer.startup.load` for what it raises.
+
+        Args:
+          config: what the user asks.
+          devices: those it runs on; None = the first ones.
+          metrics: where it counts what it does; None = for itself.
+        """
+        loaded = load(config, devices)
         self.config = config
         self.model, self.plan = loaded.model, loaded.plan
         self.tokenizer, self.defaults = loaded.tokenizer, loaded.defaults
@@ -71,7 +86,7 @@ class Engine:
         self._num_streams = 0  # requests here whose tokens somebody watches as they come
         self._num_with_stop_strings = 0
         self._num_seeds_drawn = 0
-        self._metrics = EngineMetrics()
+        self._metrics = metrics or EngineMetrics()
         self.observer: Observer | None = None
         self._why_stopped: str | None = None
 
@@ -84,15 +99,20 @@ class Engine:
         """Compilations since warm-up; anything but 0 is a bug."""
         return self._guard.num_late
 
-    def metrics(self) -> MetricsSnapshot:
-        """What it does now and has done so far; any thread may ask."""
+    @property
+    def load(self) -> Load:
+        """What it does now."""
         num_pages = self.plan.num_pages - 1  # without the bin
-        return self._metrics.snapshot(
+        return Load(
             num_running=self.scheduler.num_running,
             num_waiting=self.scheduler.num_waiting,
             num_pages_used=num_pages - self.scheduler.num_free_pages,
             num_pages=num_pages,
         )
+
+    def metrics(self) -> MetricsSnapshot:
+        """What it does now and has done so far; any thread may ask."""
+        return self._metrics.snapshot(self.load)
 
     def require_alive(self) -> None:
         """Raises RuntimeError if the engine is closed or broken."""
@@ -165,8 +185,9 @@ class Engine:
             raise RequestError(
                 f"a request id must be unique; got request_id={request.request_id!r} twice."
             )
-        if request.params.seed is None:
-            request.seed = self._draw_seed()
+        if request.seed is None:
+            self._num_seeds_drawn += 1
+            request.seed = draw_seed(self.config.seed, self._num_seeds_drawn)
         self._requests[request.request_id] = request
         self._num_streams += request.streams
         self._num_with_stop_strings += bool(request.params.stop)
@@ -200,12 +221,26 @@ class Engine:
         Raises:
           RuntimeError: the engine is closed, or the device failed; what ran is lost then.
         """
+        return self.read(self.dispatch())
+
+    def dispatch(self) -> Dispatched | None:
+        """The first half of a turn: sends the next step; returns the one before, to be read."""
         self.require_alive()
+        with self._one_turn():
+            dispatched = self._dispatch()
+            pending, self._pending = self._pending, dispatched
+            return pending
+
+    def read(self, pending: Dispatched | None) -> list[RunningRequest]:
+        """The second half: waits for what was dispatched before, and returns as `step` does."""
+        with self._one_turn():
+            return self._read(pending) if pending is not None else []
+
+    @contextmanager
+    def _one_turn(self) -> Iterator[None]:
         with self._guard.watch():
             try:
-                dispatched = self._dispatch()
-                pending, self._pending = self._pending, dispatched
-                return self._read(pending) if pending is not None else []
+                yield
             except BaseException as error:  # half a step: its plan and its buffers are lost
                 self._why_stopped = f"a step failed with {type(error).__name__}: {error}"
                 raise
@@ -289,6 +324,7 @@ class Engine:
 
     def _slot_row(self, sequence: Sequence):
         request = self._continuations[sequence].request
+        assert request.seed is not None, f"queued without a seed: {request.request_id=}"
         return sampling_row(
             request.params,
             sequence,
@@ -404,11 +440,11 @@ class Engine:
                 "Pass prompt_token_ids."
             ) from error
 
-    def _draw_seed(self) -> int:
-        # Requests without a seed differ from each other, and repeat from run to run.
-        self._num_seeds_drawn += 1
-        text = f"{self.config.seed}/{self._num_seeds_drawn}".encode()
-        return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big")
+
+def draw_seed(seed: int, number: int) -> int:
+    """Of a request without one: they differ from each other, and repeat from run to run."""
+    text = f"{seed}/{number}".encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big")
 
 
 _CLOSED = "it was closed"

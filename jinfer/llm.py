@@ -17,6 +17,7 @@ from jinfer.engine import Engine
 from jinfer.errors import RequestError, shown, unknown_keyword
 from jinfer.interrupt import deferred
 from jinfer.metrics import MetricsSnapshot
+from jinfer.replicas import Replicas
 from jinfer.request.chat import ChatRenderer, choose_template
 from jinfer.request.output import RequestMetrics, RequestOutput
 from jinfer.request.params import SamplingParams, priorities_for
@@ -52,7 +53,9 @@ class LLM:
     """
 
     def __init__(self, model: str | Path = DEFAULT_MODEL, **engine_args: Any) -> None:
-        self.engine = Engine(engine_config(model, engine_args))
+        config = engine_config(model, engine_args)
+        # More replicas look like one engine.
+        self.engine = Engine(config) if config.data_parallel_size == 1 else Replicas(config)
         self._renderer = ChatRenderer()
         self._ids = itertools.count()
 

@@ -82,6 +82,24 @@ class MetricsSnapshot:
         return _Exposition(model_name).text(self)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Load:
+    """What an engine does at one moment."""
+
+    num_running: int
+    num_waiting: int
+    num_pages_used: int
+    num_pages: int
+
+    def __add__(self, other: "Load") -> "Load":
+        return Load(
+            num_running=self.num_running + other.num_running,
+            num_waiting=self.num_waiting + other.num_waiting,
+            num_pages_used=self.num_pages_used + other.num_pages_used,
+            num_pages=self.num_pages + other.num_pages,
+        )
+
+
 @dataclass(slots=True)
 class EngineMetrics:
     """The counts themselves; the engine alone writes them, any thread may take a snapshot."""
@@ -118,15 +136,13 @@ class EngineMetrics:
         if tpot_s is not None:
             self.tpot_s.observe(tpot_s)
 
-    def snapshot(
-        self, *, num_running: int, num_waiting: int, num_pages_used: int, num_pages: int
-    ) -> MetricsSnapshot:
+    def snapshot(self, load: Load) -> MetricsSnapshot:
         """A frozen copy, with what only the engine knows beside it."""
         return MetricsSnapshot(
-            num_running=num_running,
-            num_waiting=num_waiting,
-            num_pages_used=num_pages_used,
-            num_pages=num_pages,
+            num_running=load.num_running,
+            num_waiting=load.num_waiting,
+            num_pages_used=load.num_pages_used,
+            num_pages=load.num_pages,
             num_prompt_tokens=self.num_prompt_tokens,
             num_cached_tokens=self.num_cached_tokens,
             num_output_tokens=self.num_output_tokens,

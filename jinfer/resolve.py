@@ -359,6 +359,7 @@ _CHECKS: dict[str, Check] = {
     "dtype": _one_of(*_DTYPES),
     "kv_cache_dtype": _one_of(*_KV_DTYPES),
     "tensor_parallel_size": _integer(1, or_none=False),
+    "data_parallel_size": _integer(1, or_none=False),
     "max_model_len": _integer(2),
     "max_num_seqs": _integer(1),
     "max_num_batched_tokens": _integer(1),

@@ -37,7 +37,8 @@ class RunningRequest:
         self.prompt_ids = list(prompt_ids)  # one list for all outputs: they come with every token
         self.params = params
         self.tokenizer = tokenizer
-        self.seed = params.seed or 0  # the engine draws one where the user gave none
+        self.priority = priority
+        self.seed = params.seed  # the engine draws one where the user gave none
         own_eos_ids = () if params.ignore_eos else eos_token_ids
         self.stop_ids = tuple(dict.fromkeys((*own_eos_ids, *params.stop_token_ids)))
         self.eos_ids = frozenset(own_eos_ids)

@@ -70,8 +70,12 @@ class Loaded:
     min_restored_pages: int | None  # fewer are computed sooner than fetched; None: always sooner
 
 
-def load(config: EngineConfig) -> Loaded:
+def load(config: EngineConfig, devices: Sequence[jax.Device] | None = None) -> Loaded:
     """Decides the plan, then reads the weights while every program compiles, and fills the device.
+
+    Args:
+      config: what the user asks.
+      devices: those of this replica; None = the first of all.
 
     Raises:
       CheckpointError: the folder is not a model's, or is damaged.
@@ -91,7 +95,7 @@ def load(config: EngineConfig) -> Loaded:
         tokenizer = load_tokenizer(_folder_of(config.tokenizer) if config.tokenizer else folder)
     # Devices are touched last: what the files show to be wrong is told at once.
     platform = platform_of(jax.devices()[0])
-    placement = Placement(make_mesh(jax.devices(), config.tensor_parallel_size))
+    placement = Placement(make_mesh(devices or jax.devices(), config.tensor_parallel_size))
     held = held_model(model, config.tensor_parallel_size)
     free_bytes = free_bytes_each(placement.local_devices)
     plan = resolve_plan(

@@ -21,7 +21,6 @@ _NO_REVISION = "The hub's main revision is read; download another to a folder an
 # Argument -> the values that say what jinfer does, and what that is.
 _SETTLED: dict[str, tuple[tuple[Any, ...], str]] = {
     "pipeline_parallel_size": ((1,), _NO_PIPELINE),
-    "data_parallel_size": ((1,), _ONE_DEVICE),
     "distributed_executor_backend": ((None, "uni"), _ONE_DEVICE),
     "enable_chunked_prefill": ((None, True), "Long prompts always come in chunks."),
     "enforce_eager": ((None, False), "Every step is compiled at start-up."),

@@ -23,6 +23,7 @@ LAYERS = (
     {"model_runner"},
     {"startup", "pacing"},
     {"engine"},
+    {"replicas"},
     {"llm"},
     {"async_llm", "batch", "bench"},
     {"cli"},

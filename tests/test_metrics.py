@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jinfer import LLM, AsyncLLM, SamplingParams
-from jinfer.metrics import EngineMetrics, Histogram, MetricsSnapshot
+from jinfer.metrics import EngineMetrics, Histogram, Load, MetricsSnapshot
 
 SMALL = {"max_num_seqs": 4, "max_num_batched_tokens": 16, "progress": False}
 
@@ -37,7 +37,7 @@ def test_histogram_puts_each_value_in_its_bucket(values: list[float]) -> None:
 
 
 def snapshot_of(metrics: EngineMetrics) -> MetricsSnapshot:
-    return metrics.snapshot(num_running=2, num_waiting=1, num_pages_used=3, num_pages=12)
+    return metrics.snapshot(Load(num_running=2, num_waiting=1, num_pages_used=3, num_pages=12))
 
 
 def test_a_snapshot_stays_as_it_was() -> None:

@@ -12,6 +12,8 @@ from jinfer.bench.device_log import DeviceLog, DeviceTimes, Span, device_times
 from jinfer.bench.roofline import Costs, StepWork
 from jinfer.bench.workload import Job
 from jinfer.llm import LLM
+from jinfer.parallel.shares import chip_share, held_model
+from jinfer.replicas import Replicas
 from jinfer.request.params import SamplingParams
 from jinfer.request.prompt import Prompt
 from jinfer.running import RunningRequest
@@ -71,9 +73,15 @@ def run_jobs(llm: LLM, jobs: Sequence[Job], *, streams: bool) -> Recording:
       streams: tokens are wanted one by one, as by the users of a service.
     """
     engine = llm.engine
+    if isinstance(engine, Replicas):
+        raise NotImplementedError(
+            "a benchmark watches the steps of one replica; got data_parallel_size="
+            f"{engine.config.data_parallel_size}. Leave it out."
+        )
     plan = engine.plan
-    costs = Costs.of(
-        engine.model,
+    size = plan.tensor_parallel_size
+    costs = Costs.of(  # of one chip, whose ceilings are measured
+        chip_share(held_model(engine.model, size), size),
         itemsize=jnp.dtype(plan.dtype).itemsize,
         kv_bytes=plan.page_bytes // plan.page_size,
     )

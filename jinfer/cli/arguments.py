@@ -228,6 +228,7 @@ def _add_engine(parser: _Parser) -> None:
     )
     count = {"type": int, "metavar": "N"}
     add("tensor_parallel_size", **count, help="chips that share one model")
+    add("data_parallel_size", **count, help="replicas of the model, each on chips of its own")
     add("max_model_len", **count, help="tokens of prompt and output together")
     add("max_num_seqs", **count, help="sequences that run at the same time")
     add("max_num_batched_tokens", **count, help="tokens of one step")
