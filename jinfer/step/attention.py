@@ -16,7 +16,11 @@ from kernels_pallas.paged_attention.xla import paged_attention_xla
 # The contract: kernels_pallas/paged_attention/contract.py.
 ATTENTION: dict[str, Callable[..., Any]] = {
     "xla": paged_attention_xla,  # portable; one query tile at a time suits a CPU
-    "xla_wide": partial(paged_attention_xla, tiles_at_once=32),  # the same for wider devices
+    # The same for wider devices. A GPU asks the host after each block whether there is another,
+    # some 20 us, so blocks are large: 16 of them for a context of 8k, where 64 keys would make 128.
+    # Of 1024 keys, the temporaries of an 8B step would be 402 MB instead of 230, and short rows
+    # would read twice as much that they do not see.
+    "xla_wide": partial(paged_attention_xla, tiles_at_once=32, block_tokens=512),
     "tpu": tpu.paged_attention_tpu,
     "gpu": gpu.paged_attention_gpu,  # Hopper and Blackwell; by name until it has run on one
     # The kernels simulated on a CPU: slow, for finding out which of the two is wrong.
