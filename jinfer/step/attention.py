@@ -11,6 +11,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jinfer.config import EnginePlan, ModelConfig
 from jinfer.step.kv_cache import pages_shape
 from kernels_pallas.paged_attention import gpu, tpu
+from kernels_pallas.paged_attention.pages import LARGEST
 from kernels_pallas.paged_attention.xla import paged_attention_xla
 
 # The contract: kernels_pallas/paged_attention/contract.py.
@@ -58,6 +59,13 @@ def require_served(plan: EnginePlan, share: ModelConfig) -> None:
     if plan.attention == "tpu" and plan.platform != "tpu":
         raise NotImplementedError(
             f"attention='tpu' needs a TPU; got platform={plan.platform!r}. Leave it out."
+        )
+    if plan.attention == "tpu" and plan.kv_dtype in LARGEST and plan.page_size % 128:
+        # XLA keeps such scales without gaps, the kernel takes whole rows of 128: each dispatch
+        # would copy all of them there and back, in memory that no page counts.
+        raise NotImplementedError(
+            "on TPU, 8-bit pages hold a multiple of 128 tokens; "
+            f"got page_size={plan.page_size}. Leave it out, or choose such a one."
         )
     num_tokens, num_rows, width = plan.max_step_tokens, plan.max_slots, share.head_width
     int32 = partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
