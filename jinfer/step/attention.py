@@ -11,12 +11,17 @@ from jax.experimental.pallas import tpu as pltpu
 from jinfer.config import EnginePlan, ModelConfig
 from jinfer.step.kv_cache import pages_shape
 from kernels_pallas.paged_attention import gpu, tpu
+from kernels_pallas.paged_attention.pages import LARGEST
 from kernels_pallas.paged_attention.xla import paged_attention_xla
 
 # The contract: kernels_pallas/paged_attention/contract.py.
 ATTENTION: dict[str, Callable[..., Any]] = {
     "xla": paged_attention_xla,  # portable; one query tile at a time suits a CPU
-    "xla_wide": partial(paged_attention_xla, tiles_at_once=32),  # the same for wider devices
+    # The same for wider devices. A GPU asks the host after each block whether there is another,
+    # some 20 us, so blocks are large: 16 of them for a context of 8k, where 64 keys would make 128.
+    # Of 1024 keys, the temporaries of an 8B step would be 402 MB instead of 230, and short rows
+    # would read twice as much that they do not see.
+    "xla_wide": partial(paged_attention_xla, tiles_at_once=32, block_tokens=512),
     "tpu": tpu.paged_attention_tpu,
     "gpu": gpu.paged_attention_gpu,  # Hopper and Blackwell; by name until it has run on one
     # The kernels simulated on a CPU: slow, for finding out which of the two is wrong.
@@ -54,6 +59,13 @@ def require_served(plan: EnginePlan, share: ModelConfig) -> None:
     if plan.attention == "tpu" and plan.platform != "tpu":
         raise NotImplementedError(
             f"attention='tpu' needs a TPU; got platform={plan.platform!r}. Leave it out."
+        )
+    if plan.attention == "tpu" and plan.kv_dtype in LARGEST and plan.page_size % 128:
+        # XLA keeps such scales without gaps, the kernel takes whole rows of 128: each dispatch
+        # would copy all of them there and back, in memory that no page counts.
+        raise NotImplementedError(
+            "on TPU, 8-bit pages hold a multiple of 128 tokens; "
+            f"got page_size={plan.page_size}. Leave it out, or choose such a one."
         )
     num_tokens, num_rows, width = plan.max_step_tokens, plan.max_slots, share.head_width
     int32 = partial(jax.ShapeDtypeStruct, dtype=jnp.int32)

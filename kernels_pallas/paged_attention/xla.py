@@ -77,7 +77,8 @@ def paged_attention_xla(  # noqa: PLR0913 - the contract of every implementation
         which suits a program that only ever decodes.
       tiles_at_once: tiles computed side by side. 1 suits CPUs (no tile waits for a longer
         one, and a block stays in the cache); devices that want width take more.
-      block_tokens: key positions per iteration of a tile's loop, rounded to whole pages.
+      block_tokens: key positions per iteration of a tile's loop, rounded to whole pages. GPUs want
+        large ones, for the host is asked between two of them.
 
     Returns:
       Outputs in q's dtype, zero for tokens of no row, and the pool. Such tokens are written
@@ -317,22 +318,29 @@ def _load(
     """One block of cells `[Y, K, S, 2H]` for each tile, and its scales if the pool has any."""
     # The last block may reach past the table: it reads the last page again, to be masked.
     last_page = page_table_BM.shape[1] - 1
-    cells, scales = [], []
-    # One page of each tile at a time: XLA's CPU backend makes these straight copies, a gather
-    # of all of them a loop over elements.
-    for i in range(pages_per_block):
-        page_Y = jnp.minimum(block_Y * pages_per_block + i, last_page)
-        page_id_Y = page_table_BM.at[row_Y, page_Y].get(mode="promise_in_bounds")
-        pages = jax.tree.map(partial(_take, page_id_Y=page_id_Y), flat_pages)
-        cells.append(cells_of(pages))
-        scales.append(scales_of(pages))
-    if scales[0] is None:
-        return jnp.concatenate(cells, axis=2), None
-    return jnp.concatenate(cells, axis=2), jnp.concatenate(scales, axis=3)
+    page_YC = block_Y[:, None] * pages_per_block + jnp.arange(pages_per_block, dtype=jnp.int32)
+    page_YC = jnp.minimum(page_YC, last_page)
+    page_id_YC = page_table_BM.at[row_Y[:, None], page_YC].get(mode="promise_in_bounds")
+    load = partial(_load_part, page_id_YC=page_id_YC)
+    scales = scales_of(flat_pages)
+    return load(cells_of(flat_pages), 3), None if scales is None else load(scales, 4)
 
 
-def _take(pool: Array, page_id_Y: Int32[Array, "Y"]) -> Array:
-    return pool.at[page_id_Y].get(mode="promise_in_bounds")
+def _load_part(pool: Array, token_axis: int, *, page_id_YC: Int32[Array, "Y C"]) -> Array:
+    """Pages of cells [L * P, K, Z, 2H] or of scales [L * P, K, 2, Z], their tokens in a row."""
+    num_tiles, num_pages = page_id_YC.shape
+    if num_tiles > 1:
+        pages = jnp.moveaxis(_take(pool, page_id_YC), 1, token_axis - 1)
+        shape = pages.shape
+        return pages.reshape(*shape[: token_axis - 1], -1, *shape[token_axis + 1 :])
+    # One page at a time: XLA's CPU backend, which takes one tile at a time, makes these straight
+    # copies, a gather of all of them a loop over elements.
+    pages = [_take(pool, page_id_YC[:, i]) for i in range(num_pages)]
+    return jnp.concatenate(pages, axis=token_axis - 1)
+
+
+def _take(pool: Array, page_ids: Int32[Array, "..."]) -> Array:
+    return pool.at[page_ids].get(mode="promise_in_bounds")
 
 
 def _start(

@@ -1,5 +1,6 @@
 """Which attention is chosen, and that switching it changes no token."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +9,12 @@ import pytest
 from engine_runs import Job, make_engine, run_jobs, tokens_of
 from random_checkpoint import write_llama_checkpoint
 
+from jinfer.config import EngineConfig
 from jinfer.request.params import SamplingParams
 from jinfer.request.tokenizer import load_tokenizer
+from jinfer.resolve import resolve_plan
 from jinfer.shipped import target_folder
-from jinfer.step.attention import default_attention
+from jinfer.step.attention import default_attention, require_served
 from jinfer.weights.load import read_model_config
 from kernels_pallas.paged_attention.pages import cells_of
 
@@ -58,6 +61,16 @@ ON_THE_SHIPPED_MODEL = [
         id="gpu_int8",
     ),
 ]
+
+
+def test_small_8_bit_pages_are_refused_on_a_tpu() -> None:
+    model = read_model_config(target_folder())
+    for page_size, is_served in ((64, False), (128, True)):
+        config = EngineConfig(model="-", kv_cache_dtype="int8", page_size=page_size)
+        plan = resolve_plan(config, model, platform="tpu", free_bytes=1 << 30)
+        refused = pytest.raises(NotImplementedError, match="multiple of 128 tokens; got .*=64. Le")
+        with nullcontext() if is_served else refused:
+            require_served(plan, model)
 
 
 @pytest.mark.slow
