@@ -22,6 +22,7 @@ LAYERS = (
     {"resolve", "running", "interrupt", "page_mover", "metrics", "dispatched"},
     {"model_runner"},
     {"startup"},
+    {"multi_host"},
     {"engine"},
     {"llm"},
     {"async_llm", "batch", "bench"},
