@@ -17,7 +17,7 @@ from jinfer.request.params import SamplingParams, check_priority
 from jinfer.request.prompt import Prompt, check_prompt_ids
 from jinfer.request.stop import Finish
 from jinfer.running import Continuation, RunningRequest
-from jinfer.schedule.capacity import bucket_for
+from jinfer.schedule.capacity import bucket_for, step_fills
 from jinfer.schedule.plan import Chunk
 from jinfer.schedule.prefix_cache import root_key
 from jinfer.schedule.scheduler import Scheduler
@@ -60,6 +60,7 @@ class Engine:
             num_pages=self.plan.num_pages,
             max_model_len=self.plan.max_model_len,
             max_chunk_tokens=self.plan.max_chunk_tokens,
+            step_fills=step_fills(self.plan.token_buckets, self.plan.step_cost_tokens),
             prefix_caching=config.enable_prefix_caching,
             num_host_pages=self.plan.num_host_pages if loaded.min_restored_pages else 0,
             min_restored_pages=loaded.min_restored_pages or 1,

@@ -52,13 +52,18 @@ class PlatformDefaults:
     max_decode_steps: int
     layer_loop: str
     bucket_growth: int  # ratio of neighbouring step sizes
+    row_growth: int  # the same of decode programs
+    step_cost_tokens: int  # a step takes as long as its tokens and so many more
     memory_share: float  # of the free memory that the pool may take beside the user's share
 
 
 # CPU: XLA runs bfloat16 five to eight times slower than float32 there, other programs need the
-# memory too, and compiling costs seconds a program, so there are fewer. TPU: page tables live in
+# memory too, and compiling costs seconds a program, so there are fewer; but a padding row of a
+# decode costs as much as a real one, and so the row counts are closer. TPU: page tables live in
 # scalar memory, so pages are larger; scanned layers compile fast and fuse. GPU: a scan copies each
 # layer's weights before use, so it is unrolled.
+# A step's own cost is the time to read the weights, in tokens: measured on a CPU; the ridge of the
+# chip where it is known.
 # Tokens of a step on a CPU: measured, 125M float32 parameters on two cores of a Zen 5: steps of 64,
 # 128, 256 and 512 tokens computed 666, 833, 946 and 999 tokens per second of processor time. On
 # chips that are not in the table: more than any of the table needs.
@@ -71,6 +76,8 @@ _DEFAULTS = {
         max_decode_steps=8,
         layer_loop="unrolled",
         bucket_growth=4,
+        row_growth=2,
+        step_cost_tokens=32,
         memory_share=0.5,
     ),
     "gpu": PlatformDefaults(
@@ -81,6 +88,8 @@ _DEFAULTS = {
         max_decode_steps=32,
         layer_loop="unrolled",
         bucket_growth=2,
+        row_growth=4,
+        step_cost_tokens=256,
         memory_share=1.0,
     ),
     "tpu": PlatformDefaults(
@@ -91,6 +100,8 @@ _DEFAULTS = {
         max_decode_steps=32,
         layer_loop="scan",
         bucket_growth=2,
+        row_growth=4,
+        step_cost_tokens=256,
         memory_share=1.0,
     ),
 }
@@ -156,6 +167,7 @@ def resolve_plan(
     max_step_tokens = config.max_num_batched_tokens or default_step_tokens(
         platform, device_kind, max_slots
     )
+    chip = chip_of(device_kind)
     max_decode_steps = config.max_decode_steps or defaults.max_decode_steps
     kv_dtype = _KV_DTYPES[config.kv_cache_dtype] or dtype
     attention = config.attention or default_attention(model, platform=platform, dtype=dtype)
@@ -196,12 +208,10 @@ def resolve_plan(
         num_host_pages=_num_host_pages(config, one_page_bytes * config.tensor_parallel_size),
         pages_per_slot=-(-max_model_len // page_size),
         token_buckets=token_buckets(
-            max_step_tokens,
-            max_slots,
-            defaults.bucket_growth,
-            chip.ridge_tokens if (chip := chip_of(device_kind)) else 0,
+            max_step_tokens, max_slots, defaults.bucket_growth, chip.ridge_tokens if chip else 0
         ),
-        decode_buckets=row_buckets(max_slots) if max_decode_steps > 1 else (),
+        step_cost_tokens=chip.ridge_tokens if chip else defaults.step_cost_tokens,
+        decode_buckets=row_buckets(max_slots, defaults.row_growth) if max_decode_steps > 1 else (),
         max_decode_steps=max_decode_steps,
         max_logprobs=min(max(config.max_logprobs, 1), model.vocab_size),
         layer_loop=resolve_layer_loop(config, platform),

@@ -3,6 +3,7 @@
 import heapq
 import math
 from bisect import insort
+from collections import abc
 from dataclasses import replace
 
 from jinfer.axes import PageId, Slot
@@ -61,6 +62,7 @@ class Scheduler:
         max_model_len: int,
         max_readouts: int | None = None,
         max_chunk_tokens: int | None = None,
+        step_fills: abc.Sequence[int] = (),
         prefix_caching: bool = False,
         num_host_pages: int = 0,
         min_restored_pages: int = 1,
@@ -78,6 +80,8 @@ class Scheduler:
           max_readouts: places of one step that may want logits, at least `max_slots`; None is
             just that. More lets prompts that are scored come in larger chunks.
           max_chunk_tokens: tokens of one chunk; None means as many as the step holds.
+          step_fills: by number of tokens, how many of them a step computes; see
+            `capacity.step_fills`. Empty means all.
           prefix_caching: full pages are kept for sequences that begin with the same tokens.
           num_host_pages: pages for which host memory has room, once the pool needs theirs.
           min_restored_pages: so many must be there to be fetched rather than computed.
@@ -93,6 +97,7 @@ class Scheduler:
         self._max_step_tokens = max_step_tokens
         self._pace = pace or Pace([max_step_tokens])
         self._max_chunk_tokens = max_chunk_tokens or max_step_tokens
+        self._step_fills = step_fills
         self._max_readouts = max_readouts
         self._max_model_len = max_model_len
         self._page_size = page_size
@@ -167,6 +172,7 @@ class Scheduler:
         # What was just taken from one is not for another that came later.
         if len(self._preempted) == num_untold:
             self._admit_waiting(draft)
+        self._trim(draft)
         if not draft.chunks:
             in_flight = any(s.num_in_flight for s in (*self._running, *self._waiting))
             assert in_flight or not self.has_work, (
@@ -219,6 +225,23 @@ class Scheduler:
         deadline_s = math.inf if has_begun else self._pace.deadline_s(sequence.arrival_s)
         return Awaited(sequence.length - sequence.num_scheduled, deadline_s)
 
+    def _trim(self, draft: Draft) -> None:
+        """Leaves the end of prefills to the next step, where that saves more padding than it costs.
+
+        Every chunk keeps a token, so whoever is in the plan gets on.
+        """
+        chunks = draft.chunks
+        num_tokens = sum(chunk.num_tokens for chunk in chunks.values())
+        num_left_out = num_tokens - self._step_fills[num_tokens] if self._step_fills else 0
+        if num_left_out > num_tokens - len(chunks):
+            return
+        for sequence, chunk in reversed(list(chunks.items())):  # the last in rank waits first
+            num_cut = min(num_left_out, chunk.num_tokens - 1)
+            if num_cut:
+                kept = chunk.num_tokens - num_cut
+                chunks[sequence] = self._cut_chunk(sequence, kept, chunk.num_readouts)
+                num_left_out -= num_cut
+
     def _prolong(self, draft: Draft, max_steps: int) -> None:
         """Lets a draft in which every row decodes go on for more steps, as far as pages are free.
 
@@ -246,7 +269,8 @@ class Scheduler:
 
     def _num_missing_pages(self, chunk: Chunk) -> int:
         num_tokens = chunk.stop + chunk.num_steps - 1
-        return pages_for(num_tokens, self._page_size) - len(chunk.sequence.pages)
+        # A chunk that was trimmed has left pages for what comes now.
+        return max(0, pages_for(num_tokens, self._page_size) - len(chunk.sequence.pages))
 
     def commit(self, chunk: Chunk, token_id: int | None) -> None:
         """Records that a chunk was computed and its token read; in the order of the plans.
