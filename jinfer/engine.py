@@ -234,9 +234,10 @@ class Engine:
     def _dispatch(self) -> Dispatched | None:
         # Host: who runs, and on which pages.
         plan = self.scheduler.plan(self._max_steps(), self._pacing.next_start_s(self._pending))
+        # Not those that the plan tells of: one that came out None has victims too.
+        self._metrics.num_preemptions = self.scheduler.num_preemptions
         if plan is None:
             return None
-        self._metrics.num_preemptions += len(plan.preempted)
         if plan.moves_pages:
             self.runner.move_pages(plan.saves, plan.restores, plan.forgotten, plan.copies)
         self._admit(plan.admitted)

@@ -12,7 +12,7 @@ from jinfer.schedule.host_index import HostIndex
 from jinfer.schedule.pace import Awaited, Pace
 from jinfer.schedule.page_pool import PagePool, pages_for
 from jinfer.schedule.plan import Chunk, PageCopy, PageRestore, PageWrite, StepPlan
-from jinfer.schedule.prefixes import Found, Prefixes
+from jinfer.schedule.prefixes import Coming, Found, Prefixes
 from jinfer.schedule.sequence import Sequence, Status
 from jinfer.schedule.waiting import WaitingQueue
 
@@ -113,6 +113,7 @@ class Scheduler:
         self._running: list[Sequence] = []  # in order of rank
         self._preempted: list[Sequence] = []  # and not yet told in a plan
         self._num_arrivals = 0
+        self.num_preemptions = 0  # since the start
 
     @property
     def has_work(self) -> bool:
@@ -310,8 +311,9 @@ class Scheduler:
         if not (self._waiting and self._free_slots):  # most steps of a long answer
             return
         num_spare_pages = self.num_free_pages - sum(map(self._num_pages_owed, self._running))
+        coming = self._prefixes.coming(self._running)
         while self._free_slots and draft.num_tokens_left and draft.num_readouts_left:
-            chosen = self._choose()
+            chosen = self._choose(coming)
             if chosen is None:
                 break
             sequence, found = chosen
@@ -324,10 +326,11 @@ class Scheduler:
             self._waiting.take(sequence)
             num_free = self.num_free_pages
             self._admit(sequence, found, draft)
+            coming |= self._prefixes.coming([sequence])
             num_spare_pages -= num_free - self.num_free_pages + self._num_pages_owed(sequence)
             self._schedule(sequence, draft.num_readouts_left, draft)
 
-    def _choose(self) -> tuple[Sequence, Found] | None:
+    def _choose(self, coming: set[Coming]) -> tuple[Sequence, Found] | None:
         """Who begins next: of those first in line, the one whose known prefix is longest.
 
         One whose prefix another is computing waits for it, and lets those behind it begin.
@@ -338,7 +341,7 @@ class Scheduler:
             if sequence.num_in_flight or (best and best[0].rank[:2] != sequence.rank[:2]):
                 break
             found = self._prefixes.find(sequence, self._running)
-            if not self._prefixes.is_coming(sequence, found, self._running):
+            if not self._prefixes.is_coming(sequence, found, coming):
                 if best is None or found.num_tokens > best[1].num_tokens:
                     best = sequence, found
             if sequence.is_due:
@@ -351,7 +354,7 @@ class Scheduler:
         sequence.slot = heapq.heappop(self._free_slots)
         draft.admitted.append(sequence)
         self._pool.share(found.pages)
-        self._host.touch(found.host_keys)
+        self._host.restore(found.host_keys)
         num_restored = len(found.host_keys)
         fresh = self._pool.allocate(num_restored + (found.source is not None))
         assert fresh is not None, f"admitted without pages: {sequence.request_id=}"
@@ -417,6 +420,7 @@ class Scheduler:
         sequence.status = Status.WAITING
         sequence.num_computed = sequence.num_scheduled = 0
         sequence.num_preemptions += 1
+        self.num_preemptions += 1
         self._waiting.add(sequence)
         self._preempted.append(sequence)
         return sequence

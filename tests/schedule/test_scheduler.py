@@ -344,6 +344,7 @@ def test_one_preempted_to_no_avail_is_not_reported_later() -> None:
     scheduler.finish(a)
     step = plan(scheduler)
     assert (step.admitted, step.preempted) == ((b,), ())
+    assert scheduler.num_preemptions == 1  # but it is counted
 
 
 def test_an_abort_between_plan_and_commit() -> None:
