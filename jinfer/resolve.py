@@ -20,6 +20,8 @@ from jinfer.step.page_moves import GROUPS_AT_ONCE, PAGES_PER_MOVE
 
 Check = Callable[[str, Any], None]
 
+_PINNED_LIMIT = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"  # XLA reads it when it first sees a GPU
+
 # Every spelling of a dtype and what it means; None = the platform's own.
 _DTYPES = {
     "auto": None,
@@ -115,6 +117,28 @@ def check_config(config: EngineConfig) -> None:
     """
     for name, check in _CHECKS.items():
         check(name, getattr(config, name))
+
+
+def check_host_tier(config: EngineConfig, platform: str) -> None:
+    """Refuses a host tier that the machine has no room for, or that XLA would not pin.
+
+    Raises:
+      ValueError: naming the limit, and how to raise it where that can be.
+    """
+    asked_gib = config.kv_offloading_size or 0
+    free_gib = free_host_bytes() / 2**30
+    if asked_gib > free_gib:
+        raise ValueError(
+            f"kv_offloading_size must fit into the machine's free memory, {free_gib:.1f} GiB; got "
+            f"kv_offloading_size={asked_gib}. Lower it."
+        )
+    pinned_gib = _pinned_limit_gib()
+    if platform == "gpu" and asked_gib >= pinned_gib:  # transfers need a little of it too
+        raise ValueError(
+            f"kv_offloading_size must be below the {pinned_gib} GiB that XLA pins on GPU machines; "
+            f"got kv_offloading_size={asked_gib}. Lower it, or set {_PINNED_LIMIT} to more before "
+            "the process starts."
+        )
 
 
 def platform_of(device: jax.Device) -> str:
@@ -231,6 +255,11 @@ def free_device_bytes(device: jax.Device) -> int:
     stats: dict[str, Any] | None = device.memory_stats()
     if stats and "bytes_limit" in stats:
         return stats["bytes_limit"] - stats["bytes_in_use"]
+    return free_host_bytes()
+
+
+def free_host_bytes() -> int:
+    """The machine's available memory."""
     meminfo = Path("/proc/meminfo")
     if meminfo.exists():
         fields = dict(line.split(":") for line in meminfo.read_text().splitlines())
@@ -294,6 +323,12 @@ def _num_host_pages(config: EngineConfig, one_page_bytes: int) -> int:
             f"kv_offloading_size={config.kv_offloading_size}. Raise it, or leave it out."
         )
     return num_pages
+
+
+def _pinned_limit_gib() -> int:
+    """XLA's own rule: what the environment says, or 16 where it is taken at once, else 64."""
+    preallocated = os.environ.get("XLA_PJRT_GPU_HOST_MEMORY_PREALLOCATE", "").lower()
+    return int(os.environ.get(_PINNED_LIMIT) or (16 if preallocated in ("1", "true") else 64))
 
 
 def _scratch_bytes(model: ModelConfig, max_slots: int, max_step_tokens: int) -> int:

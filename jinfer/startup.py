@@ -24,6 +24,7 @@ from jinfer.parallel.shares import chip_share, held_model
 from jinfer.request.tokenizer import Tokenizer, load_tokenizer
 from jinfer.resolve import (
     check_config,
+    check_host_tier,
     free_bytes_each,
     platform_of,
     resolve_dtype,
@@ -91,6 +92,7 @@ def load(config: EngineConfig) -> Loaded:
         tokenizer = load_tokenizer(_folder_of(config.tokenizer) if config.tokenizer else folder)
     # Devices are touched last: what the files show to be wrong is told at once.
     platform = platform_of(jax.devices()[0])
+    check_host_tier(config, platform)
     placement = Placement(make_mesh(jax.devices(), config.tensor_parallel_size))
     held = held_model(model, config.tensor_parallel_size)
     free_bytes = free_bytes_each(placement.local_devices)

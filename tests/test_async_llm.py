@@ -208,9 +208,8 @@ async def test_a_reset_forgets_prefixes_between_two_steps() -> None:
         for is_reset in (False, False, True):
             if is_reset:
                 await llm.reset_prefix_cache()
-            async for output in llm.generate(prompt, params_of(1, 4)):
-                pass
-            hits.append(output.num_cached_tokens)
+            outputs = [output async for output in llm.generate(prompt, params_of(1, 4))]
+            hits.append(outputs[-1].num_cached_tokens)
         assert hits == [0, 32, 0]
     with pytest.raises(RuntimeError, match="the engine must be running; got: it was closed"):
         llm.reset_prefix_cache()
