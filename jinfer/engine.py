@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from jinfer.config import EngineConfig
+from jinfer.config import EngineConfig, EnginePlan
 from jinfer.dispatched import Dispatched, Observer
 from jinfer.errors import RequestError
 from jinfer.metrics import EngineMetrics, MetricsSnapshot
@@ -17,7 +17,8 @@ from jinfer.request.params import SamplingParams, check_priority
 from jinfer.request.prompt import Prompt, check_prompt_ids
 from jinfer.request.stop import Finish
 from jinfer.running import Continuation, RunningRequest
-from jinfer.schedule.capacity import bucket_for, step_fills
+from jinfer.schedule.capacity import bucket_for
+from jinfer.schedule.pace import Pace
 from jinfer.schedule.plan import Chunk
 from jinfer.schedule.prefix_cache import root_key
 from jinfer.schedule.scheduler import Scheduler
@@ -51,20 +52,13 @@ class Engine:
         self._shapes = {size: BucketShape.of(size, self.plan) for size in self.plan.token_buckets}
         self._decode_shapes = {n: DecodeShape.of(n, self.plan) for n in self.plan.decode_buckets}
         self._guard = CompileGuard(config.late_compile)
-        self._pacing = Pacing(config, self.plan.token_buckets)
+        self._pacing = Pacing(config, self.plan)
         self._pacing.time_steps(self.runner, self._shapes)
-        self.scheduler = Scheduler(
-            max_slots=self.plan.max_slots,
-            max_step_tokens=self.plan.max_step_tokens,
-            page_size=self.plan.page_size,
-            num_pages=self.plan.num_pages,
-            max_model_len=self.plan.max_model_len,
-            max_chunk_tokens=self.plan.max_chunk_tokens,
-            step_fills=step_fills(self.plan.token_buckets, self.plan.step_cost_tokens),
+        self.scheduler = make_scheduler(
+            self.plan,
+            self._pacing.pace,
             prefix_caching=config.enable_prefix_caching,
-            num_host_pages=self.plan.num_host_pages if loaded.min_restored_pages else 0,
-            min_restored_pages=loaded.min_restored_pages or 1,
-            pace=self._pacing.pace,
+            min_restored_pages=loaded.min_restored_pages,
         )
         self._pending: Dispatched | None = None
         self._requests: dict[str, RunningRequest] = {}
@@ -411,6 +405,24 @@ class Engine:
         self._num_seeds_drawn += 1
         text = f"{self.config.seed}/{self._num_seeds_drawn}".encode()
         return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big")
+
+
+def make_scheduler(
+    plan: EnginePlan, pace: Pace, *, prefix_caching: bool, min_restored_pages: int | None = None
+) -> Scheduler:
+    """The scheduler that a plan asks for; None = it fetches nothing from host memory."""
+    return Scheduler(
+        max_slots=plan.max_slots,
+        max_step_tokens=plan.max_step_tokens,
+        page_size=plan.page_size,
+        num_pages=plan.num_pages,
+        max_model_len=plan.max_model_len,
+        max_chunk_tokens=plan.max_chunk_tokens,
+        prefix_caching=prefix_caching,
+        num_host_pages=plan.num_host_pages if min_restored_pages else 0,
+        min_restored_pages=min_restored_pages or 1,
+        pace=pace,
+    )
 
 
 _CLOSED = "it was closed"

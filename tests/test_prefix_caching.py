@@ -251,7 +251,7 @@ def test_a_pool_full_of_nan_changes_nothing(
     monkeypatch: pytest.MonkeyPatch,
     kv_offloading_size: float | None,
 ) -> None:
-    monkeypatch.setattr("jinfer.startup.break_even_pages", lambda *state: (*state[4:], 1))
+    monkeypatch.setattr("jinfer.startup.break_even_pages", lambda plan, runner: 1)
     jobs = jobs_that_share(np.random.default_rng(10), 24, longest=40)
     host = {"kv_offloading_size": kv_offloading_size}
     poisoned = make_engine(checkpoint, num_pages=17, **host, **SETTINGS)

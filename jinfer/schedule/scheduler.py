@@ -3,7 +3,6 @@
 import heapq
 import math
 from bisect import insort
-from collections import abc
 from dataclasses import replace
 
 from jinfer.axes import PageId, Slot
@@ -62,7 +61,6 @@ class Scheduler:
         max_model_len: int,
         max_readouts: int | None = None,
         max_chunk_tokens: int | None = None,
-        step_fills: abc.Sequence[int] = (),
         prefix_caching: bool = False,
         num_host_pages: int = 0,
         min_restored_pages: int = 1,
@@ -80,8 +78,6 @@ class Scheduler:
           max_readouts: places of one step that may want logits, at least `max_slots`; None is
             just that. More lets prompts that are scored come in larger chunks.
           max_chunk_tokens: tokens of one chunk; None means as many as the step holds.
-          step_fills: by number of tokens, how many of them a step computes; see
-            `capacity.step_fills`. Empty means all.
           prefix_caching: full pages are kept for sequences that begin with the same tokens.
           num_host_pages: pages for which host memory has room, once the pool needs theirs.
           min_restored_pages: so many must be there to be fetched rather than computed.
@@ -97,7 +93,6 @@ class Scheduler:
         self._max_step_tokens = max_step_tokens
         self._pace = pace or Pace([max_step_tokens])
         self._max_chunk_tokens = max_chunk_tokens or max_step_tokens
-        self._step_fills = step_fills
         self._max_readouts = max_readouts
         self._max_model_len = max_model_len
         self._page_size = page_size
@@ -233,7 +228,7 @@ class Scheduler:
         """
         chunks = draft.chunks
         num_tokens = sum(chunk.num_tokens for chunk in chunks.values())
-        num_left_out = num_tokens - self._step_fills[num_tokens] if self._step_fills else 0
+        num_left_out = num_tokens - self._pace.fill(num_tokens)
         if num_left_out > num_tokens - len(chunks):
             return
         for sequence, chunk in reversed(list(chunks.items())):  # the last in rank waits first

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from jinfer.axes import Slot
-from jinfer.schedule.capacity import step_fills
+from jinfer.schedule.pace import Pace
 from jinfer.schedule.plan import PageCopy, PageWrite, StepPlan
 from jinfer.schedule.scheduler import Scheduler
 from jinfer.schedule.sequence import Sequence, Status
@@ -95,7 +95,7 @@ def test_decoding_first_then_prefills_then_the_waiting() -> None:
 
 
 def test_a_step_leaves_out_what_would_only_be_padded() -> None:
-    scheduler = make(max_step_tokens=32, step_fills=step_fills((1, 8, 32), 2))
+    scheduler = make(max_step_tokens=32, pace=Pace((1, 8, 32), step_cost_tokens=2))
     a, b, c = sequences = add(scheduler, 1, 5, 4)
     # 10 tokens are 8 and then 2: the last in rank is cut, with the pages it has.
     assert rows(run_step(scheduler), sequences) == [
@@ -110,7 +110,7 @@ def test_a_step_leaves_out_what_would_only_be_padded() -> None:
 
 
 def test_a_step_of_decodes_alone_is_not_cut() -> None:
-    scheduler = make(max_slots=10, max_step_tokens=32, step_fills=step_fills((1, 8, 32), 0))
+    scheduler = make(max_slots=10, max_step_tokens=32, pace=Pace((1, 8, 32), step_cost_tokens=0))
     add(scheduler, *[1] * 9)
     assert run_step(scheduler).num_tokens == 9
 

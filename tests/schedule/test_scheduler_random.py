@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jinfer.schedule.capacity import step_fills
+from jinfer.schedule.pace import Pace
 from jinfer.schedule.page_pool import pages_for
 from jinfer.schedule.plan import Chunk, StepPlan
 from jinfer.schedule.scheduler import Scheduler
@@ -32,7 +32,7 @@ class Limits:
     max_model_len: int = 48
     max_readouts: int = 8
     max_chunk_tokens: int | None = None
-    step_fills: tuple[int, ...] = ()
+    pace: Pace | None = None  # one that trims steps
     prefix_caching: bool = False
     num_host_pages: int = 0
     min_restored_pages: int = 1
@@ -137,7 +137,7 @@ class Simulation:
         if running:
             assert min(running, key=rank) not in plan.preempted
         self.count_overtaken(waiting, plan)
-        if not (plan.preempted or self.limits.prefix_caching or self.limits.step_fills):
+        if not (plan.preempted or self.limits.prefix_caching or self.limits.pace):
             self.check_nobody_waits_for_nothing(plan)
         self.in_flight.append((plan, self.execute(plan)))
         self.check_ownership()
@@ -260,8 +260,8 @@ class Simulation:
         assert plan.num_tokens == sum(chunk.num_tokens for chunk in plan.chunks)
         assert plan.num_readouts == sum(len(chunk.readout_positions) for chunk in plan.chunks)
         assert plan.num_tokens <= limits.max_step_tokens
-        if limits.step_fills and len(plan.chunks) <= limits.step_fills[plan.num_tokens]:
-            assert plan.num_tokens == limits.step_fills[plan.num_tokens]
+        if limits.pace and len(plan.chunks) <= limits.pace.fill(plan.num_tokens):
+            assert plan.num_tokens == limits.pace.fill(plan.num_tokens)
         assert plan.num_readouts <= limits.max_readouts
         assert len({chunk.slot for chunk in plan.chunks}) == len(plan.chunks) <= limits.max_slots
         for chunk in plan.chunks:
@@ -313,7 +313,7 @@ class Simulation:
             assert s.slot is not None
             num_pages = pages_for(s.num_scheduled, self.limits.page_size)
             # Where steps are trimmed, a chunk's pages may be there before it.
-            if self.limits.step_fills:
+            if self.limits.pace:
                 assert num_pages <= len(s.pages) <= pages_for(s.length, self.limits.page_size)
             else:
                 assert len(s.pages) == num_pages
@@ -376,7 +376,7 @@ CASES = {
     "tight_pages_of_1": Limits(num_pages=60, page_size=1, max_chunk_tokens=16),
     "smallest_step": Limits(num_pages=20, max_step_tokens=8),
     "one_slot": Limits(max_slots=1, num_pages=13, max_readouts=1),
-    "trimmed_steps": Limits(num_pages=20, step_fills=step_fills((1, 8, 20, 32), 2)),
+    "trimmed_steps": Limits(num_pages=20, pace=Pace((1, 8, 20, 32), step_cost_tokens=2)),
     "many_readouts": Limits(num_pages=30, max_readouts=64, max_chunk_tokens=64, max_step_tokens=64),
 }
 
@@ -465,7 +465,7 @@ def test_any_limits(
     limits = Limits(
         max_slots=max_slots,
         max_step_tokens=max_step_tokens,
-        step_fills=() if step_cost_tokens is None else step_fills(buckets, step_cost_tokens),
+        pace=Pace(buckets, step_cost_tokens=step_cost_tokens),
         page_size=page_size,
         num_pages=1 + pages_for(24, page_size) + num_more_pages,
         max_model_len=24,
