@@ -107,6 +107,18 @@ class AsyncLLM:
             self._submit(lambda one=one: self._abort(one))
         return _Nothing()
 
+    def reset_prefix_cache(self) -> "_Nothing":
+        """As `LLM.reset_prefix_cache`, between two steps; what runs goes on.
+
+        Returns at once. vLLM's is awaited, so this may be; and need not.
+
+        Raises:
+          RuntimeError: the engine is closed or failed.
+        """
+        if not self._submit(self._llm.reset_prefix_cache):
+            raise self._why_stopped() from self._failure
+        return _Nothing()
+
     def metrics(self) -> MetricsSnapshot:
         """As `LLM.metrics`; from any thread, also while the engine runs."""
         return self._llm.metrics()

@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 from jax import Device
 
-from jinfer.config import EngineConfig
+from jinfer.config import EngineConfig, EnginePlan
 from jinfer.dispatched import Dispatched, Observer
 from jinfer.errors import RequestError
 from jinfer.metrics import EngineMetrics, Load, MetricsSnapshot
@@ -22,6 +22,7 @@ from jinfer.request.prompt import Prompt, check_prompt_ids
 from jinfer.request.stop import Finish
 from jinfer.running import Continuation, RunningRequest
 from jinfer.schedule.capacity import bucket_for
+from jinfer.schedule.pace import Pace
 from jinfer.schedule.plan import Chunk
 from jinfer.schedule.prefix_cache import root_key
 from jinfer.schedule.scheduler import Scheduler
@@ -65,19 +66,13 @@ class Engine:
         self._shapes = {size: BucketShape.of(size, self.plan) for size in self.plan.token_buckets}
         self._decode_shapes = {n: DecodeShape.of(n, self.plan) for n in self.plan.decode_buckets}
         self._guard = CompileGuard(config.late_compile)
-        self._pacing = Pacing(config, self.plan.token_buckets)
+        self._pacing = Pacing(config, self.plan)
         self._pacing.time_steps(self.runner, self._shapes)
-        self.scheduler = Scheduler(
-            max_slots=self.plan.max_slots,
-            max_step_tokens=self.plan.max_step_tokens,
-            page_size=self.plan.page_size,
-            num_pages=self.plan.num_pages,
-            max_model_len=self.plan.max_model_len,
-            max_chunk_tokens=self.plan.max_chunk_tokens,
+        self.scheduler = make_scheduler(
+            self.plan,
+            self._pacing.pace,
             prefix_caching=config.enable_prefix_caching,
-            num_host_pages=self.plan.num_host_pages if loaded.min_restored_pages else 0,
-            min_restored_pages=loaded.min_restored_pages or 1,
-            pace=self._pacing.pace,
+            min_restored_pages=loaded.min_restored_pages,
         )
         self._pending: Dispatched | None = None
         self._requests: dict[str, RunningRequest] = {}
@@ -107,6 +102,7 @@ class Engine:
             num_waiting=self.scheduler.num_waiting,
             num_pages_used=num_pages - self.scheduler.num_free_pages,
             num_pages=num_pages,
+            num_preemptions=self.scheduler.num_preemptions,
         )
 
     def metrics(self) -> MetricsSnapshot:
@@ -269,7 +265,6 @@ class Engine:
         plan = self.scheduler.plan(self._max_steps(), self._pacing.next_start_s(self._pending))
         if plan is None:
             return None
-        self._metrics.num_preemptions += len(plan.preempted)
         if plan.moves_pages:
             self.runner.move_pages(plan.saves, plan.restores, plan.forgotten, plan.copies)
         self._admit(plan.admitted)
@@ -444,6 +439,24 @@ def draw_seed(seed: int, number: int) -> int:
     """Of a request without one: they differ from each other, and repeat from run to run."""
     text = f"{seed}/{number}".encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big")
+
+
+def make_scheduler(
+    plan: EnginePlan, pace: Pace, *, prefix_caching: bool, min_restored_pages: int | None = None
+) -> Scheduler:
+    """The scheduler that a plan asks for; None = it fetches nothing from host memory."""
+    return Scheduler(
+        max_slots=plan.max_slots,
+        max_step_tokens=plan.max_step_tokens,
+        page_size=plan.page_size,
+        num_pages=plan.num_pages,
+        max_model_len=plan.max_model_len,
+        max_chunk_tokens=plan.max_chunk_tokens,
+        prefix_caching=prefix_caching,
+        num_host_pages=plan.num_host_pages if min_restored_pages else 0,
+        min_restored_pages=min_restored_pages or 1,
+        pace=pace,
+    )
 
 
 _CLOSED = "it was closed"

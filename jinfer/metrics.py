@@ -84,12 +84,13 @@ class MetricsSnapshot:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Load:
-    """What an engine does at one moment."""
+    """What an engine's scheduler knows at one moment."""
 
     num_running: int
     num_waiting: int
     num_pages_used: int
     num_pages: int
+    num_preemptions: int = 0  # since the start
 
     def __add__(self, other: "Load") -> "Load":
         return Load(
@@ -97,6 +98,7 @@ class Load:
             num_waiting=self.num_waiting + other.num_waiting,
             num_pages_used=self.num_pages_used + other.num_pages_used,
             num_pages=self.num_pages + other.num_pages,
+            num_preemptions=self.num_preemptions + other.num_preemptions,
         )
 
 
@@ -107,7 +109,6 @@ class EngineMetrics:
     num_prompt_tokens: int = 0
     num_cached_tokens: int = 0
     num_output_tokens: int = 0
-    num_preemptions: int = 0
     num_finished: Counter[str] = field(default_factory=Counter)
     queue_s: Histogram = field(default_factory=lambda: Histogram(_REQUEST_S))
     ttft_s: Histogram = field(default_factory=lambda: Histogram(_FIRST_TOKEN_S))
@@ -146,7 +147,7 @@ class EngineMetrics:
             num_prompt_tokens=self.num_prompt_tokens,
             num_cached_tokens=self.num_cached_tokens,
             num_output_tokens=self.num_output_tokens,
-            num_preemptions=self.num_preemptions,
+            num_preemptions=load.num_preemptions,
             num_finished=dict(self.num_finished),
             queue_s=self.queue_s.snapshot(),
             ttft_s=self.ttft_s.snapshot(),

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 import jax
 
-from jinfer.config import EngineConfig
+from jinfer.config import EngineConfig, EnginePlan
 from jinfer.dispatched import Dispatched
 from jinfer.model_runner import Runner
 from jinfer.schedule.pace import Pace
@@ -17,11 +17,16 @@ _NUM_RUNS = 2  # of each step at the start: the first finds caches and pages of 
 class Pacing:
     """Tells a `Pace` what the device does."""
 
-    def __init__(self, config: EngineConfig, sizes: tuple[int, ...]) -> None:
-        """With the targets of `config`, for steps of these sizes."""
+    def __init__(self, config: EngineConfig, plan: EnginePlan) -> None:
+        """With the targets of `config`, for the steps of `plan`."""
         targets_ms = config.ttft_target_ms, config.tpot_target_ms
         ttft_s, tpot_s = (None if ms is None else ms / 1e3 for ms in targets_ms)
-        self.pace = Pace(sizes, ttft_target_s=ttft_s, tpot_target_s=tpot_s)
+        self.pace = Pace(
+            plan.token_buckets,
+            ttft_target_s=ttft_s,
+            tpot_target_s=tpot_s,
+            step_cost_tokens=plan.step_cost_tokens,
+        )
         self._read_s = 0.0  # of `time.monotonic()`, when the last dispatch was read
 
     def time_steps(self, runner: Runner, shapes: Mapping[int, BucketShape]) -> None:

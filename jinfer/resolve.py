@@ -20,6 +20,8 @@ from jinfer.step.page_moves import GROUPS_AT_ONCE, PAGES_PER_MOVE
 
 Check = Callable[[str, Any], None]
 
+_PINNED_LIMIT = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"  # XLA reads it when it first sees a GPU
+
 # Every spelling of a dtype and what it means; None = the platform's own.
 _DTYPES = {
     "auto": None,
@@ -52,13 +54,18 @@ class PlatformDefaults:
     max_decode_steps: int
     layer_loop: str
     bucket_growth: int  # ratio of neighbouring step sizes
+    row_growth: int  # the same of decode programs
+    step_cost_tokens: int  # a step takes as long as its tokens and so many more
     memory_share: float  # of the free memory that the pool may take beside the user's share
 
 
 # CPU: XLA runs bfloat16 five to eight times slower than float32 there, other programs need the
-# memory too, and compiling costs seconds a program, so there are fewer. TPU: page tables live in
+# memory too, and compiling costs seconds a program, so there are fewer; but a padding row of a
+# decode costs as much as a real one, and so the row counts are closer. TPU: page tables live in
 # scalar memory, so pages are larger; scanned layers compile fast and fuse. GPU: a scan copies each
 # layer's weights before use, so it is unrolled.
+# A step's own cost is the time to read the weights, in tokens: measured on a CPU; the ridge of the
+# chip where it is known.
 # Tokens of a step on a CPU: measured, 125M float32 parameters on two cores of a Zen 5: steps of 64,
 # 128, 256 and 512 tokens computed 666, 833, 946 and 999 tokens per second of processor time. On
 # chips that are not in the table: more than any of the table needs.
@@ -71,6 +78,8 @@ _DEFAULTS = {
         max_decode_steps=8,
         layer_loop="unrolled",
         bucket_growth=4,
+        row_growth=2,
+        step_cost_tokens=32,
         memory_share=0.5,
     ),
     "gpu": PlatformDefaults(
@@ -81,6 +90,8 @@ _DEFAULTS = {
         max_decode_steps=32,
         layer_loop="unrolled",
         bucket_growth=2,
+        row_growth=4,
+        step_cost_tokens=256,
         memory_share=1.0,
     ),
     "tpu": PlatformDefaults(
@@ -91,6 +102,8 @@ _DEFAULTS = {
         max_decode_steps=32,
         layer_loop="scan",
         bucket_growth=2,
+        row_growth=4,
+        step_cost_tokens=256,
         memory_share=1.0,
     ),
 }
@@ -104,6 +117,28 @@ def check_config(config: EngineConfig) -> None:
     """
     for name, check in _CHECKS.items():
         check(name, getattr(config, name))
+
+
+def check_host_tier(config: EngineConfig, platform: str) -> None:
+    """Refuses a host tier that the machine has no room for, or that XLA would not pin.
+
+    Raises:
+      ValueError: naming the limit, and how to raise it where that can be.
+    """
+    asked_gib = config.kv_offloading_size or 0
+    free_gib = free_host_bytes() / 2**30
+    if asked_gib > free_gib:
+        raise ValueError(
+            f"kv_offloading_size must fit into the machine's free memory, {free_gib:.1f} GiB; got "
+            f"kv_offloading_size={asked_gib}. Lower it."
+        )
+    pinned_gib = _pinned_limit_gib()
+    if platform == "gpu" and asked_gib >= pinned_gib:  # transfers need a little of it too
+        raise ValueError(
+            f"kv_offloading_size must be below the {pinned_gib} GiB that XLA pins on GPU machines; "
+            f"got kv_offloading_size={asked_gib}. Lower it, or set {_PINNED_LIMIT} to more before "
+            "the process starts."
+        )
 
 
 def platform_of(device: jax.Device) -> str:
@@ -156,6 +191,7 @@ def resolve_plan(
     max_step_tokens = config.max_num_batched_tokens or default_step_tokens(
         platform, device_kind, max_slots
     )
+    chip = chip_of(device_kind)
     max_decode_steps = config.max_decode_steps or defaults.max_decode_steps
     kv_dtype = _KV_DTYPES[config.kv_cache_dtype] or dtype
     attention = config.attention or default_attention(model, platform=platform, dtype=dtype)
@@ -196,12 +232,10 @@ def resolve_plan(
         num_host_pages=_num_host_pages(config, one_page_bytes * config.tensor_parallel_size),
         pages_per_slot=-(-max_model_len // page_size),
         token_buckets=token_buckets(
-            max_step_tokens,
-            max_slots,
-            defaults.bucket_growth,
-            chip.ridge_tokens if (chip := chip_of(device_kind)) else 0,
+            max_step_tokens, max_slots, defaults.bucket_growth, chip.ridge_tokens if chip else 0
         ),
-        decode_buckets=row_buckets(max_slots) if max_decode_steps > 1 else (),
+        step_cost_tokens=chip.ridge_tokens if chip else defaults.step_cost_tokens,
+        decode_buckets=row_buckets(max_slots, defaults.row_growth) if max_decode_steps > 1 else (),
         max_decode_steps=max_decode_steps,
         max_logprobs=min(max(config.max_logprobs, 1), model.vocab_size),
         layer_loop=resolve_layer_loop(config, platform),
@@ -221,6 +255,11 @@ def free_device_bytes(device: jax.Device) -> int:
     stats: dict[str, Any] | None = device.memory_stats()
     if stats and "bytes_limit" in stats:
         return stats["bytes_limit"] - stats["bytes_in_use"]
+    return free_host_bytes()
+
+
+def free_host_bytes() -> int:
+    """The machine's available memory."""
     meminfo = Path("/proc/meminfo")
     if meminfo.exists():
         fields = dict(line.split(":") for line in meminfo.read_text().splitlines())
@@ -284,6 +323,12 @@ def _num_host_pages(config: EngineConfig, one_page_bytes: int) -> int:
             f"kv_offloading_size={config.kv_offloading_size}. Raise it, or leave it out."
         )
     return num_pages
+
+
+def _pinned_limit_gib() -> int:
+    """XLA's own rule: what the environment says, or 16 where it is taken at once, else 64."""
+    preallocated = os.environ.get("XLA_PJRT_GPU_HOST_MEMORY_PREALLOCATE", "").lower()
+    return int(os.environ.get(_PINNED_LIMIT) or (16 if preallocated in ("1", "true") else 64))
 
 
 def _scratch_bytes(model: ModelConfig, max_slots: int, max_step_tokens: int) -> int:

@@ -25,6 +25,7 @@ from jinfer.parallel.shares import chip_share, held_model
 from jinfer.request.tokenizer import Tokenizer, load_tokenizer
 from jinfer.resolve import (
     check_config,
+    check_host_tier,
     free_bytes_each,
     platform_of,
     resolve_dtype,
@@ -96,6 +97,7 @@ def load(config: EngineConfig, devices: Sequence[jax.Device] | None = None) -> L
         tokenizer = load_tokenizer(_folder_of(config.tokenizer) if config.tokenizer else folder)
     # Devices are touched last: what the files show to be wrong is told at once.
     platform = platform_of(jax.devices()[0])
+    check_host_tier(config, platform)
     placement = Placement(make_mesh(devices or jax.devices(), config.tensor_parallel_size))
     _require_every_process(placement)
     held = held_model(model, config.tensor_parallel_size)

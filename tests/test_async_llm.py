@@ -201,6 +201,20 @@ def test_a_loop_that_is_gone_does_not_stop_the_engine(module_llm: AsyncLLM, want
     del stream
 
 
+async def test_a_reset_forgets_prefixes_between_two_steps() -> None:
+    async with AsyncLLM(**SMALL) as llm:
+        prompt = list(range(3, 3 + 40))
+        hits = []
+        for is_reset in (False, False, True):
+            if is_reset:
+                await llm.reset_prefix_cache()
+            outputs = [output async for output in llm.generate(prompt, params_of(1, 4))]
+            hits.append(outputs[-1].num_cached_tokens)
+        assert hits == [0, 32, 0]
+    with pytest.raises(RuntimeError, match="the engine must be running; got: it was closed"):
+        llm.reset_prefix_cache()
+
+
 async def test_close_with_requests_running() -> None:
     async with AsyncLLM(**SMALL) as llm:
         tasks = [asyncio.create_task(run(llm, number, num_tokens=110)) for number in range(12)]

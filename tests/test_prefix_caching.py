@@ -16,6 +16,7 @@ from jinfer.request.output import RequestOutput
 from jinfer.request.params import SamplingParams
 from jinfer.request.prompt import Prompt
 from jinfer.running import RunningRequest
+from jinfer.schedule.plan import PageRestore
 from jinfer.startup import break_even_pages
 from jinfer.step.page_moves import PAGES_PER_MOVE
 
@@ -199,6 +200,19 @@ def test_a_prompt_of_n_continuations_is_computed_once(
     assert_same(request.output(), run_jobs(uncached, [job])[0])
 
 
+def note_restores(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[PageRestore]:
+    """A list that grows by every page that comes back from host memory."""
+    restored: list[PageRestore] = []
+    move_pages = engine.runner.move_pages
+
+    def move_and_note(saves: Any, restores: Any, *others: Any) -> None:
+        restored.extend(restores)
+        move_pages(saves, restores, *others)
+
+    monkeypatch.setattr(engine.runner, "move_pages", move_and_note)
+    return restored
+
+
 def test_the_host_keeps_what_the_pool_gives_up(
     checkpoint: Path, uncached: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -207,14 +221,7 @@ def test_the_host_keeps_what_the_pool_gives_up(
     want = run_jobs(uncached, jobs)
     tight = make_engine(checkpoint, num_pages=17, kv_offloading_size=1 / 1024, **SETTINGS)
     assert tight.plan.num_host_pages == 2**20 // tight.plan.page_bytes
-    restored = []
-    move_pages = tight.runner.move_pages
-
-    def move_and_note(saves: Any, restores: Any, *others: Any) -> None:
-        restored.extend(restores)
-        move_pages(saves, restores, *others)
-
-    monkeypatch.setattr(tight.runner, "move_pages", move_and_note)
+    restored = note_restores(tight, monkeypatch)
     for _ in range(2):
         requests = run_requests(tight, jobs)
         for request, output in zip(requests, want, strict=True):
@@ -237,11 +244,25 @@ def test_what_it_takes_to_fetch_a_page_is_measured(checkpoint: Path) -> None:
     engine.close()
 
 
-def test_a_pool_full_of_nan_changes_nothing(checkpoint: Path, uncached: Engine) -> None:
+@pytest.mark.parametrize("kv_offloading_size", [None, 1 / 1024], ids=["alone", "with_host_tier"])
+def test_a_pool_full_of_nan_changes_nothing(
+    checkpoint: Path,
+    uncached: Engine,
+    monkeypatch: pytest.MonkeyPatch,
+    kv_offloading_size: float | None,
+) -> None:
+    monkeypatch.setattr("jinfer.startup.break_even_pages", lambda plan, runner: 1)
     jobs = jobs_that_share(np.random.default_rng(10), 24, longest=40)
-    poisoned = make_engine(checkpoint, num_pages=17, **SETTINGS)
+    host = {"kv_offloading_size": kv_offloading_size}
+    poisoned = make_engine(checkpoint, num_pages=17, **host, **SETTINGS)
     pages = poisoned.runner.pages
     poisoned.runner.pages = jax.tree.map(lambda a: jnp.full_like(a, jnp.nan), pages)
-    for request, want in zip(run_requests(poisoned, jobs), run_jobs(uncached, jobs), strict=True):
+    wanted = run_jobs(uncached, jobs)
+    for request, want in zip(run_requests(poisoned, jobs), wanted, strict=True):
         assert_same(request.output(), want)
+    if kv_offloading_size:
+        restored = note_restores(poisoned, monkeypatch)
+        for request, want in zip(run_requests(poisoned, jobs), wanted, strict=True):
+            assert_same(request.output(), want)
+        assert restored
     poisoned.close()

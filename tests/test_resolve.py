@@ -11,6 +11,7 @@ from jinfer.parallel.mesh import make_mesh
 from jinfer.parallel.sharding import Placement
 from jinfer.resolve import (
     check_config,
+    check_host_tier,
     free_device_bytes,
     platform_of,
     resolve_dtype,
@@ -94,6 +95,29 @@ def test_a_host_tier_smaller_than_a_page_is_refused() -> None:
         ValueError, match="kv_offloading_size must hold a page, .*; got kv_off.*1e-0"
     ):
         plan_of(kv_offloading_size=1e-9)
+
+
+def test_a_host_tier_beyond_what_there_is_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jinfer.resolve.free_host_bytes", lambda: 100 * GIB)
+    for name in ("LIMIT_GB", "PREALLOCATE"):
+        monkeypatch.delenv(f"XLA_PJRT_GPU_HOST_MEMORY_{name}", raising=False)
+
+    def check(platform: str, gib: float) -> None:
+        check_host_tier(EngineConfig(model="m", kv_offloading_size=gib), platform)
+
+    check("tpu", 99.5)
+    check("gpu", 63.5)
+    message = r"free memory, 100\.0 GiB; got kv_offloading_size=100\.5\. Lower it"
+    for platform in ("cpu", "gpu", "tpu"):
+        with pytest.raises(ValueError, match=message):
+            check(platform, 100.5)
+    with pytest.raises(ValueError, match=r"below the 64 GiB that XLA pins.*got .*=64\. .*LIMIT_GB"):
+        check("gpu", 64)
+    monkeypatch.setenv("XLA_PJRT_GPU_HOST_MEMORY_PREALLOCATE", "true")
+    with pytest.raises(ValueError, match="below the 16 GiB"):
+        check("gpu", 20)
+    monkeypatch.setenv("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", "90")
+    check("gpu", 80)
 
 
 def test_what_was_asked_is_kept() -> None:

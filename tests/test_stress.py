@@ -47,13 +47,15 @@ def play(engine: Engine, reference: Engine, faults: Faults, seed: int) -> Player
 
 
 def preempted_equals_undisturbed(engine: Engine, reference: Engine, seeds: range) -> None:
-    num_stored = 0
+    num_restored = num_copied = 0
     for seed in seeds:
-        assert play(engine, reference, Faults(), seed).num_preemptions > 0, f"{seed=}"
-        num_stored += engine.runner.mover.num_stored
+        player = play(engine, reference, Faults(), seed)
+        assert player.num_preemptions > 0, f"{seed=}"
+        num_restored += player.num_restored
+        num_copied += player.num_copied
         if seed % 5 == 0:
             engine.reset_prefix_cache()
-    assert num_stored > 0
+    assert num_restored > 0 and num_copied > 0
 
 
 def test_preempted_equals_undisturbed(cramped: Engine, reference: Engine) -> None:
@@ -72,6 +74,7 @@ def disturbed(engine: Engine, reference: Engine, seeds: range) -> None:
     assert sum(p.num_preemptions for p in players) > len(seeds)
     assert sum(p.num_refused for p in players) > len(seeds) // 2
     assert sum(len(p.aborted) for p in players) and sum(len(p.failed) for p in players)
+    assert sum(p.num_restored for p in players) and sum(p.num_copied for p in players)
     errors = [r for p in players for r in p.requests if r.error is not None]
     assert errors and sum(len(p.requests) for p in players) > 2 * len(errors)
 

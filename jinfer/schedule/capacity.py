@@ -98,16 +98,40 @@ def token_buckets(
     return tuple(sorted(kept | set(droppable[num_surplus:])))
 
 
-def row_buckets(max_slots: int) -> tuple[int, ...]:
+def step_fills(buckets: Sequence[int], step_cost_tokens: int) -> tuple[int, ...]:
+    """Decides how many of n tokens a step computes, by n from 0 to the largest bucket.
+
+    All of them, or as many as a smaller bucket holds: whichever makes the steps for all n cheapest.
+    A step costs its bucket, padding included, and `step_cost_tokens`. So 140 tokens in buckets of
+    128 and 512 are 128 and then 12, where a step costs less than the padding that it saves.
+
+    Args:
+      buckets: step sizes with a program, ascending.
+      step_cost_tokens: what a step costs beside its tokens, as the number of tokens that take as
+        long: reading the weights, above all.
+    """
+    fills, costs = [0], [0]
+    for num_tokens in range(1, buckets[-1] + 1):
+        fitting = buckets[: bisect_left(buckets, num_tokens)]
+        choices = [(bucket_for(buckets, num_tokens), -num_tokens)]
+        choices += [(size + step_cost_tokens + costs[num_tokens - size], -size) for size in fitting]
+        cost, negative_fill = min(choices)  # of equal ones the fullest step
+        fills.append(-negative_fill)
+        costs.append(cost)
+    return tuple(fills)
+
+
+def row_buckets(max_slots: int, growth: int = _COARSE_GROWTH) -> tuple[int, ...]:
     """Decides the row counts B that get a program of several decode steps, ascending.
 
-    1, then from 8 on by four, and `max_slots`.
+    1, then from 8 on by `growth`, and `max_slots`. By four where a padding row costs next to
+    nothing beside the weights.
     """
     rows = {1, max_slots}
     size = 8
     while size < max_slots:
         rows.add(size)
-        size *= _COARSE_GROWTH
+        size *= growth
     return tuple(sorted(rows))
 
 

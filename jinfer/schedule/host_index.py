@@ -15,7 +15,8 @@ class HostIndex:
     used longest ago goes first, and pages are given up leaf first, so leaves go first here too.
 
     Moves are gathered while a plan is made and happen before its step: first pages are saved,
-    then restored, then forgotten. So a page may be saved, or forgotten, and restored by one plan.
+    then restored, then forgotten. So a page may be saved, restored and forgotten by one plan; but
+    one that is saved only to be forgotten does not move.
     """
 
     def __init__(self, num_pages: int, min_restored: int) -> None:
@@ -30,6 +31,7 @@ class HostIndex:
         self._keys: OrderedDict[PageKey, None] = OrderedDict()  # used longest ago first
         self._saves: list[PageSave] = []
         self._forgotten: dict[PageKey, None] = {}
+        self._restored: set[PageKey] = set()  # by the plan in the making
 
     def __len__(self) -> int:
         return len(self._keys)
@@ -55,17 +57,22 @@ class HostIndex:
         num_found = next((i for i, key in enumerate(keys) if key not in self._keys), len(keys))
         return list(keys[:num_found]) if num_found >= max(1, self._min_restored) else []
 
-    def touch(self, keys: Sequence[PageKey]) -> None:
-        """Marks pages as used now; the first of a prefix outlives the rest."""
+    def restore(self, keys: Sequence[PageKey]) -> None:
+        """Notes that a plan fetches pages; the first of a prefix outlives the rest."""
+        self._restored.update(keys)
         for key in reversed(keys):
             self._keys.move_to_end(key)
 
     def take_moves(self) -> tuple[tuple[PageSave, ...], tuple[PageKey, ...]]:
         """What was saved and what was forgotten since the last call."""
-        moves = tuple(self._saves), tuple(self._forgotten)
+        in_vain = {save.key for save in self._saves if save.key in self._forgotten}
+        in_vain -= self._restored
+        saves = tuple(save for save in self._saves if save.key not in in_vain)
+        forgotten = tuple(key for key in self._forgotten if key not in in_vain)
         self._saves.clear()
         self._forgotten.clear()
-        return moves
+        self._restored.clear()
+        return saves, forgotten
 
     def clear(self) -> None:
         """Forgets every page, also those that are still to be saved."""

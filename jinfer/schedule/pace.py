@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
-from jinfer.schedule.capacity import bucket_for
+from jinfer.schedule.capacity import bucket_for, step_fills
 from jinfer.schedule.step_times import StepTimes
 
 # Dispatches that an arriving prompt may have before it: the one that runs, and the one queued
@@ -34,7 +34,9 @@ class Pace:
        chance, while TPOT is a mean over many tokens, so here TTFT goes first. A prompt that comes
        too late in any case enlarges nothing.
     4. With a TTFT target, several decode steps in one dispatch take a quarter of it at most.
-    5. With a TTFT target, a prompt that can no longer be in time lets those go first that can: see
+    5. A prompt's end is left to the next step where two steps take less time than the padding; see
+       `step_fills`.
+    6. With a TTFT target, a prompt that can no longer be in time lets those go first that can: see
        `WaitingQueue`.
     """
 
@@ -44,6 +46,7 @@ class Pace:
         *,
         ttft_target_s: float | None = None,
         tpot_target_s: float | None = None,
+        step_cost_tokens: int | None = None,
     ) -> None:
         """Knows no step's time yet, and until it does limits nothing.
 
@@ -51,6 +54,7 @@ class Pace:
           sizes: tokens of the steps there are, ascending.
           ttft_target_s: from arrival to first token; None = no matter.
           tpot_target_s: between tokens, in the mean of a request; None = no matter.
+          step_cost_tokens: a step takes as long as its tokens and so many more; None = not known.
         """
         self.times = StepTimes()
         self.has_ttft_target = ttft_target_s is not None
@@ -58,6 +62,10 @@ class Pace:
         self._ttft_target_s = ttft_target_s
         self._tpot_target_s = tpot_target_s
         self._sizes = tuple(sizes)
+        # By number of tokens, how many of them a step computes.
+        self._fills: Seq[int] = range(self._sizes[-1] + 1)
+        if step_cost_tokens is not None:
+            self._fills = step_fills(self._sizes, step_cost_tokens)
 
     def deadline_s(self, arrival_s: float) -> float:
         """When the first token of a request is due; never, without a TTFT target."""
@@ -98,6 +106,10 @@ class Pace:
         candidates = [size for size in sizes if size >= chosen]
         num_in_time = [self._in_time(prompts, size, num_decodes, now_s) for size in candidates]
         return candidates[num_in_time.index(max(num_in_time))]
+
+    def fill(self, num_tokens: int) -> int:
+        """How many of a step's tokens it computes, so that it is not padded in vain."""
+        return self._fills[num_tokens]
 
     def most_steps(self, num_rows: int, max_steps: int) -> int:
         """Decode steps of one dispatch, at most `max_steps`, of so many rows."""

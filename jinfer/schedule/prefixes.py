@@ -10,6 +10,7 @@ from jinfer.schedule.page_pool import PagePool
 from jinfer.schedule.prefix_cache import PageKey, PrefixCache, page_key
 from jinfer.schedule.sequence import Sequence
 
+Coming = PageKey | tuple[int, bytes]  # a page's key, or a prompt's name
 _NEVER = sys.maxsize  # more pages than a sequence has
 
 
@@ -53,27 +54,28 @@ class Prefixes:
             num_tokens = sequence.num_prompt_tokens - 1
         return Found(num_tokens, pages, host_keys, source)
 
-    def is_coming(self, sequence: Sequence, found: Found, running: Iterable[Sequence]) -> bool:
+    def coming(self, running: Iterable[Sequence]) -> set[Coming]:
+        """Names what these are computing and nobody can read yet: prompts, and full pages."""
+        names: set[Coming] = set()
+        for sequence in running:
+            if sequence.num_scheduled < sequence.num_prompt_tokens:
+                names.add(_prompt_name(sequence))
+            num_pages = sequence.num_prompt_tokens // self._page_size
+            names.update(sequence.page_keys[sequence.num_published : num_pages])
+        return names
+
+    def is_coming(self, sequence: Sequence, found: Found, coming: set[Coming]) -> bool:
         """Whether another is computing what this one lacks first: then it can wait.
 
         Not for ever: a sequence that runs computes its prompt, or is preempted.
         """
         if not self._reads(sequence):
             return False
+        if found.num_tokens < sequence.num_prompt_tokens - 1 and _prompt_name(sequence) in coming:
+            return True
         keys = self._readable_keys(sequence)
         place = found.num_tokens // self._page_size
-        for other in running:
-            if found.num_tokens < sequence.num_prompt_tokens - 1 and _same_prompt(sequence, other):
-                if other.num_scheduled < other.num_prompt_tokens:
-                    return True
-            elif (
-                place < len(keys)
-                and place < len(other.page_keys)
-                and other.num_published <= place < other.num_prompt_tokens // self._page_size
-                and other.page_keys[place] == keys[place]
-            ):
-                return True
-        return False
+        return place < len(keys) and keys[place] in coming
 
     def publish(self, sequence: Sequence, num_tokens: int) -> None:
         """Names the full pages among the first `num_tokens` tokens, all of them known."""
@@ -116,11 +118,11 @@ class Prefixes:
             return None
         for other in running:
             # All of its prompt: what an earlier plan gave it, since this one does not count yet.
-            if _same_prompt(sequence, other) and other.num_scheduled > last:
+            if other.num_scheduled > last and _prompt_name(sequence) == _prompt_name(other):
                 return other.pages[last // self._page_size]
         return None
 
 
-def _same_prompt(one: Sequence, other: Sequence) -> bool:
+def _prompt_name(sequence: Sequence) -> tuple[int, bytes]:
     # The continuations of a request have one list, so nothing need be compared.
-    return one.prompt_ids is other.prompt_ids and one.root_key == other.root_key
+    return id(sequence.prompt_ids), sequence.root_key

@@ -11,7 +11,7 @@ from jinfer.schedule.host_index import HostIndex
 from jinfer.schedule.pace import Awaited, Pace
 from jinfer.schedule.page_pool import PagePool, pages_for
 from jinfer.schedule.plan import Chunk, PageCopy, PageRestore, PageWrite, StepPlan
-from jinfer.schedule.prefixes import Found, Prefixes
+from jinfer.schedule.prefixes import Coming, Found, Prefixes
 from jinfer.schedule.sequence import Sequence, Status
 from jinfer.schedule.waiting import WaitingQueue
 
@@ -108,6 +108,7 @@ class Scheduler:
         self._running: list[Sequence] = []  # in order of rank
         self._preempted: list[Sequence] = []  # and not yet told in a plan
         self._num_arrivals = 0
+        self.num_preemptions = 0  # since the start
 
     @property
     def has_work(self) -> bool:
@@ -167,6 +168,7 @@ class Scheduler:
         # What was just taken from one is not for another that came later.
         if len(self._preempted) == num_untold:
             self._admit_waiting(draft)
+        self._trim(draft)
         if not draft.chunks:
             in_flight = any(s.num_in_flight for s in (*self._running, *self._waiting))
             assert in_flight or not self.has_work, (
@@ -219,6 +221,23 @@ class Scheduler:
         deadline_s = math.inf if has_begun else self._pace.deadline_s(sequence.arrival_s)
         return Awaited(sequence.length - sequence.num_scheduled, deadline_s)
 
+    def _trim(self, draft: Draft) -> None:
+        """Leaves the end of prefills to the next step, where that saves more padding than it costs.
+
+        Every chunk keeps a token, so whoever is in the plan gets on.
+        """
+        chunks = draft.chunks
+        num_tokens = sum(chunk.num_tokens for chunk in chunks.values())
+        num_left_out = num_tokens - self._pace.fill(num_tokens)
+        if num_left_out > num_tokens - len(chunks):
+            return
+        for sequence, chunk in reversed(list(chunks.items())):  # the last in rank waits first
+            num_cut = min(num_left_out, chunk.num_tokens - 1)
+            if num_cut:
+                kept = chunk.num_tokens - num_cut
+                chunks[sequence] = self._cut_chunk(sequence, kept, chunk.num_readouts)
+                num_left_out -= num_cut
+
     def _prolong(self, draft: Draft, max_steps: int) -> None:
         """Lets a draft in which every row decodes go on for more steps, as far as pages are free.
 
@@ -246,7 +265,8 @@ class Scheduler:
 
     def _num_missing_pages(self, chunk: Chunk) -> int:
         num_tokens = chunk.stop + chunk.num_steps - 1
-        return pages_for(num_tokens, self._page_size) - len(chunk.sequence.pages)
+        # A chunk that was trimmed has left pages for what comes now.
+        return max(0, pages_for(num_tokens, self._page_size) - len(chunk.sequence.pages))
 
     def commit(self, chunk: Chunk, token_id: int | None) -> None:
         """Records that a chunk was computed and its token read; in the order of the plans.
@@ -286,8 +306,9 @@ class Scheduler:
         if not (self._waiting and self._free_slots):  # most steps of a long answer
             return
         num_spare_pages = self.num_free_pages - sum(map(self._num_pages_owed, self._running))
+        coming = self._prefixes.coming(self._running)
         while self._free_slots and draft.num_tokens_left and draft.num_readouts_left:
-            chosen = self._choose()
+            chosen = self._choose(coming)
             if chosen is None:
                 break
             sequence, found = chosen
@@ -300,10 +321,11 @@ class Scheduler:
             self._waiting.take(sequence)
             num_free = self.num_free_pages
             self._admit(sequence, found, draft)
+            coming |= self._prefixes.coming([sequence])
             num_spare_pages -= num_free - self.num_free_pages + self._num_pages_owed(sequence)
             self._schedule(sequence, draft.num_readouts_left, draft)
 
-    def _choose(self) -> tuple[Sequence, Found] | None:
+    def _choose(self, coming: set[Coming]) -> tuple[Sequence, Found] | None:
         """Who begins next: of those first in line, the one whose known prefix is longest.
 
         One whose prefix another is computing waits for it, and lets those behind it begin.
@@ -314,7 +336,7 @@ class Scheduler:
             if sequence.num_in_flight or (best and best[0].rank[:2] != sequence.rank[:2]):
                 break
             found = self._prefixes.find(sequence, self._running)
-            if not self._prefixes.is_coming(sequence, found, self._running):
+            if not self._prefixes.is_coming(sequence, found, coming):
                 if best is None or found.num_tokens > best[1].num_tokens:
                     best = sequence, found
             if sequence.is_due:
@@ -327,7 +349,7 @@ class Scheduler:
         sequence.slot = heapq.heappop(self._free_slots)
         draft.admitted.append(sequence)
         self._pool.share(found.pages)
-        self._host.touch(found.host_keys)
+        self._host.restore(found.host_keys)
         num_restored = len(found.host_keys)
         fresh = self._pool.allocate(num_restored + (found.source is not None))
         assert fresh is not None, f"admitted without pages: {sequence.request_id=}"
@@ -393,6 +415,7 @@ class Scheduler:
         sequence.status = Status.WAITING
         sequence.num_computed = sequence.num_scheduled = 0
         sequence.num_preemptions += 1
+        self.num_preemptions += 1
         self._waiting.add(sequence)
         self._preempted.append(sequence)
         return sequence

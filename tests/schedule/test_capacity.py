@@ -7,6 +7,7 @@ from jinfer.schedule.capacity import (
     bucket_for,
     plan_pages,
     row_buckets,
+    step_fills,
     token_buckets,
 )
 
@@ -120,6 +121,34 @@ def test_row_buckets() -> None:
     assert row_buckets(5) == (1, 5)
     assert row_buckets(32) == (1, 8, 32)
     assert row_buckets(256) == (1, 8, 32, 128, 256)
+    assert row_buckets(32, growth=2) == (1, 8, 16, 32)
+
+
+def test_a_step_is_not_padded_where_two_are_cheaper() -> None:
+    fills = step_fills((1, 8, 32, 128, 512), step_cost_tokens=32)
+    left_out = {n: fill for n, fill in enumerate(fills) if fill != n}
+    # 33 to 64 are 32 and at most 32 more; 129 to 392 are 128 up to three times, and 8 more.
+    assert left_out == {**dict.fromkeys(range(33, 65), 32), **dict.fromkeys(range(129, 393), 128)}
+    assert step_fills((1, 8, 32), step_cost_tokens=32) == tuple(range(33))  # too dear
+
+
+@pytest.mark.parametrize("step_cost_tokens", [0, 3, 50])
+def test_no_other_way_to_fill_steps_is_cheaper(step_cost_tokens: int) -> None:
+    buckets = (1, 4, 10, 24)
+
+    def cost(num_tokens: int) -> int:
+        fill = fills[num_tokens]
+        size = bucket_for(buckets, fill) + step_cost_tokens
+        return size + (cost(num_tokens - fill) if fill < num_tokens else 0)
+
+    fills = step_fills(buckets, step_cost_tokens)
+    assert len(fills) == 25 and fills[0] == 0
+    best = [0]
+    for num_tokens in range(1, 25):  # any split, not only at the sizes of buckets
+        firsts = range(1, num_tokens + 1)
+        ways = [bucket_for(buckets, n) + step_cost_tokens + best[num_tokens - n] for n in firsts]
+        best.append(min(ways))
+        assert cost(num_tokens) == best[num_tokens]
 
 
 def test_an_engine_with_default_buckets_has_at_most_sixteen_programs() -> None:
@@ -127,6 +156,7 @@ def test_an_engine_with_default_buckets_has_at_most_sixteen_programs() -> None:
         num_writers = 2 + 1  # of slots, and the copier of pages
         steps = token_buckets(max_step_tokens, max_slots)
         assert len(steps) + len(row_buckets(max_slots)) + num_writers <= 16
+    assert len(token_buckets(512, 32, growth=4)) + len(row_buckets(32, growth=2)) + 3 <= 12
 
 
 def test_a_step_smaller_than_the_slots() -> None:

@@ -26,6 +26,11 @@ def make_pace(**targets: float) -> Pace:
     return pace
 
 
+def test_a_step_is_filled_only_where_its_cost_is_known() -> None:
+    assert [Pace((1, 8, 32)).fill(n) for n in (1, 9, 32)] == [1, 9, 32]
+    assert [Pace((1, 8, 32), step_cost_tokens=2).fill(n) for n in (1, 9, 32)] == [1, 8, 32]
+
+
 def test_a_line_through_what_was_measured() -> None:
     times = StepTimes()
     assert times.predict(8) == 0.0

@@ -1,10 +1,12 @@
 """What the scheduler decides, case by case."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import pytest
 
 from jinfer.axes import Slot
+from jinfer.schedule.pace import Pace
 from jinfer.schedule.plan import PageCopy, PageWrite, StepPlan
 from jinfer.schedule.scheduler import Scheduler
 from jinfer.schedule.sequence import Sequence, Status
@@ -12,7 +14,7 @@ from jinfer.schedule.sequence import Sequence, Status
 LIMITS = dict(max_slots=4, max_step_tokens=16, page_size=4, num_pages=50, max_model_len=64)
 
 
-def make(**changes: int) -> Scheduler:
+def make(**changes: Any) -> Scheduler:
     return Scheduler(**{**LIMITS, **changes})
 
 
@@ -90,6 +92,27 @@ def test_decoding_first_then_prefills_then_the_waiting() -> None:
     assert rows(step, sequences) == [(0, 4, 5, True), (1, 12, 13, True), (2, 0, 4, True)]
     assert step.admitted == (c,)
     assert [s.slot for s in sequences] == [0, 1, 2]
+
+
+def test_a_step_leaves_out_what_would_only_be_padded() -> None:
+    scheduler = make(max_step_tokens=32, pace=Pace((1, 8, 32), step_cost_tokens=2))
+    a, b, c = sequences = add(scheduler, 1, 5, 4)
+    # 10 tokens are 8 and then 2: the last in rank is cut, with the pages it has.
+    assert rows(run_step(scheduler), sequences) == [
+        (0, 0, 1, True),
+        (1, 0, 5, True),
+        (2, 0, 2, False),
+    ]
+    assert len(c.pages) == 1 and c.num_computed == 2
+    step = run_step(scheduler)
+    assert rows(step, sequences) == [(0, 1, 2, True), (1, 5, 6, True), (2, 2, 4, True)]
+    assert step.page_writes == ()
+
+
+def test_a_step_of_decodes_alone_is_not_cut() -> None:
+    scheduler = make(max_slots=10, max_step_tokens=32, pace=Pace((1, 8, 32), step_cost_tokens=0))
+    add(scheduler, *[1] * 9)
+    assert run_step(scheduler).num_tokens == 9
 
 
 @pytest.mark.parametrize("max_chunk_tokens", [1, 7, 16, 64])
@@ -321,6 +344,7 @@ def test_one_preempted_to_no_avail_is_not_reported_later() -> None:
     scheduler.finish(a)
     step = plan(scheduler)
     assert (step.admitted, step.preempted) == ((b,), ())
+    assert scheduler.num_preemptions == 1  # but it is counted
 
 
 def test_an_abort_between_plan_and_commit() -> None:

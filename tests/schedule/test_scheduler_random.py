@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jinfer.schedule.pace import Pace
 from jinfer.schedule.page_pool import pages_for
 from jinfer.schedule.plan import Chunk, StepPlan
 from jinfer.schedule.scheduler import Scheduler
@@ -31,6 +32,7 @@ class Limits:
     max_model_len: int = 48
     max_readouts: int = 8
     max_chunk_tokens: int | None = None
+    pace: Pace | None = None  # one that trims steps
     prefix_caching: bool = False
     num_host_pages: int = 0
     min_restored_pages: int = 1
@@ -135,7 +137,7 @@ class Simulation:
         if running:
             assert min(running, key=rank) not in plan.preempted
         self.count_overtaken(waiting, plan)
-        if not plan.preempted and not self.limits.prefix_caching:
+        if not (plan.preempted or self.limits.prefix_caching or self.limits.pace):
             self.check_nobody_waits_for_nothing(plan)
         self.in_flight.append((plan, self.execute(plan)))
         self.check_ownership()
@@ -258,6 +260,8 @@ class Simulation:
         assert plan.num_tokens == sum(chunk.num_tokens for chunk in plan.chunks)
         assert plan.num_readouts == sum(len(chunk.readout_positions) for chunk in plan.chunks)
         assert plan.num_tokens <= limits.max_step_tokens
+        if limits.pace and len(plan.chunks) <= limits.pace.fill(plan.num_tokens):
+            assert plan.num_tokens == limits.pace.fill(plan.num_tokens)
         assert plan.num_readouts <= limits.max_readouts
         assert len({chunk.slot for chunk in plan.chunks}) == len(plan.chunks) <= limits.max_slots
         for chunk in plan.chunks:
@@ -307,7 +311,12 @@ class Simulation:
         assert len(set(pages)) + self.scheduler.num_free_pages == self.limits.num_pages - 1
         for s in running:
             assert s.slot is not None
-            assert len(s.pages) == pages_for(s.num_scheduled, self.limits.page_size)
+            num_pages = pages_for(s.num_scheduled, self.limits.page_size)
+            # Where steps are trimmed, a chunk's pages may be there before it.
+            if self.limits.pace:
+                assert num_pages <= len(s.pages) <= pages_for(s.length, self.limits.page_size)
+            else:
+                assert len(s.pages) == num_pages
             assert s.pages == [self.table[s.slot][i] for i in range(len(s.pages))]
             assert s.num_computed <= s.num_scheduled <= s.length <= s.max_length
         for s in self.sequences[-40:]:
@@ -367,6 +376,7 @@ CASES = {
     "tight_pages_of_1": Limits(num_pages=60, page_size=1, max_chunk_tokens=16),
     "smallest_step": Limits(num_pages=20, max_step_tokens=8),
     "one_slot": Limits(max_slots=1, num_pages=13, max_readouts=1),
+    "trimmed_steps": Limits(num_pages=20, pace=Pace((1, 8, 20, 32), step_cost_tokens=2)),
     "many_readouts": Limits(num_pages=30, max_readouts=64, max_chunk_tokens=64, max_step_tokens=64),
 }
 
@@ -441,17 +451,21 @@ def test_random_requests_of_several_priorities(name: str, prefix_caching: bool) 
     num_more_pages=st.integers(0, 10),
     num_more_readouts=st.integers(0, 10),
     max_chunk_tokens=st.one_of(st.none(), st.integers(1, 20)),
+    step_cost_tokens=st.one_of(st.none(), st.integers(0, 4)),
     depth=st.integers(0, 3),
     seed=st.integers(0, 10_000),
 )
 @settings(max_examples=60, deadline=None, derandomize=True, database=None)
 def test_any_limits(
     *, order, max_steps, max_slots, num_more_tokens, page_size, num_more_pages, num_more_readouts,
-    max_chunk_tokens, depth, seed,
+    max_chunk_tokens, step_cost_tokens, depth, seed,
 ) -> None:  # fmt: skip
+    max_step_tokens = max_slots + num_more_tokens
+    buckets = sorted({1, max_slots, max_step_tokens})
     limits = Limits(
         max_slots=max_slots,
-        max_step_tokens=max_slots + num_more_tokens,
+        max_step_tokens=max_step_tokens,
+        pace=Pace(buckets, step_cost_tokens=step_cost_tokens),
         page_size=page_size,
         num_pages=1 + pages_for(24, page_size) + num_more_pages,
         max_model_len=24,

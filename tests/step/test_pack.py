@@ -35,6 +35,7 @@ def shape_of(num_tokens: int, max_slots: int, page_size: int) -> BucketShape:
         num_host_pages=0,
         pages_per_slot=50,
         token_buckets=(num_tokens,),
+        step_cost_tokens=0,
         decode_buckets=(),
         max_decode_steps=1,
         max_logprobs=1,
