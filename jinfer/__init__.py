@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jinfer.async_llm import AsyncLLM
+    from jinfer.config_file import read_config
     from jinfer.errors import CheckpointError, RequestError
     from jinfer.llm import LLM
     from jinfer.request.output import CompletionOutput, Logprob, RequestMetrics, RequestOutput
@@ -21,6 +22,7 @@ __all__ = [
     "RequestMetrics",
     "RequestOutput",
     "SamplingParams",
+    "read_config",
 ]
 
 _HOMES = {
@@ -33,6 +35,7 @@ _HOMES = {
     "RequestMetrics": "jinfer.request.output",
     "RequestOutput": "jinfer.request.output",
     "SamplingParams": "jinfer.request.params",
+    "read_config": "jinfer.config_file",
 }
 
 

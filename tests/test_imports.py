@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # A part of the package imports itself and earlier layers, never its neighbours in a layer.
 LAYERS = (
     {"axes", "chips", "config", "errors", "shipped", "vllm_arguments"},
+    {"config_file"},
     {"request", "parallel"},
     {"models"},
     {"schedule", "weights"},

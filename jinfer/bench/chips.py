@@ -52,16 +52,28 @@ def describe(name: str) -> tuple[Any, float]:
       ValueError: the compiler for that kind of chip is not installed.
     """
     chip = chip_named(name)
-    if chip.platform == "gpu":
-        options = {"target_config": _target_config(name), "topology": "1x1x1"}
-        devices = _devices("", "cuda", 'pip install "jinfer[cuda13]"', **options)
-    else:
-        # Else the compiler asks the cloud what machine this is, and locks it for one process.
-        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-        os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "true")
-        os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-        devices = _devices(chip.topology, "tpu", 'pip install "jinfer[tpu]"')
+    devices = describe_slice(name, "1x1x1" if chip.platform == "gpu" else chip.topology)
     return devices[0], chip.num_chips / len(devices)
+
+
+def describe_slice(name: str, topology: str) -> list[Any]:
+    """The devices of several connected chips of one kind, to compile for.
+
+    Args:
+      name: one of CHIPS.
+      topology: of TPUs such as "v6e:2x4"; of GPUs "PARTITIONSxHOSTSxDEVICES", such as "1x1x8".
+
+    Raises:
+      ValueError: the compiler for that kind of chip is not installed.
+    """
+    if chip_named(name).platform == "gpu":
+        options = {"target_config": _target_config(name), "topology": topology}
+        return _devices("", "cuda", 'pip install "jinfer[cuda13]"', **options)
+    # Else the compiler asks the cloud what machine this is, and locks it for one process.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "true")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    return _devices(topology, "tpu", 'pip install "jinfer[tpu]"')
 
 
 def _devices(name: str, platform: str, remedy: str, **options: str) -> list[Any]:

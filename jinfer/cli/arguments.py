@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 from jinfer import __version__
 from jinfer.cli.bench_arguments import add_bench
 from jinfer.config import EngineConfig
+from jinfer.config_file import read_config
 from jinfer.request.params import SamplingParams
 from jinfer.shipped import DEFAULT_MODEL
 
@@ -63,6 +64,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         near = difflib.get_close_matches(unknown[0].split("=")[0], command._option_string_actions)
         hint = f"Did you mean {near[0]}?" if near else f"See `{command.prog} --help`."
         raise ValueError(f"there is no such flag; got {unknown[0]}. {hint}")
+    if "config" in args:
+        for name, value in read_config(args.config).items():
+            place = "engine_seed" if name == "seed" else name
+            if place not in args:  # what was written on the line counts
+                setattr(args, place, value)
+    args.model = getattr(args, "model", DEFAULT_MODEL)
     return args
 
 
@@ -183,7 +190,7 @@ def _add_convert(parser: _Parser) -> None:
 def _add_model(parser: _Parser) -> None:
     parser.add_argument(
         "--model",
-        default=DEFAULT_MODEL,
+        default=argparse.SUPPRESS,
         metavar="MODEL",
         help=f"a folder, a hub name org/name, or a shipped model (default: {DEFAULT_MODEL})",
     )
@@ -239,6 +246,7 @@ def _add_engine(parser: _Parser) -> None:
         _add, parser.add_argument_group("engine", "What is not given is decided by the hardware.")
     )
     count = {"type": int, "metavar": "N"}
+    add("config", metavar="FILE", help="take arguments from a YAML file; those written here win")
     add("tensor_parallel_size", **count, help="chips that share one model")
     add("data_parallel_size", **count, help="replicas of the model, each on chips of its own")
     add("max_model_len", **count, help="tokens of prompt and output together")
