@@ -15,6 +15,7 @@ from jinfer.dispatched import Dispatched, Observer
 from jinfer.errors import RequestError
 from jinfer.metrics import EngineMetrics, Load, MetricsSnapshot
 from jinfer.model_runner import free_arrays
+from jinfer.multi_host import load_everywhere
 from jinfer.pacing import Pacing
 from jinfer.request.params import SamplingParams, check_priority
 from jinfer.request.prompt import Prompt, check_prompt_ids
@@ -25,7 +26,6 @@ from jinfer.schedule.plan import Chunk
 from jinfer.schedule.prefix_cache import root_key
 from jinfer.schedule.scheduler import Scheduler
 from jinfer.schedule.sequence import Sequence, Status
-from jinfer.startup import load
 from jinfer.step.admission import check_row, sampling_row
 from jinfer.step.batch import StepOutput
 from jinfer.step.pack import BucketShape, DecodeShape, pack, pack_decode
@@ -51,18 +51,17 @@ class Engine:
         devices: Seq[Device] | None = None,
         metrics: EngineMetrics | None = None,
     ) -> None:
-        """Loads and compiles everything; see `jinfer.startup.load` for what it raises.
+        """Loads and compiles everything; `jinfer.multi_host.load_everywhere` has what it raises.
 
         Args:
           config: what the user asks.
           devices: those it runs on; None = the first ones.
           metrics: where it counts what it does; None = for itself.
         """
-        loaded = load(config, devices)
+        loaded, self.runner = load_everywhere(config, devices)
         self.config = config
         self.model, self.plan = loaded.model, loaded.plan
         self.tokenizer, self.defaults = loaded.tokenizer, loaded.defaults
-        self.runner = loaded.runner
         self._shapes = {size: BucketShape.of(size, self.plan) for size in self.plan.token_buckets}
         self._decode_shapes = {n: DecodeShape.of(n, self.plan) for n in self.plan.decode_buckets}
         self._guard = CompileGuard(config.late_compile)

@@ -1,7 +1,7 @@
 """Everything an engine holds on its devices, behind calls that take values of the host only."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -16,12 +16,40 @@ from jinfer.step.sampler import SamplingState
 from jinfer.step.slots import SlotState
 
 
-class ModelRunner:
-    """Parameters, pages, slots and programs of one model. Every call dispatches and returns.
+class Runner(Protocol):
+    """What an engine asks of whoever holds its model. Every call dispatches and returns.
 
     What a call takes is numpy arrays, names and plain numbers, never a value of the device: so the
     same calls, made in the same order by another process, do the same there.
     """
+
+    def run(self, name: str, batch: StepBatch | DecodeBatch) -> StepOutput | DecodeOutput:
+        """Dispatches one of the programs that step; returns its output, which may not be ready."""
+        ...
+
+    def write_slots(
+        self, slot_A: np.ndarray, rows: SamplingState, page_table_AM: np.ndarray
+    ) -> None:
+        """Admits sequences; see `jinfer.step.slots.write_slots`."""
+
+    def restore_counts(self, slot: int, token_J: np.ndarray) -> None:
+        """Counts outputs of a slot's sequence; see `jinfer.step.slots.restore_counts`."""
+
+    def move_pages(
+        self,
+        saves: Sequence[PageSave],
+        restores: Sequence[PageRestore],
+        forgotten: Sequence[PageKey],
+        copies: Sequence[PageCopy],
+    ) -> None:
+        """Carries out the page moves of one plan, in this order."""
+
+    def close(self) -> None:
+        """Frees everything on the devices, and the pages in host memory. Idempotent."""
+
+
+class ModelRunner:
+    """Parameters, pages, slots and programs of one model, as far as this process holds them."""
 
     def __init__(
         self,
@@ -38,7 +66,6 @@ class ModelRunner:
         self.mover = mover
 
     def run(self, name: str, batch: StepBatch | DecodeBatch) -> StepOutput | DecodeOutput:
-        """Dispatches one of the programs that step; returns its output, which may not be ready."""
         self.pages, self.slots, output = self.programs[name](
             self.params, self.pages, self.slots, batch
         )
@@ -47,11 +74,9 @@ class ModelRunner:
     def write_slots(
         self, slot_A: np.ndarray, rows: SamplingState, page_table_AM: np.ndarray
     ) -> None:
-        """Admits sequences; see `jinfer.step.slots.write_slots`."""
         self.slots = self.programs["write_slots"](self.slots, slot_A, rows, page_table_AM)
 
     def restore_counts(self, slot: int, token_J: np.ndarray) -> None:
-        """Counts outputs of a slot's sequence; see `jinfer.step.slots.restore_counts`."""
         self.slots = self.programs["restore_counts"](self.slots, np.int32(slot), token_J)
 
     def move_pages(
@@ -61,7 +86,6 @@ class ModelRunner:
         forgotten: Sequence[PageKey],
         copies: Sequence[PageCopy],
     ) -> None:
-        """Carries out the page moves of one plan, in this order."""
         self.pages = self.mover.apply(self.pages, saves, restores, forgotten, copies)
 
     def time_restore(self) -> float:
@@ -70,7 +94,6 @@ class ModelRunner:
         return elapsed_s
 
     def close(self) -> None:
-        """Frees everything on the devices, and the pages in host memory. Idempotent."""
         free_arrays(self.params, self.pages, self.slots)
         self.params = self.pages = self.slots = None
         self.programs = {}

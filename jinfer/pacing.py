@@ -7,7 +7,7 @@ import jax
 
 from jinfer.config import EngineConfig
 from jinfer.dispatched import Dispatched
-from jinfer.model_runner import ModelRunner
+from jinfer.model_runner import Runner
 from jinfer.schedule.pace import Pace
 from jinfer.step.pack import BucketShape
 
@@ -24,7 +24,7 @@ class Pacing:
         self.pace = Pace(sizes, ttft_target_s=ttft_s, tpot_target_s=tpot_s)
         self._read_s = 0.0  # of `time.monotonic()`, when the last dispatch was read
 
-    def time_steps(self, runner: ModelRunner, shapes: Mapping[int, BucketShape]) -> None:
+    def time_steps(self, runner: Runner, shapes: Mapping[int, BucketShape]) -> None:
         """Where there are targets, runs each step, so that the first request is paced already.
 
         On padding alone: matrix products do not care, attention has nothing to do.

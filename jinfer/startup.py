@@ -18,6 +18,7 @@ from jinfer.config import EngineConfig, EnginePlan, GenerationDefaults, ModelCon
 from jinfer.model_runner import ModelRunner, free_arrays
 from jinfer.models.decoder import Decoder, Params
 from jinfer.page_mover import PageMover
+from jinfer.parallel.distributed import gather
 from jinfer.parallel.mesh import make_mesh
 from jinfer.parallel.sharding import Placement
 from jinfer.parallel.shares import chip_share, held_model
@@ -96,8 +97,10 @@ def load(config: EngineConfig, devices: Sequence[jax.Device] | None = None) -> L
     # Devices are touched last: what the files show to be wrong is told at once.
     platform = platform_of(jax.devices()[0])
     placement = Placement(make_mesh(devices or jax.devices(), config.tensor_parallel_size))
+    _require_every_process(placement)
     held = held_model(model, config.tensor_parallel_size)
-    free_bytes = free_bytes_each(placement.local_devices)
+    # What is measured here may be more elsewhere, or less; the plan has to be the same.
+    free_bytes = min(map(int, gather("free bytes", str(free_bytes_each(placement.local_devices)))))
     plan = resolve_plan(
         config,
         model,
@@ -121,6 +124,7 @@ def load(config: EngineConfig, devices: Sequence[jax.Device] | None = None) -> L
         try:
             compiled, report = compiling.result()
             say(report)
+            _require_same_plan(gather("plan", repr(plan)))  # and all are here, for collectives
             pages, slots = allocate_pages(state.pages), allocate_slots(plan, state.slots)
             runner = ModelRunner(
                 params=params,
@@ -205,6 +209,26 @@ def _empty_slots(plan: EnginePlan) -> SlotState:
     return empty_slots(
         max_slots=plan.max_slots, pages_per_slot=plan.pages_per_slot, vocab_size=plan.vocab_size
     )
+
+
+def _require_every_process(placement: Placement) -> None:
+    used = {device.process_index for device in placement.devices}
+    idle = sorted(set(range(jax.process_count())) - used)
+    if idle:
+        raise ValueError(
+            "every process needs a device of the model; got tensor_parallel_size="
+            f"{placement.mesh.size}, which leaves none to processes {idle}. Raise it to the "
+            f"{jax.device_count()} devices of all processes, or start fewer."
+        )
+
+
+def _require_same_plan(plans: Sequence[str]) -> None:
+    for process_id, plan in enumerate(plans):
+        if plan != plans[0]:
+            raise ValueError(
+                f"every process must come to the same plan; got {plan} in process {process_id} and "
+                f"{plans[0]} in process 0. Run the same version on hosts of one kind."
+            )
 
 
 def _room_beside_weights(

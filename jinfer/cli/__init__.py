@@ -5,9 +5,10 @@ import os
 import signal
 import sys
 import warnings
+from argparse import Namespace
 from collections.abc import Sequence
 
-from jinfer.cli.arguments import parse
+from jinfer.cli.arguments import parse, processes_args
 
 # What a shell reports for a program that a signal ended.
 INTERRUPTED = 128 + signal.SIGINT
@@ -21,12 +22,14 @@ def main(argv: Sequence[str] | None = None) -> int:
       argv: the words after `jinfer`; None = those of this process.
 
     Raises:
-      SystemExit: after --help and --version.
+      SystemExit: after --help and --version; and of several processes in all but process 0, when
+        that one has ended.
     """
     try:
         args = parse(argv)
         with warnings.catch_warnings():
             warnings.showwarning = _tell_warning
+            _join_hosts(args)
             status = _command(args.command)(args)
         sys.stdout.flush()
         return status
@@ -42,6 +45,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         if "Unable to initialize backend" in str(error):  # JAX_PLATFORMS asks for what is not here
             return _refused(error)
         raise
+
+
+def _join_hosts(args: Namespace) -> None:
+    """Where several hosts were asked for, finds the others; all but process 0 serve it from here."""
+    given = processes_args(args)
+    if not given:
+        return
+    from jinfer.multi_host import follow
+    from jinfer.parallel.distributed import initialize, processes
+    from jinfer.parallel.processes import Follower
+
+    if given["coordinator_address"] == "auto":
+        del given["coordinator_address"]
+    initialize(**given)
+    here = processes()
+    if isinstance(here, Follower):
+        follow(here)
 
 
 def _command(name: str):

@@ -83,6 +83,18 @@ def engine_args(args: argparse.Namespace) -> dict[str, Any]:
     return {**given, "progress": not args.quiet}
 
 
+def processes_args(args: argparse.Namespace) -> dict[str, Any]:
+    """What was written of several hosts, as keywords of `jinfer.parallel.distributed.initialize`."""
+    names = ("coordinator_address", "num_processes", "process_id")
+    given = {name: getattr(args, name) for name in names if name in args}
+    if given and "coordinator_address" not in given:
+        raise ValueError(
+            "several hosts need --coordinator-address; got none. Name the host of process 0 and a "
+            "port, or write auto on a TPU pod."
+        )
+    return given
+
+
 def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     formatter = partial(argparse.RawDescriptionHelpFormatter, max_help_position=30)
     parser = _Parser(
@@ -259,6 +271,17 @@ def _add_engine(parser: _Parser) -> None:
     add("attention", metavar="NAME", help="implementation of paged attention")
     add("compilation_cache", metavar="FOLDER", help="where compiled programs are kept")
     add("late_compile", metavar="NAME", help="warn or error, if anything compiles late")
+    add = partial(
+        _add,
+        parser.add_argument_group("several hosts", "The same command on each; process 0 prints."),
+    )
+    add(
+        "coordinator_address",
+        metavar="HOST:PORT",
+        help="of process 0; auto on a TPU pod and under Slurm or Open MPI, without the next two",
+    )
+    add("num_processes", **count, help="of all hosts together")
+    add("process_id", **count, help="of this process, from 0 on")
 
 
 def _add(group: Any, name: str, *, off: bool = False, **settings: Any) -> None:
