@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _join_hosts(args: Namespace) -> None:
-    """Where several hosts were asked for, finds the others; all but process 0 serve it from here."""
+    """Finds the other hosts, if there are said to be some; all but process 0 serve from here on."""
     given = processes_args(args)
     if not given:
         return

@@ -84,7 +84,7 @@ def engine_args(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def processes_args(args: argparse.Namespace) -> dict[str, Any]:
-    """What was written of several hosts, as keywords of `jinfer.parallel.distributed.initialize`."""
+    """What was written of several hosts, as keywords of `initialize`."""
     names = ("coordinator_address", "num_processes", "process_id")
     given = {name: getattr(args, name) for name in names if name in args}
     if given and "coordinator_address" not in given:
