@@ -34,7 +34,7 @@ def load_everywhere(
 
     Args:
       config: what the user asks.
-      devices: of a replica in a run of one process; None = the first of all.
+      devices: those of this replica, where there is one process only; None = the first of all.
 
     Returns:
       What start-up made here, and what runs it in all of them.
@@ -47,6 +47,7 @@ def load_everywhere(
     if these is None:
         loaded = load(config, devices)
         return loaded, loaded.runner
+    assert devices is None, "a replica with devices of its own, among several processes"
     if isinstance(these, Follower):
         follow(these, config)
     number = next(these.numbers)
