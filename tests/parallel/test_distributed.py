@@ -59,7 +59,7 @@ def asked_jobs() -> list[tuple[list[int], dict[str, Any]]]:
         {"temperature": 1, "seed": 3, "top_k": 20},
         {"temperature": 0},
     ]
-    return [(random_prompt(rng, 3, 30), common | params) for params in chosen]
+    return [(random_prompt(rng, 20, 40), common | params) for params in chosen]
 
 
 @contextmanager
@@ -94,9 +94,10 @@ def run(
 
 def check_same_tokens(
     model: Path, engine: dict[str, Any], *, num_processes: int, devices_each: int, num_engines: int
-) -> None:
+) -> list[int]:
+    """Returns how many pages each engine brought back from host memory."""
     sizes = {"num_processes": num_processes, "devices_each": devices_each}
-    with run(model, engine, **sizes, num_engines=num_engines, forever=False) as processes:
+    with run(model, engine, **sizes, num_engines=num_engines, num_rounds=2) as processes:
         told = [process.communicate(timeout=MOST_S) for process in processes]
     assert [process.returncode for process in processes] == [0] * num_processes, told
     assert all("[[" not in out for out, _ in told[1:])  # the script goes on in process 0 only
@@ -105,7 +106,9 @@ def check_same_tokens(
     jobs = [(prompt_ids, SamplingParams(**chosen)) for prompt_ids, chosen in asked_jobs()]
     want = [tokens_of(output)[0] for output in run_jobs(alone, jobs)]
     alone.close()
-    assert got == [want] * num_engines
+    assert got == [want] * 2 * num_engines
+    lines = told[0][0].splitlines()
+    return [int(line.split()[1]) for line in lines if line.startswith("fetched")]
 
 
 def test_two_processes_give_the_tokens_of_one(checkpoint: Path) -> None:
@@ -116,13 +119,14 @@ def test_two_processes_give_the_tokens_of_one(checkpoint: Path) -> None:
 @pytest.mark.slow
 def test_four_processes_give_the_tokens_of_one_twice(checkpoint: Path) -> None:
     sizes = {"num_processes": 4, "devices_each": 1, "num_engines": 2}
-    check_same_tokens(checkpoint, CRAMPED, **sizes)
+    num_fetched = check_same_tokens(checkpoint, CRAMPED, **sizes)
+    assert len(num_fetched) == 2 and min(num_fetched) > 0
 
 
 @pytest.mark.parametrize(("num_processes", "killed"), [(2, 0), (3, 2)], ids=["leader", "follower"])
 def test_a_death_ends_the_others(checkpoint: Path, num_processes: int, killed: int) -> None:
     sizes = {"num_processes": num_processes, "devices_each": 1, "num_engines": 1}
-    with run(checkpoint, ONE_SLOT, **sizes, forever=True) as processes:
+    with run(checkpoint, ONE_SLOT, **sizes, num_rounds=1_000_000) as processes:
         wait_until_it_answers(processes)
         processes[killed].send_signal(signal.SIGKILL)
         start_s = time.monotonic()
