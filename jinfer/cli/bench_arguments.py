@@ -33,7 +33,9 @@ or as a trace says, and every token is wanted as it comes.
 """
 _STARTUP = """\
 From the command to the first token, in processes of their own: cold, with an empty folder for
-compiled programs, and warm, with what the first left there.
+compiled programs, and warm, with what the first left there. With --target nothing runs: the
+programs of the engine are compiled for that chip, which need not be here, and found again in the
+persistent cache.
 """
 _WORKLOADS = ("fixed", "sharegpt", "trace", "shared-prefix")
 
@@ -148,6 +150,8 @@ def _add_serve(parser: Any) -> None:
 
 def _add_startup(parser: Any) -> None:
     _add_model(parser)
+    said = "only compile, for v6e, h200, ... without the chip"
+    _flag(parser, "target", metavar="CHIP", help=said)
 
 
 def _add_kernels(parser: Any) -> None:

@@ -1,12 +1,19 @@
 """`jinfer bench startup`."""
 
 from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 from jinfer.bench.machine import machine_line, versions
+from jinfer.bench.models import model_arguments
 from jinfer.bench.startup import measure_startup, startup_text
+from jinfer.bench.startup_ahead import ahead_text, measure_ahead
 from jinfer.cli.arguments import engine_args
 from jinfer.cli.screen import note, show
+from jinfer.config import EngineConfig
+from jinfer.shipped import find_shipped
+from jinfer.weights.hub import resolve_model
 
 
 def run(args: Namespace) -> dict[str, Any]:
@@ -16,9 +23,35 @@ def run(args: Namespace) -> dict[str, Any]:
             "startup makes a folder of its own to be cold; got "
             f"--compilation-cache {args.compilation_cache}. Leave it out."
         )
-    figures = measure_startup(
-        args.model, engine_args(args), (lambda said: None) if args.quiet else note
-    )
+    say = (lambda said: None) if args.quiet else note
+    if args.target is not None:
+        return _ahead(args, say)
+    figures = measure_startup(args.model, engine_args(args), say)
     # The device belonged to the starts; this process never opens it.
     show(f"{machine_line(with_device=False)}\n{args.model}\n\n{startup_text(figures)}\n")
     return {"benchmark": "startup", "model": args.model, **versions(), **figures}
+
+
+def _ahead(args: Namespace, say: Callable[[str], object]) -> dict[str, Any]:
+    with model_arguments(args.model) as keywords:
+        name = keywords["model"]
+        folder = find_shipped(name) or resolve_model(name)
+        config = EngineConfig(**{**keywords, **engine_args(args)})
+        plan, figures = measure_ahead(args.target, config, folder, say)
+    show(f"{machine_line(with_device=False)}\n{args.model} for {args.target}: ")
+    show(f"{plan.max_slots} slots, {plan.attention} attention, {plan.layer_loop} layers\n\n")
+    show(f"{ahead_text(figures)}\n{_NOTES}")
+    told = {name: asdict(each) for name, each in figures.items()}
+    return {
+        "benchmark": "startup",
+        "model": args.model,
+        "target": args.target,
+        **versions(),
+        **told,
+    }
+
+
+_NOTES = """
+cold: traced and compiled, one program on each processor at a time. warm: traced, and the program
+found in the persistent cache and read; to load it takes the chip, which is not here.
+"""

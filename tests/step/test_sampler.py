@@ -382,3 +382,10 @@ def test_unpack_reads_what_the_host_packed(vocab: int) -> None:
     flag_V = np.random.default_rng(vocab).random(vocab) < 0.5
     bits_W = masks.pack_bits(np.flatnonzero(flag_V), vocab)
     np.testing.assert_array_equal(unpack_bits(jnp.asarray(bits_W)[None], vocab)[0], flag_V)
+
+
+def test_rows_taken_in_turn_are_those_that_a_gather_takes() -> None:
+    all_AV = jnp.arange(5 * 7, dtype=jnp.int32).reshape(5, 7)
+    slot_R = jnp.array([4, 0, 0, 3])
+    rows_RV = sampler._rows_in_turn(all_AV, slot_R)
+    np.testing.assert_array_equal(rows_RV, all_AV[slot_R])
