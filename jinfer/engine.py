@@ -196,15 +196,10 @@ class Engine:
         request = self._requests.get(request_id)
         if request is None:
             return None
-        unfinished = request.unfinished
-        for continuation in unfinished:
+        for continuation in request.unfinished:
             self._release(continuation)
         self._retire(request)
-        try:
-            for continuation in unfinished:
-                continuation.abort()
-        except Exception as error:  # in its last piece of text: it is over in any case
-            request.fail(error)
+        request.abort()
         return request
 
     def step(self) -> list[RunningRequest]:

@@ -71,7 +71,12 @@ def follow(follower: Follower, own: EngineConfig | None = None) -> NoReturn:
     runners: dict[int, Any] = {}
     unread: deque[Any] = deque()
     try:
-        for number, method, args in follower.calls():
+        for call in follower.calls():
+            if call is None:  # the leader waits for what this process may have failed to compute
+                jax.block_until_ready(unread)
+                unread.clear()
+                continue
+            number, method, args = call
             if method == "load":
                 if number == 0 and own is not None:
                     _require_same(own, *args)

@@ -1,7 +1,10 @@
 """Several engines with the same model on chips of their own, fed from one queue."""
 
+import time
 from bisect import insort
+from collections import deque
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import NamedTuple
 
 import jax
@@ -13,7 +16,10 @@ from jinfer.metrics import EngineMetrics, Load, MetricsSnapshot
 from jinfer.parallel.mesh import split_devices
 from jinfer.request.params import SamplingParams
 from jinfer.request.prompt import Prompt
+from jinfer.request.stop import Finish
+from jinfer.resolve import check_host_tier, platform_of
 from jinfer.running import RunningRequest
+from jinfer.schedule.scheduler import MAX_OVERTAKEN
 
 # Sequences that wait in a replica already: enough to fill the slots that a turn frees, and so few
 # that none stays behind a busy replica while another has nothing to do.
@@ -40,17 +46,26 @@ class Replicas:
             data_parallel_size=config.data_parallel_size,
             tensor_parallel_size=config.tensor_parallel_size,
         )
+        check_host_tier(config, platform_of(groups[0][0]))  # of all replicas together
         self._metrics = EngineMetrics()
         self._queue: list[_Entry] = []  # in order
         self._entry_of: dict[str, _Entry] = {}
+        self._arrivals: deque[_Entry] = deque()  # in that order, those among them that have left
+        self._num_overtaken = 0  # how often the first of those that wait was passed over
         self._home: dict[str, Engine] = {}  # of each request that has left the queue
         self._num_added = self._num_seeds_drawn = 0
         self.engines: list[Engine] = []
+        own = config
+        if config.kv_offloading_size:
+            share = config.kv_offloading_size / config.data_parallel_size
+            own = replace(own, kv_offloading_size=share)
         with ExitStack() as on_failure:
             for devices in groups:
-                engine = Engine(config, devices=devices, metrics=self._metrics)
+                engine = Engine(own, devices=devices, metrics=self._metrics)
                 on_failure.callback(engine.close)
                 self.engines.append(engine)
+                # What fits decides it for the first one; a request fits all or none.
+                own = replace(own, max_model_len=engine.plan.max_model_len)
             on_failure.pop_all()
         first = self.engines[0]
         self.config, self.model, self.plan = config, first.model, first.plan
@@ -96,12 +111,19 @@ class Replicas:
         entry = _Entry(request.priority, self._num_added, request)
         insort(self._queue, entry)
         self._entry_of[request.request_id] = entry
+        self._arrivals.append(entry)
 
     def abort(self, request_id: str) -> RunningRequest | None:
         """As `Engine.abort`."""
-        if entry := self._entry_of.get(request_id):
+        if entry := self._entry_of.pop(request_id, None):
             self._queue.remove(entry)
-            self._hand_over(entry, self.engines[0])  # which ends it in its way
+            metrics = entry.request.metrics
+            metrics.finished_time = time.monotonic()
+            self._metrics.finished(
+                str(Finish.ABORT), e2e_s=metrics.finished_time - metrics.arrival_time, tpot_s=None
+            )
+            entry.request.abort()
+            return entry.request
         engine = self._home.pop(request_id, None)
         return None if engine is None else engine.abort(request_id)
 
@@ -124,10 +146,11 @@ class Replicas:
 
     def close(self) -> None:
         """As `Engine.close`; what still waits is aborted too."""
-        for request_id in list(self._entry_of):
-            self.abort(request_id)
-        for engine in self.engines:
-            engine.close()
+        with ExitStack() as closing:  # each of them, whatever one raises
+            for engine in self.engines:
+                closing.callback(engine.close)
+            for request_id in list(self._entry_of):
+                self.abort(request_id)
 
     def _feed(self) -> None:
         """Hands the first of the queue to the least busy replica, while one has room."""
@@ -135,7 +158,19 @@ class Replicas:
             engine = min(self.engines, key=_num_sequences)
             if _num_sequences(engine) >= self.plan.max_slots + NUM_AHEAD:
                 return
-            self._hand_over(self._queue.pop(0), engine)
+            self._hand_over(self._take(), engine)
+
+    def _take(self) -> "_Entry":
+        """The first of the queue; or the oldest, once it was overtaken too often."""
+        while self._entry_of.get(self._arrivals[0].request.request_id) is not self._arrivals[0]:
+            self._arrivals.popleft()
+            self._num_overtaken = 0
+        oldest, first = self._arrivals[0], self._queue[0]
+        if first is not oldest and self._num_overtaken == MAX_OVERTAKEN:
+            first = oldest
+        self._num_overtaken += first is not oldest
+        self._queue.remove(first)
+        return first
 
     def _hand_over(self, entry: "_Entry", engine: Engine) -> None:
         engine.add(entry.request)

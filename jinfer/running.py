@@ -83,6 +83,14 @@ class RunningRequest:
     def unfinished(self) -> list["Continuation"]:
         return [c for c in self.continuations if c.finish is None]
 
+    def abort(self) -> None:
+        """Ends the request where it stands; its output so far remains."""
+        try:
+            for continuation in self.unfinished:
+                continuation.abort()
+        except Exception as error:  # in its last piece of text: it is over in any case
+            self.fail(error)
+
     def fail(self, error: Exception) -> None:
         """Ends the request with an error; what was generated so far remains readable."""
         self.error = error

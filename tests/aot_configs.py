@@ -7,7 +7,6 @@ file has a process of its own, since one compiles for the first kind of GPU it w
 
 import json
 import os
-import re
 import subprocess
 import sys
 import time
@@ -20,6 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from aot_programs import LLAMA_3_8B, programs_for
+from collectives import collectives_in
 
 from jinfer.bench.chips import describe_slice
 from jinfer.chips import CHIPS
@@ -141,27 +141,11 @@ def measure(name: str) -> Iterator[dict[str, Any]]:
 
 
 def collectives_of(compiled: jax.stages.Compiled) -> list[tuple[str, str, int]] | None:
-    """Every collective as compiled: its kind, the dtype and the number of what it gives a chip.
-
-    None where this jaxlib cannot print a newer compiler's text.
-    """
+    """As `collectives_in`; None where this jaxlib cannot print a newer compiler's text."""
     try:
-        text = compiled.as_text() or ""
+        return collectives_in(compiled.as_text() or "")
     except jax.errors.JaxRuntimeError:
         return None
-    found = re.findall(
-        r"= \(?(\w+)\[([\d,]*)\][^=]*? "
-        r"(all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(",
-        text,
-    )
-    return [(kind, dtype, _product(dims)) for dtype, dims, kind in found]
-
-
-def _product(dims: str) -> int:
-    product = 1
-    for number in filter(None, dims.split(",")):
-        product *= int(number)
-    return product
 
 
 def run(name: str) -> list[dict[str, Any]]:

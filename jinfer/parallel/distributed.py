@@ -148,9 +148,12 @@ def _lead(host: str, num_processes: int, store: Any, timeout_s: float) -> Leader
 
 
 def _listen(host: str) -> socket.socket:
-    """On the loopback interface if all processes are there, else on all, as JAX does."""
-    family, _, _, _, address = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0]
-    if address[0] == "::1" or str(address[0]).startswith("127."):
+    """On the loopback interface if the host is written so, else on all, as JAX does.
+
+    A machine may know its own name by a loopback address, by which no other machine finds it.
+    """
+    if host in ("localhost", "::1") or host.startswith("127."):
+        family, _, _, _, address = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0]
         return socket.create_server((address[0], 0), family=family)
     if socket.has_dualstack_ipv6():
         return socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True)

@@ -18,6 +18,7 @@ GRACE_S = 10.0
 # A death breaks collectives everywhere. Whoever fails waits so long for the news of a death, so
 # that the cause is told and not what followed from it.
 CAUSE_S = 1.0
+IDLE_S = 1.0  # without a call, after which a follower looks whether its last ones failed
 FLUSH_S = 2.0
 
 _CALL, _GOODBYE, _FAILED = "call", "goodbye", "failed"
@@ -156,6 +157,9 @@ class Leader:
         except (EOFError, OSError):
             self._announce(_gone(process_id, self.num_processes))
             return
+        except Exception as error:  # whatever unpickling what another version sent may raise
+            self._announce(_not_understood(process_id, self.num_processes, error))
+            return
         if kind == _FAILED:
             self._announce(f"process {process_id} of {self.num_processes} failed: {text}")
 
@@ -178,13 +182,17 @@ class Follower:
         threading.Thread(target=self._receive, name="jinfer-0", daemon=True).start()
 
     def calls(self) -> Iterator[Any]:
-        """What the leader sends, until it says goodbye.
+        """What the leader sends, until it says goodbye; None where nothing came for a second.
 
         Raises:
           SystemExit: another process is gone or failed.
         """
         while True:
-            kind, call = self._received.get()
+            try:
+                kind, call = self._received.get(timeout=IDLE_S)
+            except queue.Empty:
+                yield None
+                continue
             if kind == _GOODBYE:
                 return
             if kind == _FAILED:
@@ -219,6 +227,8 @@ class Follower:
                 kind, content = self._leader.receive()
             except (EOFError, OSError):
                 kind, content = _FAILED, _gone(0, self.num_processes)
+            except Exception as error:  # whatever unpickling what another version sent may raise
+                kind, content = _FAILED, _not_understood(0, self.num_processes, error)
             if kind == _FAILED:
                 self.ending.announce(content)
             if kind == _GOODBYE:
@@ -235,6 +245,13 @@ def _gone(process_id: int, num_processes: int) -> str:
     return (
         f"process {process_id} of {num_processes} is gone: its connection ended without a goodbye, "
         "as when it is killed or its host fails."
+    )
+
+
+def _not_understood(process_id: int, num_processes: int, error: Exception) -> str:
+    return (
+        f"process {process_id} of {num_processes} was not understood ({_told(error)[:-1]}). "
+        "Install the same version of jinfer everywhere."
     )
 
 

@@ -66,7 +66,7 @@ class HostTensor:
         """Copies one shard out of the files, permuted, converted, filled up and repeated.
 
         Args:
-          index: a slice per axis, as `jax.make_array_from_callback` asks for it; None = all.
+          index: a slice per axis, as a sharding's index map has it; None = all.
 
         Raises:
           CheckpointError: if a value overflows the wanted dtype.

@@ -11,8 +11,10 @@ from random_checkpoint import write_llama_checkpoint
 from jinfer import LLM, SamplingParams
 from jinfer.config import EngineConfig
 from jinfer.errors import RequestError
+from jinfer.model_runner import ModelRunner
 from jinfer.replicas import NUM_AHEAD, Replicas
 from jinfer.request.prompt import Prompt
+from jinfer.schedule.scheduler import MAX_OVERTAKEN
 
 SIZES: dict[str, Any] = {"max_num_seqs": 2, "max_num_batched_tokens": 16, "max_decode_steps": 1}
 NUM_JOBS = 40
@@ -98,6 +100,45 @@ def test_what_waits_can_be_aborted_and_priorities_count(replicas: Replicas) -> N
     assert len(finished) == NUM_JOBS - 1 and "request 20" not in finished
     assert finished.index(f"request {NUM_JOBS - 1}") < 6  # among the first in a slot
     replicas.reset_prefix_cache()
+
+
+def test_a_stream_of_urgent_requests_starves_nobody(replicas: Replicas) -> None:
+    params = SamplingParams(max_tokens=1, ignore_eos=True)
+    prompt = Prompt(text=None, token_ids=(5, 6, 7))
+    num_urgent, last = 0, replicas.prepare("patient", prompt, params, priority=1)
+    replicas.add(last)
+    while not last.finished:
+        for _ in range(8):  # always more than leave
+            urgent = replicas.prepare(f"urgent {num_urgent}", prompt, params, priority=0)
+            replicas.add(urgent)
+            num_urgent += 1
+        replicas.step()
+        assert num_urgent < 2000
+    while replicas.has_work:
+        replicas.step()
+    assert num_urgent > MAX_OVERTAKEN
+
+
+def test_a_broken_replica_hides_no_error_and_keeps_no_memory(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = {"skip_tokenizer_init": True, "progress": False, "data_parallel_size": 2}
+    llm = LLM(folder, **asked, **SIZES)
+    engine = llm.engine
+    assert isinstance(engine, Replicas)
+    runners = [replica.runner for replica in engine.engines]
+    pages = [runner.pages for runner in runners if isinstance(runner, ModelRunner)]
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("the chip is gone")
+
+    monkeypatch.setattr(runners[0], "run", fail)
+    prompts = [{"prompt_token_ids": [4 + i, 9]} for i in range(40)]
+    with pytest.raises(RuntimeError, match="the chip is gone"):
+        llm.generate(prompts, SamplingParams(max_tokens=5))
+    assert not engine.has_work or engine.metrics().num_waiting == 0  # nothing is left in the queue
+    llm.close()
+    assert len(pages) == 2 and all(one.is_deleted() for one in pages)
 
 
 def test_the_public_api_takes_replicas(folder: Path) -> None:

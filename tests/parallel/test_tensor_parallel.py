@@ -1,12 +1,12 @@
 """Many devices compute what one computes: the whole engine, on 8 virtual ones."""
 
-import re
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
+from collectives import collectives_in
 from engine_runs import Job, logprobs_of, make_engine, random_prompt, run_jobs, tokens_of
 from random_checkpoint import write_llama_checkpoint
 
@@ -174,19 +174,9 @@ def test_a_step_exchanges_two_sums_per_layer_and_nothing_large(alone: Any) -> No
     state = state_shapes(plan, held_model(model, 4), placement)
     programs = {p.name: p for p in step_programs(plan, model, state, placement)}
     step = programs["step of 16 tokens"]
-    sizes = exchanged_sizes(step.compile().as_text() or "")
-    wide = [(op, num) for op, num in sizes if num >= 16 * model.width]
+    exchanged = collectives_in(step.compile().as_text() or "")
+    wide = [one for one in exchanged if one[2] >= 16 * model.width]
     # Each layer's two, and the one that looks up embeddings.
-    assert wide == [("all-reduce", 16 * model.width)] * (2 * NUM_LAYERS + 1)
+    assert wide == [("all-reduce", "f32", 16 * model.width)] * (2 * NUM_LAYERS + 1)
     num_readouts = 4 + 1
-    assert all(num <= num_readouts * 128 for op, num in sizes if (op, num) not in wide)
-
-
-def exchanged_sizes(text: str) -> list[tuple[str, int]]:
-    """Every collective of a compiled program and how many numbers it gives each device."""
-    found = re.findall(
-        r"= \w+\[([\d,]*)\]\S* (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)"
-        r"(?:-start)?\(",
-        text,
-    )
-    return [(op, int(np.prod([int(n) for n in dims.split(",") if n]))) for dims, op in found]
+    assert all(one[2] <= num_readouts * 128 for one in exchanged if one not in wide)
