@@ -95,6 +95,18 @@ def test_startup(bench: Bench) -> None:
     assert "programs read from disk" in out
 
 
+@pytest.mark.slow
+def test_startup_for_a_chip_that_is_not_here(bench: Bench) -> None:
+    pytest.importorskip("libtpu", reason='the TPU compiler is not here; pip install "jax[tpu]"')
+    sizes = "--max-num-seqs 1 --max-num-batched-tokens 8 --max-decode-steps 1 -q".split()
+    out, figures = bench("startup", "--target", "v6e", *sizes)
+    cold, warm = figures["cold"], figures["warm"]
+    assert set(cold["temp_bytes"]) == set(cold["program_s"]) == set(warm["program_s"])
+    assert warm["temp_bytes"] == {}  # each was found, and none compiled again
+    assert warm["processor_s"] < cold["processor_s"]
+    assert "fable for v6e" in out and "on the processors" in out
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -108,6 +120,7 @@ def test_startup(bench: Bench) -> None:
         ("serve --rate -1", r"--rate must be above 0; got -1.0"),
         ("latency --batch-size 0", "a number from 1 on; got '0'"),
         ("startup --compilation-cache /x", "startup makes a folder of its own"),
+        ("startup --target v99", "got 'v99'. Choose one of these."),
         ("latency --model /no/such -q", "got model='/no/such'"),
         ("latency --plot /no/such/file.png", "can be written; got '/no/such/file.png'"),
     ],

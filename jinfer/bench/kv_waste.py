@@ -1,0 +1,129 @@
+"""How much of the KV memory that is allocated nothing fills, by the scheduler alone: no device.
+
+    python -m jinfer.bench.kv_waste AzureLLMInferenceTrace_conv.csv
+
+The requests of the trace arrive as they did, at an engine with the defaults that jinfer takes for
+an 8B model on each chip; a step takes what the chip's bandwidth and arithmetic allow. What counts
+is the plan: which pages a sequence holds after each dispatch, those included that were taken ahead
+for further decode steps, and how many of their cells its tokens fill.
+"""
+
+import argparse
+from collections import deque
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+from jinfer.bench.table import table
+from jinfer.bench.workload import Lengths, fitted, read_trace
+from jinfer.chips import CHIPS, Chip
+from jinfer.config import EngineConfig, EnginePlan, ModelConfig
+from jinfer.resolve import resolve_plan
+from jinfer.schedule.scheduler import Scheduler
+from jinfer.schedule.sequence import Sequence
+
+LLAMA_3_8B = ModelConfig(
+    family="llama", vocab_size=128_256, width=4096, mlp_width=14_336, num_layers=32,
+    num_q_heads=32, num_kv_heads=8, head_width=128, max_position=8192, rms_eps=1e-5,
+    rope_theta=500_000.0,
+)  # fmt: skip
+# A chip, what JAX calls it, and the dtype of KV pages, which decides how long they are.
+CASES = (
+    ("h200", "NVIDIA H200", "auto"),
+    ("h200", "NVIDIA H200", "int8"),
+    ("v6e", "TPU v6 lite", "auto"),
+    ("v6e", "TPU v6 lite", "int8"),
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Waste:
+    """Cells of the pool, summed over dispatches."""
+
+    num_allocated: int
+    num_unfilled: int
+    num_preemptions: int
+
+    @property
+    def share(self) -> float:
+        return self.num_unfilled / self.num_allocated
+
+
+def plan_for(chip: Chip, device_kind: str, kv_cache_dtype: str) -> EnginePlan:
+    """The defaults on that chip, with the memory that the weights leave."""
+    return resolve_plan(
+        EngineConfig(model="8b", kv_cache_dtype=kv_cache_dtype),
+        LLAMA_3_8B,
+        platform=chip.platform,
+        free_bytes=int(chip.memory_gb * 1e9) - 2 * LLAMA_3_8B.num_parameters,
+        device_kind=device_kind,
+    )
+
+
+def simulate(plan: EnginePlan, chip: Chip, lengths: Lengths, arrivals_s: Seq[float]) -> Waste:
+    """Serves the requests on paper, one dispatch after the other."""
+    scheduler = Scheduler(
+        max_slots=plan.max_slots,
+        max_step_tokens=plan.max_step_tokens,
+        page_size=plan.page_size,
+        num_pages=plan.num_pages,
+        max_model_len=plan.max_model_len,
+    )
+    coming = deque(zip(arrivals_s, lengths, strict=True))
+    live: set[Sequence] = set()
+    now = 0.0
+    num_allocated = num_unfilled = num_preemptions = 0
+    while coming or live:
+        while coming and coming[0][0] <= now:
+            num_input, num_output = coming.popleft()[1]
+            sequence = Sequence("r", 0, [0] * num_input, num_input + num_output)
+            scheduler.add(sequence)
+            live.add(sequence)
+        step = scheduler.plan(plan.max_decode_steps)
+        if step is None:
+            now = coming[0][0]
+            continue
+        weight_bytes = 2 * LLAMA_3_8B.num_parameters
+        now += step.num_steps * chip.bound_s(weight_bytes, weight_bytes * step.num_tokens)
+        num_preemptions += len(step.preempted)
+        for chunk in step.chunks:
+            for one in chunk.steps():
+                scheduler.commit(one, 0 if one.samples else None)
+        for sequence in live:
+            num_cells = len(sequence.pages) * plan.page_size
+            num_allocated += num_cells
+            num_unfilled += max(0, num_cells - sequence.num_scheduled)
+        for sequence in [s for s in live if s.num_tokens == s.max_length]:
+            scheduler.finish(sequence)
+            live.remove(sequence)
+    return Waste(
+        num_allocated=num_allocated, num_unfilled=num_unfilled, num_preemptions=num_preemptions
+    )
+
+
+def main() -> None:
+    """Prints a line for each case."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    parser.add_argument("trace", help="a CSV of the Azure LLM inference traces")
+    parser.add_argument("--requests", type=int, default=1000, help="of its first; default: 1000")
+    args = parser.parse_args()
+    lengths, arrivals_s = read_trace(args.trace, args.requests, 1.0)
+    lines = []
+    for name, device_kind, kv_cache_dtype in CASES:
+        plan = plan_for(CHIPS[name], device_kind, kv_cache_dtype)
+        waste = simulate(plan, CHIPS[name], fitted(lengths, plan.max_model_len)[0], arrivals_s)
+        lines.append(
+            (
+                name,
+                plan.kv_dtype,
+                str(plan.page_size),
+                str(plan.max_decode_steps),
+                f"{waste.share:.2%}",
+                str(waste.num_preemptions),
+            )
+        )
+    header = ("chip", "KV pages of", "tokens a page", "steps ahead", "KV waste", "preempted")
+    print(table(header, lines))
+
+
+if __name__ == "__main__":
+    main()
