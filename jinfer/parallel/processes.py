@@ -239,4 +239,4 @@ def _gone(process_id: int, num_processes: int) -> str:
 
 
 def _told(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}".rstrip(".") + "."
+    return f"{type(error).__name__}: {error}".rstrip(".: ") + "."
