@@ -55,14 +55,23 @@ def initialize(
     _check(coordinator_address, num_processes, process_id)
     # JAX would take SIGTERM for the news of a preemption, and go on.
     jax.config.update("jax_enable_preemption_service", False)
-    jax.distributed.initialize(
-        coordinator_address,
-        num_processes,
-        process_id,
-        initialization_timeout=initialization_timeout,
-        heartbeat_timeout_seconds=heartbeat_timeout_seconds,
-        shutdown_timeout_seconds=SHUTDOWN_TIMEOUT_S,
-    )
+    try:
+        jax.distributed.initialize(
+            coordinator_address,
+            num_processes,
+            process_id,
+            initialization_timeout=initialization_timeout,
+            heartbeat_timeout_seconds=heartbeat_timeout_seconds,
+            shutdown_timeout_seconds=SHUTDOWN_TIMEOUT_S,
+        )
+    except ValueError as error:  # what it found nowhere
+        if None not in (coordinator_address, num_processes, process_id):
+            raise
+        raise ValueError(
+            "coordinator_address, num_processes and process_id must be given where no TPU pod, "
+            f"Slurm or Open MPI tells them; got {coordinator_address=}, {num_processes=}, "
+            f"{process_id=}. Pass all three."
+        ) from error
     _join(initialization_timeout)
 
 

@@ -256,4 +256,4 @@ def _not_understood(process_id: int, num_processes: int, error: Exception) -> st
 
 
 def _told(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}".rstrip(".") + "."
+    return f"{type(error).__name__}: {error}".rstrip(".: ") + "."

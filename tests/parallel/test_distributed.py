@@ -159,6 +159,16 @@ def test_what_no_run_can_be_is_refused(given: Any, message: str) -> None:
         distributed.initialize(*given)
 
 
+def test_what_nothing_tells_must_be_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise ValueError("coordinator_address should be defined.")
+
+    # JAX itself would first refuse a process in which it was used.
+    monkeypatch.setattr("jax.distributed.initialize", refuse)
+    with pytest.raises(ValueError, match=r"must be given where .* got coordinator_address=None"):
+        distributed.initialize(num_processes=2)
+
+
 class Store(dict[str, str]):
     """The key-value store of JAX's distributed runtime, as far as process 0 uses it."""
 
