@@ -33,7 +33,11 @@ class Ending:
         self._grace_s, self._end = grace_s, end
         self._lock = threading.Lock()
         self._settled = threading.Event()
+        self._announced, self._leaving, self._flushed = (threading.Event() for _ in range(3))
         self.why: str | None = None
+        # Made now: from Python 3.12 on no thread can be started while the interpreter shuts down.
+        for target in (self._end_by_force, self._flush):
+            threading.Thread(target=target, name="jinfer-ending", daemon=True).start()
 
     def announce(self, why: str) -> bool:
         """Says why in one line, and starts the time that is left; False if all was settled before.
@@ -43,7 +47,7 @@ class Ending:
         if not self.note(why):
             return False
         print(f"jinfer: {why} This process ends too.", file=sys.stderr, flush=True)
-        threading.Thread(target=self._end_by_force, name="jinfer-ending", daemon=True).start()
+        self._announced.set()
         return True
 
     def note(self, why: str) -> bool:
@@ -57,7 +61,11 @@ class Ending:
 
     def release(self) -> None:
         """The run is over: from here on every process may end, and none has to say why."""
-        self._settled.set()
+        with self._lock:
+            self._settled.set()
+        if self.why is None:  # the threads have nothing to wait for
+            self._announced.set()
+            self._leaving.set()
 
     def settled(self, within_s: float = 0.0) -> bool:
         """Whether there is a reason to end or the run is over; waits for that if it may come."""
@@ -74,14 +82,21 @@ class Ending:
         """At exit: ends at once where JAX would wait for processes that never come."""
         if self.why is not None:
             # On a thread, since a pipe that nobody reads would hold this one.
-            flushing = threading.Thread(target=_flush, name="jinfer-flushing", daemon=True)
-            flushing.start()
-            flushing.join(FLUSH_S)
+            self._leaving.set()
+            self._flushed.wait(FLUSH_S)
             self._end(1)
 
     def _end_by_force(self) -> None:
-        time.sleep(self._grace_s)
-        self.leave()
+        self._announced.wait()
+        if self.why is not None:
+            time.sleep(self._grace_s)
+            self.leave()
+
+    def _flush(self) -> None:
+        self._leaving.wait()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self._flushed.set()
 
 
 class Leader:
@@ -234,11 +249,6 @@ class Follower:
             if kind == _GOODBYE:
                 self.ending.release()
             self._received.put((kind, content))
-
-
-def _flush() -> None:
-    sys.stdout.flush()
-    sys.stderr.flush()
 
 
 def _gone(process_id: int, num_processes: int) -> str:

@@ -1,4 +1,5 @@
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -86,6 +87,17 @@ def test_a_follower_that_is_killed_ends_all(run: Run, capfd: pytest.CaptureFixtu
     assert ended.value.code == 1
     with pytest.raises(RuntimeError, match="process 1 of 3 is gone.*Start all of them again"):
         run.leader.send("more")
+
+
+def test_no_thread_is_started_for_an_end(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't create new thread at interpreter shutdown")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    run.kill(1)
+    wait_for(lambda: run.ended[0] == run.ended[2] == [1])
+    run.leader.leave()  # as at exit
+    assert run.ended[0] == [1, 1]
 
 
 def test_a_leader_that_is_killed_ends_all(run: Run, capfd: pytest.CaptureFixture[str]) -> None:
