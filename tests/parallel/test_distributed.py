@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -141,8 +142,14 @@ def test_a_death_ends_the_others(checkpoint: Path, num_processes: int, killed: i
 def wait_until_it_answers(processes: Sequence[subprocess.Popen[str]]) -> None:
     out = processes[0].stdout
     assert out is not None
-    while not (line := out.readline()).startswith("[["):
-        assert line, processes[0].communicate()
+    # A start that hangs ends here: a killed process closes its output.
+    bound = threading.Timer(MOST_S, lambda: [process.kill() for process in processes])
+    bound.start()
+    try:
+        while not (line := out.readline()).startswith("[["):
+            assert line, processes[0].communicate()
+    finally:
+        bound.cancel()
 
 
 @pytest.mark.parametrize(
