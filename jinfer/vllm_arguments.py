@@ -14,14 +14,14 @@ _RENAMED = {
 }
 
 _NO_PIPELINE = "jinfer cuts layers, not their sequence: use tensor_parallel_size."
-_ONE_DEVICE = "jinfer runs on one device so far."
+_NO_EXECUTOR = "A process drives its own chips; see README for several hosts."
 _NO_OFFLOAD = "Weights stay on the device."
 _NO_SWAP = "KV pages go to host memory with kv_offloading_size."
 _NO_REVISION = "The hub's main revision is read; download another to a folder and name that."
 # Argument -> the values that say what jinfer does, and what that is.
 _SETTLED: dict[str, tuple[tuple[Any, ...], str]] = {
     "pipeline_parallel_size": ((1,), _NO_PIPELINE),
-    "distributed_executor_backend": ((None, "uni"), _ONE_DEVICE),
+    "distributed_executor_backend": ((None, "uni"), _NO_EXECUTOR),
     "enable_chunked_prefill": ((None, True), "Long prompts always come in chunks."),
     "enforce_eager": ((None, False), "Every step is compiled at start-up."),
     "trust_remote_code": ((False, True), "No code of a checkpoint is ever run."),
