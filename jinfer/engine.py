@@ -1,6 +1,5 @@
 """The engine: plans, dispatches and reads; turns the loop once per `step`."""
 
-import hashlib
 import time
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
@@ -19,6 +18,7 @@ from jinfer.multi_host import load_everywhere
 from jinfer.pacing import Pacing
 from jinfer.request.params import SamplingParams, check_priority
 from jinfer.request.prompt import Prompt, check_prompt_ids
+from jinfer.request.seeds import Seeds
 from jinfer.request.stop import Finish
 from jinfer.running import Continuation, RunningRequest
 from jinfer.schedule.capacity import bucket_for
@@ -65,9 +65,13 @@ class Engine:
         self.tokenizer, self.defaults = loaded.tokenizer, loaded.defaults
         self._shapes = {size: BucketShape.of(size, self.plan) for size in self.plan.token_buckets}
         self._decode_shapes = {n: DecodeShape.of(n, self.plan) for n in self.plan.decode_buckets}
-        self._guard = CompileGuard(config.late_compile)
         self._pacing = Pacing(config, self.plan)
-        self._pacing.time_steps(self.runner, self._shapes)
+        try:
+            self._pacing.time_steps(self.runner, self._shapes)
+        except BaseException:  # nobody could close an engine that was never made
+            self.runner.close()
+            raise
+        self._guard = CompileGuard(config.late_compile)
         self.scheduler = make_scheduler(
             self.plan,
             self._pacing.pace,
@@ -79,7 +83,7 @@ class Engine:
         self._continuations: dict[Sequence, Continuation] = {}
         self._num_streams = 0  # requests here whose tokens somebody watches as they come
         self._num_with_stop_strings = 0
-        self._num_seeds_drawn = 0
+        self._seeds = Seeds(config.seed)
         self._metrics = metrics or EngineMetrics()
         self.observer: Observer | None = None
         self._why_stopped: str | None = None
@@ -181,8 +185,7 @@ class Engine:
                 f"a request id must be unique; got request_id={request.request_id!r} twice."
             )
         if request.seed is None:
-            self._num_seeds_drawn += 1
-            request.seed = draw_seed(self.config.seed, self._num_seeds_drawn)
+            request.seed = self._seeds.draw()
         self._requests[request.request_id] = request
         self._num_streams += request.streams
         self._num_with_stop_strings += bool(request.params.stop)
@@ -233,6 +236,8 @@ class Engine:
                 yield
             except BaseException as error:  # half a step: its plan and its buffers are lost
                 self._why_stopped = f"a step failed with {type(error).__name__}: {error}"
+                if isinstance(error, Exception):  # who interrupts a notebook may load anew
+                    self.runner.fail(error)
                 raise
 
     def reset_prefix_cache(self) -> None:
@@ -428,12 +433,6 @@ class Engine:
                 f"the tokenizer must take the prompt; got {type(error).__name__}: {error}. "
                 "Pass prompt_token_ids."
             ) from error
-
-
-def draw_seed(seed: int, number: int) -> int:
-    """Of a request without one: they differ from each other, and repeat from run to run."""
-    text = f"{seed}/{number}".encode()
-    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big")
 
 
 def make_scheduler(

@@ -44,6 +44,9 @@ class Runner(Protocol):
     ) -> None:
         """Carries out the page moves of one plan, in this order."""
 
+    def fail(self, error: Exception) -> None:
+        """Tells whoever makes the same calls elsewhere that what they computed failed here."""
+
     def close(self) -> None:
         """Frees everything on the devices, and the pages in host memory. Idempotent."""
 
@@ -92,6 +95,9 @@ class ModelRunner:
         """Seconds that one dispatch takes to bring pages back from the host; waits for it."""
         self.pages, elapsed_s = self.mover.time_restore(self.pages)
         return elapsed_s
+
+    def fail(self, error: Exception) -> None:
+        pass  # nobody else makes these calls
 
     def close(self) -> None:
         free_arrays(self.params, self.pages, self.slots)

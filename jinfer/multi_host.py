@@ -121,6 +121,10 @@ class LeadingRunner:
     ) -> None:
         self._call("move_pages", saves, restores, forgotten, copies)
 
+    def fail(self, error: Exception) -> None:
+        """Ends the followers, which may wait in a collective for what never comes."""
+        self._leader.fail(error)
+
     def close(self) -> None:
         """Frees what this process holds, also if another is gone."""
         try:

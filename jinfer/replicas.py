@@ -10,12 +10,13 @@ from typing import NamedTuple
 import jax
 
 from jinfer.config import EngineConfig
-from jinfer.engine import Engine, draw_seed
+from jinfer.engine import Engine
 from jinfer.errors import RequestError
 from jinfer.metrics import EngineMetrics, Load, MetricsSnapshot
 from jinfer.parallel.mesh import split_devices
 from jinfer.request.params import SamplingParams
 from jinfer.request.prompt import Prompt
+from jinfer.request.seeds import Seeds
 from jinfer.request.stop import Finish
 from jinfer.resolve import check_host_tier, platform_of
 from jinfer.running import RunningRequest
@@ -53,7 +54,8 @@ class Replicas:
         self._arrivals: deque[_Entry] = deque()  # in that order, those among them that have left
         self._num_overtaken = 0  # how often the first of those that wait was passed over
         self._home: dict[str, Engine] = {}  # of each request that has left the queue
-        self._num_added = self._num_seeds_drawn = 0
+        self._num_added = 0
+        self._seeds = Seeds(config.seed)
         self.engines: list[Engine] = []
         own = config
         if config.kv_offloading_size:
@@ -105,8 +107,7 @@ class Replicas:
                 f"a request id must be unique; got request_id={request.request_id!r} twice."
             )
         if request.seed is None:  # drawn here, so that it does not depend on the replica
-            self._num_seeds_drawn += 1
-            request.seed = draw_seed(self.config.seed, self._num_seeds_drawn)
+            request.seed = self._seeds.draw()
         self._num_added += 1
         entry = _Entry(request.priority, self._num_added, request)
         insort(self._queue, entry)

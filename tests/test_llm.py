@@ -460,14 +460,27 @@ def test_a_step_that_breaks_stops_the_engine_and_close_still_frees(
 ) -> None:
     before = live_bytes()
     llm = LLM(**SMALL)
+    told: list[Exception] = []
+    monkeypatch.setattr(llm.engine.runner, "fail", told.append)
     monkeypatch.setattr("jinfer.engine.pack", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         llm.generate("x", GREEDY)
+    assert list(map(type, told)) == [ZeroDivisionError]
     with pytest.raises(
         RuntimeError, match="got: a step failed with ZeroDivisionError: .*Make a ne"
     ):
         llm.generate("x", GREEDY)
     llm.close()
+    assert live_bytes() == before
+
+
+def test_an_engine_that_is_not_made_in_the_end_frees_what_it_loaded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    before = live_bytes()
+    monkeypatch.setattr("jinfer.pacing.Pacing.time_steps", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        LLM(**SMALL)
     assert live_bytes() == before
 
 

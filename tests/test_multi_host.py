@@ -167,6 +167,16 @@ def test_a_call_that_fails_in_the_leader_ends_the_follower(pair: Pair) -> None:
     assert pair.follower.ending.why == "process 0 of 2 failed: RuntimeError: the device is lost."
 
 
+def test_a_step_that_fails_after_it_was_sent_ends_the_follower(pair: Pair) -> None:
+    pair.start()
+    _, runner = load_everywhere(CONFIG)
+    runner.run("step of 1 tokens", None)  # pyright: ignore
+    runner.fail(RuntimeError("the device is lost"))  # as found when it was read
+    pair.thread.join(timeout=5)
+    assert isinstance(pair.raised, SystemExit) and pair.raised.code == 1
+    assert pair.follower.ending.why == "process 0 of 2 failed: RuntimeError: the device is lost."
+
+
 def test_a_model_that_cannot_be_loaded_ends_the_follower(pair: Pair) -> None:
     def refuse(config: EngineConfig) -> Any:
         raise ValueError("no room")

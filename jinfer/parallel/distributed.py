@@ -148,6 +148,8 @@ def _lead(host: str, num_processes: int, store: Any, timeout_s: float) -> Leader
                 ) from None
             try:
                 process_id = recognise(sock, token)
+                if process_id not in missing:
+                    raise NotOfThisRunError(f"process_id={process_id} is not waited for")
             except (NotOfThisRunError, OSError) as error:
                 sock.close()
                 warnings.warn(f"refused a connection from {address[0]}: {error}", stacklevel=2)

@@ -146,6 +146,7 @@ def sample(
         ),
     )
     logits_RV = logits_RV.astype(jnp.float32)
+    # The shards of a mask may disagree on whether it is needed: an edit exchanges nothing.
     for needed_R, edit in edits:
         logits_RV = lax.cond(jnp.any(needed_R), edit, lambda same_RV: same_RV, logits_RV)
     random_R = state.temperature_A[slot_R] > 0.0

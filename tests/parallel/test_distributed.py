@@ -187,6 +187,7 @@ def test_the_leader_waits_for_all_and_refuses_strangers() -> None:
     with (
         ThreadPoolExecutor(1) as pool,
         pytest.warns(UserWarning, match="refused a connection from 127.0.0.1: the peer"),
+        pytest.warns(UserWarning, match="127.0.0.1: process_id=2 is not waited for"),
     ):
         leading = pool.submit(distributed._lead, "localhost", 2, store, 30.0)
         while "jinfer/channel" not in store:
@@ -196,6 +197,9 @@ def test_the_leader_waits_for_all_and_refuses_strangers() -> None:
             stranger.sendall(bytes(68))
             while stranger.recv(100):
                 pass  # until it is sent away
+        with socket.create_connection(("localhost", int(port))) as misnumbered:
+            introduce(misnumbered, bytes.fromhex(token), 2)
+            assert not misnumbered.recv(1)
         with socket.create_connection(("localhost", int(port))) as sock:
             introduce(sock, bytes.fromhex(token), 1)
             leader = leading.result()
