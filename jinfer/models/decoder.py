@@ -180,8 +180,10 @@ class Decoder:
 
         carry = (hidden_TD, cache)
         if isinstance(params["blocks"], list):
+            # Traced once for all layers; XLA puts it in the place of each call.
+            run_once = jax.jit(run)
             for layer, block in enumerate(params["blocks"]):
-                carry = run(carry, block, layer)
+                carry = run_once(carry, block, jnp.int32(layer))
             return carry
         layer_L = jnp.arange(self.config.num_layers, dtype=jnp.int32)
         carry, _ = jax.lax.scan(
