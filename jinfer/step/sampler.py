@@ -292,9 +292,8 @@ def _ban(
     same_RJJ = banned_RJ[:, :, None] == banned_RJ[:, None, :]
     repeated_RJ = jnp.any(jnp.tril(same_RJJ, k=-1), axis=-1)
     banned_RJ = _told_apart(banned_RJ, repeated_RJ | (banned_RJ >= length), length)
-    row_R1 = jnp.arange(slot_R.shape[0])[:, None]
-    scattered = {"mode": "drop", "unique_indices": True}
-    return _row_major(logits_RV.at[row_R1, banned_RJ].set(-jnp.inf, **scattered))
+    banned = logits_RV.at[jnp.arange(slot_R.shape[0])[:, None], banned_RJ]
+    return _row_major(banned.set(-jnp.inf, mode="drop", unique_indices=True))
 
 
 def _draw(
@@ -370,9 +369,9 @@ def _sum_tiles(weight_RV: Array) -> Array:
     """The same, of [R, V] as a TPU holds it, in tiles of 8 rows and 128 tokens: none moves."""
     num_rows = len(weight_RV)
     rows_of_tile = math.gcd(num_rows, 8)
-    tile_RJ = weight_RV.reshape(num_rows // rows_of_tile, rows_of_tile, -1, _LANES).swapaxes(1, 2)
-    sum_RJ = jnp.sum(_row_major(tile_RJ), axis=-1)
-    return sum_RJ.swapaxes(1, 2).reshape(num_rows, -1)
+    tiles = weight_RV.reshape(num_rows // rows_of_tile, rows_of_tile, -1, _LANES).swapaxes(1, 2)
+    sums = jnp.sum(_row_major(tiles), axis=-1)  # [R / 8, J, 8]
+    return sums.swapaxes(1, 2).reshape(num_rows, -1)
 
 
 def _pick(weight_RJ: Array, uniform_R: Array) -> Array:

@@ -389,3 +389,11 @@ def test_rows_taken_in_turn_are_those_that_a_gather_takes() -> None:
     slot_R = jnp.array([4, 0, 0, 3])
     rows_RV = sampler._rows_in_turn(all_AV, slot_R)
     np.testing.assert_array_equal(rows_RV, all_AV[slot_R])
+
+
+@pytest.mark.parametrize("num_rows", [1, 6, 8, 20, 32])
+def test_sums_of_tiles_are_those_of_blocks(num_rows: int) -> None:
+    weight_RV = jnp.asarray(np.random.default_rng(num_rows).random((num_rows, 5 * 128)), "float32")
+    sums = sampler._sum_tiles(weight_RV), sampler._sum_blocks(weight_RV)
+    np.testing.assert_allclose(*sums, rtol=1e-6)
+    assert sums[0].shape == (num_rows, 5)
