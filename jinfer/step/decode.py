@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Int32
 from jinfer.models.decoder import Decoder, Params
 from jinfer.step.batch import DecodeBatch, DecodeOutput, StepBatch, StepOutput
 from jinfer.step.kv_cache import KVPages
+from jinfer.step.logprobs import no_logprobs
 from jinfer.step.slots import SlotState
 from jinfer.step.step import PagedAttention, run_step
 
@@ -51,15 +52,17 @@ def run_decode(
     step = partial(
         run_step,
         decoder=decoder,
-        paged_attention=paged_attention,
+        # Each row has one token, so no pass over wider tiles is compiled.
+        paged_attention=partial(paged_attention, tile_tokens=1),
         max_logprobs=max_logprobs,
         precision=precision,
     )
     slots = _enter(slots, batch)
     num_rows = batch.slot_B.shape[0]
-    first = _step_batch(batch, slots, 0, batch.drawn_B)
-    _, _, nothing = jax.eval_shape(step, params, pages, slots, first)
-    room = jax.tree.map(lambda a: jnp.zeros((max_steps, *a.shape), a.dtype), nothing)
+    room = StepOutput(  # of I steps
+        token_R=jnp.zeros((max_steps, num_rows), jnp.int32),
+        logprobs=no_logprobs(max_steps, num_rows, max_logprobs=max_logprobs),
+    )
 
     def draws_at(i: Int32[Array, ""], slots: SlotState) -> Bool[Array, "B"]:
         return (i < batch.num_draws_B) & ~slots.stopped_A[batch.slot_B]

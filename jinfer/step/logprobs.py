@@ -23,6 +23,17 @@ class Logprobs:
     top_logprobs_RJ: Float[Array, "R J"]
 
 
+def no_logprobs(*rows: int, max_logprobs: int) -> Logprobs:
+    """What rows that ask for nothing hold, `rows` the axes before J."""
+    listed = (*rows, max_logprobs)
+    return Logprobs(
+        token_logprob_R=jnp.full(rows, -jnp.inf, jnp.float32),
+        rank_R=jnp.zeros(rows, jnp.int32),
+        top_ids_RJ=jnp.zeros(listed, jnp.int32),
+        top_logprobs_RJ=jnp.full(listed, -jnp.inf, jnp.float32),
+    )
+
+
 def read_logprobs(
     logits_RV: Float[Array, "R V"],
     token_R: Int32[Array, "R"],

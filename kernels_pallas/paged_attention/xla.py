@@ -28,6 +28,8 @@ from kernels_pallas.paged_attention.pages import (
 MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
 # Up to this many tokens, a second pass with wider tiles is not worth compiling.
 FEW_TOKENS = 32
+# Up to this many pages of a single tile are copied one by one, more are gathered.
+FEW_PAGES = 8
 # Up to this many query rows, reading keys and values as one array beats splitting it.
 FEW_QUERIES = 16
 
@@ -183,7 +185,9 @@ def _write(
     position_T = token_T + (kv_len_B - query_len_B - start_B)[row_T]
     position_T = jnp.where(owned_T, position_T, 0)
     page_T = jnp.where(owned_T, page_table_BM[row_T, position_T // page_size], 0)
-    offset_T = position_T % page_size
+    # The same in every layer, so XLA computes it once, unless it may fuse it into each write: on
+    # GPUs that took half of the time to compile a decode of 128 rows.
+    page_T, offset_T = lax.optimization_barrier((page_T, position_T % page_size))
     new_TK2H, new_scales_TK2 = new_cells(k_TKH, v_TKH, pages)
     if len(token_T) == 1:
         # One token is written twice: XLA turns a scatter of one into a slice update, fuses
@@ -216,7 +220,10 @@ def _attend_rows(
     num_tiles = min(num_tokens, (num_tokens + num_rows * (tile_tokens - 1)) // tile_tokens)
     tiles_at_once = min(tiles_at_once, num_tiles)
     num_tiles = -(-num_tiles // tiles_at_once) * tiles_at_once
-    tiles, num_used = _cut(rows, num_tokens, tile_tokens, num_tiles, options.window)
+    # The barrier: as in `_write`.
+    tiles, num_used = lax.optimization_barrier(
+        _cut(rows, num_tokens, tile_tokens, num_tiles, options.window)
+    )
 
     def compute(i, out_TNH):
         start = i * tiles_at_once
@@ -329,12 +336,13 @@ def _load(
 def _load_part(pool: Array, token_axis: int, *, page_id_YC: Int32[Array, "Y C"]) -> Array:
     """Pages of cells [L * P, K, Z, 2H] or of scales [L * P, K, 2, Z], their tokens in a row."""
     num_tiles, num_pages = page_id_YC.shape
-    if num_tiles > 1:
+    if num_tiles > 1 or num_pages > FEW_PAGES:
         pages = jnp.moveaxis(_take(pool, page_id_YC), 1, token_axis - 1)
         shape = pages.shape
         return pages.reshape(*shape[: token_axis - 1], -1, *shape[token_axis + 1 :])
     # One page at a time: XLA's CPU backend, which takes one tile at a time, makes these straight
-    # copies, a gather of all of them a loop over elements.
+    # copies, a gather of all of them a loop over elements. Many of them, as a GPU's large blocks
+    # have, take XLA longer to compile than all else in a layer.
     pages = [_take(pool, page_id_YC[:, i]) for i in range(num_pages)]
     return jnp.concatenate(pages, axis=token_axis - 1)
 
