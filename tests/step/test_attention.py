@@ -1,11 +1,13 @@
 """Which attention is chosen, and that switching it changes no token."""
 
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jax
 import pytest
+from aot_programs import CONFIG, DECODE, LLAMA_3_8B, STEP, programs_for
 from engine_runs import Job, make_engine, run_jobs, tokens_of
 from random_checkpoint import write_llama_checkpoint
 
@@ -48,6 +50,18 @@ def test_what_an_attention_cannot_do_is_refused_before_the_weights_are_read(
     monkeypatch.setattr("jinfer.startup.load_params", lambda *_, **__: pytest.fail("weights read"))
     with pytest.raises(NotImplementedError, match=message):
         make_engine(write_llama_checkpoint(tmp_path, seed=0), **asked)
+
+
+def test_a_decode_program_attends_in_one_pass() -> None:
+    """Of one token per row; a step of as many tokens has another pass for rows with more."""
+    config = replace(CONFIG, attention="tpu_interpret", dtype="float32")
+    model = replace(LLAMA_3_8B, num_layers=2)
+    plan = resolve_plan(config, model, platform="cpu", free_bytes=1 << 30)
+    programs = programs_for(jax.devices()[:1], model, plan)
+    texts = {p.name: str(jax.make_jaxpr(p.function)(*p.shapes)) for p in programs}
+    num_kernels = {name: texts[name].count("pallas_call[") for name in (DECODE, STEP)}
+    write_and_attend = 2  # a layer is printed once, however many call it
+    assert num_kernels == {DECODE: write_and_attend, STEP: write_and_attend + 1}
 
 
 # What a name asks of the engine beside: the GPU kernel takes 16 bits, and larger 8-bit pages.
