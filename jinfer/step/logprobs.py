@@ -59,19 +59,16 @@ def read_logprobs(
     if wants_token_R is None:
         wants_token_R = jnp.ones(num_rows, dtype=bool)
     wants_token_R = wants_token_R | wants_top_R
-    nothing_R = jnp.full(num_rows, -jnp.inf, jnp.float32)
+    nothing = no_logprobs(num_rows, max_logprobs=max_logprobs)
     logit_R, rank_R, log_total_R = lax.cond(
         jnp.any(wants_token_R),
         lambda: _token(logits_RV, token_R, shards),
-        lambda: (nothing_R, jnp.zeros(num_rows, jnp.int32), nothing_R),
+        lambda: (nothing.token_logprob_R, nothing.rank_R, nothing.token_logprob_R),
     )
     top_ids_RJ, top_logits_RJ = lax.cond(
         jnp.any(wants_top_R),
         lambda: _top(logits_RV, max_logprobs, shards),
-        lambda: (
-            jnp.zeros((num_rows, max_logprobs), jnp.int32),
-            jnp.full((num_rows, max_logprobs), -jnp.inf, jnp.float32),
-        ),
+        lambda: (nothing.top_ids_RJ, nothing.top_logprobs_RJ),
     )
     wants_R1 = wants_top_R[:, None]
     top_logprobs_RJ = jnp.where(wants_R1, top_logits_RJ - log_total_R[:, None], -jnp.inf)

@@ -53,7 +53,7 @@ def test_what_an_attention_cannot_do_is_refused_before_the_weights_are_read(
 
 
 def test_a_decode_program_attends_in_one_pass() -> None:
-    """Of one token per row; a step of as many tokens has another pass for rows with more."""
+    """Of one token per row; a step has another pass for rows with more."""
     config = replace(CONFIG, attention="tpu_interpret", dtype="float32")
     model = replace(LLAMA_3_8B, num_layers=2)
     plan = resolve_plan(config, model, platform="cpu", free_bytes=1 << 30)
