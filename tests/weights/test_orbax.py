@@ -419,10 +419,12 @@ def wide(small, tmp_path_factory) -> tuple[Path, Path]:
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize("layer_loop", ["unrolled", "scan"])
 def test_no_shard_is_ever_held_twice(wide, layer_loop) -> None:
-    """On 8 devices: beside the parameters the host holds less than one shard and a few chunks."""
+    """On 8 devices: beside the parameters the host holds one shard, a few chunks, and leftovers."""
     beside, param_bytes, shard_bytes = measured(MEASURE_RESTORING, *wide, layer_loop)
     assert param_bytes > 200e6 and shard_bytes == 49_152 * 1024 * 4 / 8
-    assert beside < shard_bytes + 4 * CHUNK_BYTES, f"{beside=}, {shard_bytes=}"
+    # Leftovers of the allocator differ from run to run: 14 to 25 MB were seen, once 35; two shards
+    # would be 50.
+    assert beside < 1.8 * shard_bytes, f"{beside=}, {shard_bytes=}"
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
