@@ -7,7 +7,8 @@ dict whose keys are the modules' attribute names, and every jitted function take
 
 `blocks` is a list with one dict per layer (the layer loop is unrolled), or one dict whose
 leaves have a leading L axis (the layer loop is a scan). A parameter's name ends in its
-axes. A decoder with tied embeddings has no `unembed_VD`.
+axes; a matrix has its outputs first, as checkpoints store it. A decoder with tied embeddings has
+no `unembed_VD`.
 
 On several chips the same functions run on each, on its share of the heads, of the feed-forward
 width and of the vocabulary; every layer adds up its shares twice, and nothing else is exchanged.
@@ -25,7 +26,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int32
 
 from jinfer.config import ModelConfig
-from jinfer.models.layers import rms_norm, rope_tables, rotate
+from jinfer.models.layers import project, rms_norm, rope_tables, rotate
 from jinfer.parallel.collectives import WHOLE, Shards
 
 Params = dict[str, Any]
@@ -43,14 +44,14 @@ class Block(nnx.Module):
         N, K = config.num_q_heads, config.num_kv_heads
         self.config, self.shards = config, shards
         self.attn_norm_D = _parameter(D)
-        self.w_q_DQ = _parameter(D, N * H)
-        self.w_k_DC = _parameter(D, K * H)
-        self.w_v_DC = _parameter(D, K * H)
-        self.w_o_QD = _parameter(N * H, D)
+        self.w_q_QD = _parameter(N * H, D)
+        self.w_k_CD = _parameter(K * H, D)
+        self.w_v_CD = _parameter(K * H, D)
+        self.w_o_DQ = _parameter(D, N * H)
         self.mlp_norm_D = _parameter(D)
-        self.w_gate_DF = _parameter(D, F)
-        self.w_up_DF = _parameter(D, F)
-        self.w_down_FD = _parameter(F, D)
+        self.w_gate_FD = _parameter(F, D)
+        self.w_up_FD = _parameter(F, D)
+        self.w_down_DF = _parameter(D, F)
         if config.attention_bias:
             self.b_q_NH = _parameter(N, H)
             self.b_k_KH = _parameter(K, H)
@@ -79,34 +80,34 @@ class Block(nnx.Module):
     def _attention(
         self, normed_TD: Array, rope: tuple[Array, Array], attend: Attend, cache: Cache, layer: Any
     ) -> tuple[Array, Cache]:
-        q_TNH = self._heads(normed_TD, self.w_q_DQ[...])
-        k_TKH = self._heads(normed_TD, self.w_k_DC[...])
-        v_TKH = self._heads(normed_TD, self.w_v_DC[...])
+        q_TNH = self._heads(normed_TD, self.w_q_QD[...])
+        k_TKH = self._heads(normed_TD, self.w_k_CD[...])
+        v_TKH = self._heads(normed_TD, self.w_v_CD[...])
         if self.config.attention_bias:
             q_TNH = q_TNH + self.b_q_NH[...]
             k_TKH = k_TKH + self.b_k_KH[...]
             v_TKH = v_TKH + self.b_v_KH[...]
         out_TNH, cache = attend(rotate(q_TNH, *rope), rotate(k_TKH, *rope), v_TKH, cache, layer)
         out_TQ = out_TNH.reshape(len(out_TNH), -1)
-        mixed_TD = self.shards.sum(jnp.einsum("TQ,QD->TD", out_TQ, self.w_o_QD[...]))
+        mixed_TD = self.shards.sum(project(out_TQ, self.w_o_DQ[...]))
         if self.config.attention_bias:
             mixed_TD = mixed_TD + self.b_o_D[...]
         return mixed_TD, cache
 
-    def _heads(self, normed_TD: Array, weight_DC: Array) -> Array:
+    def _heads(self, normed_TD: Array, weight_CD: Array) -> Array:
         """Projects and splits into heads, [T, heads, H]."""
         # XLA for TPUs would carry the split back into the weight and, in a loop over steps, keep a
         # transposed copy of all layers' q, k and v: 1.6 GB for 8B parameters. The barrier stops it.
-        flat_TC = jax.lax.optimization_barrier(jnp.einsum("TD,DC->TC", normed_TD, weight_DC))
+        flat_TC = jax.lax.optimization_barrier(project(normed_TD, weight_CD))
         return flat_TC.reshape(len(flat_TC), -1, self.config.head_width)
 
     def _mlp(self, normed_TD: Float[Array, "T D"]) -> Float[Array, "T D"]:
-        gate_TF = jnp.einsum("TD,DF->TF", normed_TD, self.w_gate_DF[...])
-        up_TF = jnp.einsum("TD,DF->TF", normed_TD, self.w_up_DF[...])
+        gate_TF = project(normed_TD, self.w_gate_FD[...])
+        up_TF = project(normed_TD, self.w_up_FD[...])
         if self.config.mlp_bias:
             gate_TF, up_TF = gate_TF + self.b_gate_F[...], up_TF + self.b_up_F[...]
         inner_TF = jax.nn.silu(gate_TF) * up_TF
-        out_TD = self.shards.sum(jnp.einsum("TF,FD->TD", inner_TF, self.w_down_FD[...]))
+        out_TD = self.shards.sum(project(inner_TF, self.w_down_DF[...]))
         return out_TD + self.b_down_D[...] if self.config.mlp_bias else out_TD
 
 
@@ -132,9 +133,7 @@ class Ends(nnx.Module):
         tied = self.config.tied_embeddings
         unembed_VD = (self.embed_VD if tied else self.unembed_VD)[...]
         normed_RD = rms_norm(hidden_RD, self.final_norm_D[...], eps=self.config.rms_eps)
-        logits_RV = jnp.einsum(
-            "RD,VD->RV", normed_RD, unembed_VD, preferred_element_type=jnp.float32
-        ).astype(jnp.float32)
+        logits_RV = project(normed_RD, unembed_VD, dtype=jnp.float32)
         return self._without_filling(logits_RV)
 
     def _without_filling(self, logits_RV: Array) -> Array:

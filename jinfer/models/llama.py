@@ -12,14 +12,14 @@ from jinfer.models.weight_map import HFTensor, WeightMap, axis_sizes
 
 BLOCK = {
     "attn_norm_D": HFTensor("input_layernorm.weight", "D"),
-    "w_q_DQ": HFTensor("self_attn.q_proj.weight", "Q D"),
-    "w_k_DC": HFTensor("self_attn.k_proj.weight", "C D"),
-    "w_v_DC": HFTensor("self_attn.v_proj.weight", "C D"),
-    "w_o_QD": HFTensor("self_attn.o_proj.weight", "D Q"),
+    "w_q_QD": HFTensor("self_attn.q_proj.weight", "Q D"),
+    "w_k_CD": HFTensor("self_attn.k_proj.weight", "C D"),
+    "w_v_CD": HFTensor("self_attn.v_proj.weight", "C D"),
+    "w_o_DQ": HFTensor("self_attn.o_proj.weight", "D Q"),
     "mlp_norm_D": HFTensor("post_attention_layernorm.weight", "D"),
-    "w_gate_DF": HFTensor("mlp.gate_proj.weight", "F D"),
-    "w_up_DF": HFTensor("mlp.up_proj.weight", "F D"),
-    "w_down_FD": HFTensor("mlp.down_proj.weight", "D F"),
+    "w_gate_FD": HFTensor("mlp.gate_proj.weight", "F D"),
+    "w_up_FD": HFTensor("mlp.up_proj.weight", "F D"),
+    "w_down_DF": HFTensor("mlp.down_proj.weight", "D F"),
 }
 ATTENTION_BIAS = {
     "b_q_NH": HFTensor("self_attn.q_proj.bias", "NH"),

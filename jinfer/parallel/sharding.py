@@ -1,6 +1,6 @@
 """How arrays lie on a mesh: the one table, and what follows from the names of arrays.
 
-An array's name ends in its axes (`w_q_DQ`, `output_count_AV`), so a name says where its array
+An array's name ends in its axes (`w_q_QD`, `output_count_AV`), so a name says where its array
 goes: each letter is looked up here, and nowhere else is a `PartitionSpec` written.
 """
 
@@ -31,7 +31,7 @@ ON_EVERY_CHIP = PartitionSpec()  # of arrays that lie whole on each
 
 
 def spec_of(axes: str) -> PartitionSpec:
-    """Which mesh axis each axis of an array is cut over, from its letters, such as "LDQ".
+    """Which mesh axis each axis of an array is cut over, from its letters, such as "LQD".
 
     It ends with the last axis that is cut, so that equal placements compare equal.
     """

@@ -36,6 +36,7 @@ from jinfer.step.threshold import top_k_threshold, top_p_threshold
 
 _LANES = 128  # tokens per block of the two-level draw
 _LARGEST = float(jnp.finfo(jnp.float32).max)
+_SMALLEST = float(jnp.finfo(jnp.float32).tiny)
 
 
 @no_type_check
@@ -319,7 +320,7 @@ def _draw(
     )
     floor_R = jnp.maximum(floor_R, state.min_p_A[slot_R])  # the largest weight is 1
     kept_RV = jnp.where(weight_RV >= floor_R[:, None], weight_RV, 0.0)
-    return _invert_cdf(kept_RV, *_uniforms(state.seed_A2[slot_R], position_R), shards)
+    return _race(kept_RV, state.seed_A2[slot_R], position_R, shards)
 
 
 def _weights(logits_RV: Array, temperature_R: Array, shards: Shards) -> Array:
@@ -330,34 +331,45 @@ def _weights(logits_RV: Array, temperature_R: Array, shards: Shards) -> Array:
     return _row_major(jnp.exp((logits_RV - largest_R1) / temperature_R[:, None]))
 
 
-def _uniforms(seed_R2: Array, position_R: Array) -> tuple[Array, Array]:
-    """Two float32[R] in [0, 1), from the key of seed and position alone."""
-    key_R = jax.random.wrap_key_data(seed_R2, impl="threefry2x32")
-    key_R = jax.vmap(jax.random.fold_in)(key_R, position_R)
-    bits_R2 = jax.vmap(lambda key: jax.random.bits(key, (2,)))(key_R)
-    uniform_R2 = (bits_R2 >> 8).astype(jnp.float32) * 2.0**-24
-    return uniform_R2[:, 0], uniform_R2[:, 1]
-
-
-def _invert_cdf(
-    weight_RV: Array, block_uniform_R: Array, lane_uniform_R: Array, shards: Shards
-) -> Array:
+def _race(weight_RV: Array, seed_R2: Array, position_R: Array, shards: Shards) -> Array:
     """First a block of 128 tokens, then a token of it, each in proportion to its weight.
 
-    Two numbers rather than one: 24 bits spread over the whole vocabulary would blur the
-    probability of rare tokens. No block lies on two shards (`jinfer.parallel.shares`).
+    By a race: whoever has the largest weight over an exponential number wins. Which one does hangs
+    on the first two alone, where inverting a cumulative sum hangs on the rounding of every term:
+    programs of other sizes round otherwise, and should not draw other tokens.
+
+    Two races, of 128 and V / 128 exponentials, where one race would want V of them. No block lies
+    on two shards (`jinfer.parallel.shares`). A row without weight gives 0.
+
+    Source: Efraimidis and Spirakis, Information Processing Letters 97(5), 2006, algorithm A-Res
+      for one item, whose keys u ** (1 / w) are exp(-exponential / w).
     """
     spare = -weight_RV.shape[-1] % _LANES
     weight_RV = _row_major(jnp.pad(weight_RV, ((0, 0), (0, spare))))
-    sum_RJ = lax.platform_dependent(weight_RV, tpu=_sum_tiles, default=_sum_blocks)
-    num_blocks = sum_RJ.shape[-1]
-    block_R = _pick(shards.join(sum_RJ), block_uniform_R)
-    local_R = shards.local(block_R, num_blocks)
+    local_RJ = lax.platform_dependent(weight_RV, tpu=_sum_tiles, default=_sum_blocks)
+    num_local = local_RJ.shape[-1]
+    sum_RJ = shards.join(local_RJ)
+    exponential_RE = _exponentials(seed_R2, position_R, _LANES + sum_RJ.shape[-1])
+    block_R = _winner(sum_RJ, exponential_RE[:, _LANES:])
+    local_R = shards.local(block_R, num_local)
     slice_of = partial(lax.dynamic_slice, slice_sizes=(_LANES,))
     lane_R128 = _row_major(jax.vmap(slice_of)(weight_RV, (local_R * _LANES)[:, None]))
-    lane_R128 = jnp.where((local_R < num_blocks)[:, None], lane_R128, 0.0)
+    lane_R128 = jnp.where((local_R < num_local)[:, None], lane_R128, 0.0)
     lane_R128 = shards.sum(lane_R128)  # of which all but one are zeros
-    return block_R * _LANES + _pick(lane_R128, lane_uniform_R)
+    return block_R * _LANES + _winner(lane_R128, exponential_RE[:, :_LANES])
+
+
+def _exponentials(seed_R2: Array, position_R: Array, num: int) -> Array:
+    """Exponential numbers of mean 1, float32[R, num], from the key of seed and position alone.
+
+    Of 32 random bits each, finest near 0, where unlikely tokens win. A smaller `num` gives the
+    first of the same numbers.
+    """
+    key_R = jax.random.wrap_key_data(seed_R2, impl="threefry2x32")
+    key_R = jax.vmap(jax.random.fold_in)(key_R, position_R)
+    bits_RE = jax.vmap(lambda key: jax.random.bits(key, (num,)))(key_R)
+    uniform_RE = (bits_RE.astype(jnp.float32) + 0.5) * 2.0**-32
+    return -jnp.log1p(-jnp.minimum(uniform_RE, 1.0 - 2.0**-24))
 
 
 def _sum_blocks(weight_RV: Array) -> Array:
@@ -374,17 +386,10 @@ def _sum_tiles(weight_RV: Array) -> Array:
     return sums.swapaxes(1, 2).reshape(num_rows, -1)
 
 
-def _pick(weight_RJ: Array, uniform_R: Array) -> Array:
-    """Index of the entry in which uniform * total falls; never one of weight 0, if any is not.
+def _winner(weight_RJ: Array, exponential_RJ: Array) -> Array:
+    """Index of the largest weight / exponential; never one of weight 0, if any is not.
 
-    Rounding may push the product to the total itself: then the last entry with weight is taken.
-    A row without weight gives 0.
+    The quotient of a tiny weight may be flushed to 0: it counts as the smallest number then.
     """
-    index_J = jnp.arange(weight_RJ.shape[-1], dtype=jnp.int32)
-    cumulative_RJ = jnp.cumsum(weight_RJ, axis=-1)
-    target_R1 = uniform_R[:, None] * cumulative_RJ[:, -1:]
-    nonzero_RJ = weight_RJ > 0.0
-    hit_RJ = nonzero_RJ & (cumulative_RJ > target_R1)
-    last_R = jnp.max(jnp.where(nonzero_RJ, index_J, 0), axis=-1)
-    first_R = jnp.min(jnp.where(hit_RJ, index_J, weight_RJ.shape[-1]), axis=-1)
-    return jnp.minimum(first_R, last_R)
+    quotient_RJ = jnp.maximum(weight_RJ / exponential_RJ, _SMALLEST)
+    return jnp.argmax(jnp.where(weight_RJ > 0.0, quotient_RJ, 0.0), axis=-1).astype(jnp.int32)

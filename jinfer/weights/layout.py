@@ -18,7 +18,7 @@ from jinfer.weights.host_tensor import HostTensor
 # EnginePlan.weight_layout -> tiles of a matrix; None = as the device does.
 TILES = {"default": None, "16x128": ((16, 128), (2, 1))}
 
-# A parameter's path in the tree and its axes, such as "blocks.w_q_DQ" and "LDQ" -> where it goes.
+# A parameter's path in the tree and its axes, such as "blocks.w_q_QD" and "LQD" -> where it goes.
 Hold = Callable[[str, str], Sharding | Format]
 
 

@@ -81,7 +81,7 @@ def load_params(
       layer_loop: "unrolled" gives a dict per layer, "scan" one dict with a leading L axis.
       held: the model as it is cut, `jinfer.parallel.shares.held_model`; None = as stored.
       put: moves one parameter to its device or devices, given its path in the tree, such as
-        "blocks.3.w_q_DQ" or, stacked, "blocks.w_q_DQ"; None = whole, to the first device.
+        "blocks.3.w_q_QD" or, stacked, "blocks.w_q_QD"; None = whole, to the first device.
 
     Returns:
       The tree, once every array has arrived, and a report.

@@ -98,7 +98,7 @@ def own_map(weights: WeightMap) -> WeightMap:
 
 
 def open_orbax(folder: Path) -> dict[str, OrbaxArray]:
-    """The arrays of a model folder's Orbax checkpoint by name, such as "blocks.3.w_q_DQ".
+    """The arrays of a model folder's Orbax checkpoint by name, such as "blocks.3.w_q_QD".
 
     Raises:
       CheckpointError: if the checkpoint is damaged, or a package is not installed.

@@ -26,7 +26,7 @@ FLOAT_DTYPES = {
 class Place:
     """One leaf of the tree and what is stored for it."""
 
-    path: str  # "embed_VD", "blocks.3.w_q_DQ" or, stacked, "blocks.w_q_DQ"
+    path: str  # "embed_VD", "blocks.3.w_q_QD" or, stacked, "blocks.w_q_QD"
     axes: str  # one letter per axis, with a leading L if stacked
     shape: tuple[int, ...]  # as it is held
     tensors: tuple[HFTensor, ...]  # one, or one per layer if stacked

@@ -15,8 +15,8 @@ from jinfer.step.slots import empty_slots
 @pytest.mark.parametrize(
     ("name", "axes", "spec"),
     [
-        ("w_q_DQ", "DQ", (None, "tensor")),
-        ("w_o_QD", "QD", ("tensor",)),
+        ("w_q_QD", "QD", ("tensor",)),
+        ("w_o_DQ", "DQ", (None, "tensor")),
         ("b_k_KH", "KH", ("tensor",)),
         ("embed_VD", "VD", ("tensor",)),
         ("attn_norm_D", "D", ()),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -236,10 +237,43 @@ def test_all_64_bits_of_a_seed_count() -> None:
 
 
 def test_the_key_is_fold_in_of_seed_and_position() -> None:
-    bits = jax.random.bits(jax.random.fold_in(jax.random.key(9), 33), (2,))
-    block_uniform = float(bits[1] >> 8) / 2**24  # 64 tokens are one block: the second word decides
+    bits_E = jax.random.bits(jax.random.fold_in(jax.random.key(9), 33), (128 + 1,))
+    exponential_E = -np.log1p(-(np.asarray(bits_E) + 0.5) / 2**32)  # 64 tokens are one block
     token_R = uniform_tokens(np.tile(masks.seed_words(9, 0), (4000, 1)), np.arange(4000))
-    assert token_R[33] == int(block_uniform * 64)
+    assert token_R[33] == exponential_E[:64].argmin()
+
+
+def test_more_blocks_leave_the_numbers_of_the_first_ones() -> None:
+    seed_R2, position_R = jnp.arange(6, dtype=jnp.uint32).reshape(3, 2), jnp.arange(3)
+    few_RE = sampler._exponentials(seed_R2, position_R, 130)
+    np.testing.assert_array_equal(
+        few_RE, sampler._exponentials(seed_R2, position_R, 700)[:, : few_RE.shape[1]]
+    )
+
+
+def test_exponentials_are_those_of_mean_one_down_to_the_smallest() -> None:
+    seed_R2 = jnp.arange(2000, dtype=jnp.uint32).reshape(1000, 2)
+    exponential_RE = np.asarray(sampler._exponentials(seed_R2, jnp.zeros(1000, jnp.int32), 1000))
+    assert exponential_RE.min() > 0 and np.isfinite(exponential_RE).all()
+    assert stats.kstest(exponential_RE.ravel(), "expon").pvalue > 1e-3
+    smallest = np.sort(exponential_RE.ravel())[:1000]  # uniform, if not for 24 bits
+    assert len(np.unique(smallest)) > 990
+    assert stats.kstest(smallest / smallest[-1], "uniform").pvalue > 1e-3
+
+
+def test_rare_tokens_are_drawn_as_often_as_they_should_be() -> None:
+    # One token in ten thousand is another one than the likeliest; of 50 blocks and of its own.
+    weight_V = np.full(50 * 128, 1e-4 / (50 * 128 - 1), np.float32)
+    weight_V[700] = 1.0
+    num_draws, hits = 400_000, []
+    draw = jax.jit(partial(sampler._race, shards=WHOLE))
+    for start in range(0, num_draws, 4000):
+        position_R = jnp.arange(start, start + 4000)
+        seed_R2 = jnp.tile(masks.seed_words(3, 0), (4000, 1))
+        token_R = np.asarray(draw(jnp.tile(weight_V, (4000, 1)), seed_R2, position_R))
+        hits.extend(token_R[token_R != 700])
+    assert stats.binomtest(len(hits), num_draws, 1e-4).pvalue > 1e-3
+    assert len({token // 128 for token in hits}) > 15
 
 
 # Edges.
@@ -307,24 +341,27 @@ def test_narrow_logits_are_read_as_float32(dtype: str) -> None:
     assert draw_one(narrow_V) == draw_one(narrow_V.astype(jnp.float32))
 
 
-def invert_cdf(weight_RV: np.ndarray, uniform_R: jax.Array) -> np.ndarray:
-    return np.asarray(sampler._invert_cdf(jnp.asarray(weight_RV), uniform_R, uniform_R, WHOLE))
-
-
 def test_no_id_outside_the_vocabulary_is_ever_drawn() -> None:
-    # Uniforms next to 1 and vanishing weights: where an inverse CDF runs off its end.
-    almost_one_R = jnp.full(4, 1 - 2.0**-24, jnp.float32)
+    # Vanishing weights, whose quotients are flushed to 0; the last block is a part of one.
     weight_RV = np.zeros((4, 300), np.float32)
-    weight_RV[0, :] = 1e-3
+    weight_RV[0, 290:] = 1e-3
     weight_RV[1, 17] = 1e-37
-    weight_RV[2, [0, 256]] = 1.0, 1e-30
-    got = invert_cdf(weight_RV, almost_one_R)
-    assert got.tolist() == [299, 17, 0, 0]
-    zero_R = jnp.zeros(4)
-    weight_RV = np.roll(weight_RV, 130, axis=1)
-    got = invert_cdf(weight_RV, zero_R)
-    assert (weight_RV[np.arange(3), got[:3]] > 0).all()
-    assert got[3] == 0
+    weight_RV[2, [20, 256]] = 1.0, 1e-30
+    race = jax.jit(partial(sampler._race, shards=WHOLE))
+    for turn in range(0, 300, 13):
+        turned_RV = np.roll(weight_RV, turn, axis=1)
+        seed_R2 = jnp.full((4, 2), turn, jnp.uint32)
+        for position in range(5):
+            got_R = np.asarray(race(jnp.asarray(turned_RV), seed_R2, jnp.full(4, position)))
+            assert (turned_RV[np.arange(3), got_R[:3]] > 0).all()
+            assert got_R[2] == (20 + turn) % 300
+            assert got_R[3] == 0
+
+
+def test_a_tiny_weight_beside_none_wins_whatever_its_exponential() -> None:
+    weight_RJ = jnp.array([[0.0, 1e-37, 0.0], [0.0, 0.0, 0.0], [1e-37, 0.0, 1.0]], jnp.float32)
+    exponential_RJ = jnp.array([[1e-9, 16.0, 1e-9]] * 3, jnp.float32)
+    assert np.asarray(sampler._winner(weight_RJ, exponential_RJ)).tolist() == [1, 0, 2]
 
 
 def test_a_state_of_another_vocabulary_is_refused() -> None:

@@ -35,10 +35,10 @@ def test_scale_is_the_inverse_root_of_the_inputs(folder) -> None:
     for array, fan_in in (
         (params["embed_VD"], 64),
         (params["unembed_VD"], 64),
-        (blocks["w_q_DQ"], 64),
-        (blocks["w_o_QD"], 4 * 16),
-        (blocks["w_gate_DF"], 64),
-        (blocks["w_down_FD"], 96),
+        (blocks["w_q_QD"], 64),
+        (blocks["w_o_DQ"], 4 * 16),
+        (blocks["w_gate_FD"], 64),
+        (blocks["w_down_DF"], 96),
     ):
         # 4,000 to 12,000 draws: the deviation is within 5 % of its expectation.
         np.testing.assert_allclose(np.std(array), fan_in**-0.5, rtol=0.05)
@@ -55,10 +55,10 @@ def test_seed_decides_and_layers_and_leaves_differ(folder) -> None:
 
     first, again, other = draw(0), draw(0), draw(1)
     jax.tree.map(np.testing.assert_array_equal, first, again)
-    w_gate, w_up = first["blocks"][0]["w_gate_DF"], first["blocks"][0]["w_up_DF"]
+    w_gate, w_up = first["blocks"][0]["w_gate_FD"], first["blocks"][0]["w_up_FD"]
     for different in (
-        other["blocks"][0]["w_gate_DF"],
-        first["blocks"][1]["w_gate_DF"],
+        other["blocks"][0]["w_gate_FD"],
+        first["blocks"][1]["w_gate_FD"],
         w_up,
     ):
         assert np.mean(np.asarray(w_gate) == np.asarray(different)) < 0.01
@@ -68,7 +68,7 @@ def test_drawing_needs_no_room_beside_the_result() -> None:
     shape = (4, 256, 256)
     for dtype in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)):
         draw = partial(
-            _uniform, axes="LDF", shape=shape, stored_shape=shape, head_width=16, dtype=dtype
+            _uniform, axes="LFD", shape=shape, stored_shape=shape, head_width=16, dtype=dtype
         )
         program = jax.jit(draw).lower(0, 1, 0.5).compile()
         assert program.memory_analysis().temp_size_in_bytes == 0

@@ -49,14 +49,14 @@ def expected_block(tensors, layer):
     bias = {x: tensors[f"{at}self_attn.{x}_proj.bias"] for x in "qkvo"}
     return {
         "attn_norm_D": tensors[f"{at}input_layernorm.weight"],
-        "w_q_DQ": attention["q"].T,
-        "w_k_DC": attention["k"].T,
-        "w_v_DC": attention["v"].T,
-        "w_o_QD": attention["o"].T,
+        "w_q_QD": attention["q"],
+        "w_k_CD": attention["k"],
+        "w_v_CD": attention["v"],
+        "w_o_DQ": attention["o"],
         "mlp_norm_D": tensors[f"{at}post_attention_layernorm.weight"],
-        "w_gate_DF": w["mlp.gate_proj"].T,
-        "w_up_DF": w["mlp.up_proj"].T,
-        "w_down_FD": tensors[f"{at}mlp.down_proj.weight"].T,
+        "w_gate_FD": w["mlp.gate_proj"],
+        "w_up_FD": w["mlp.up_proj"],
+        "w_down_DF": tensors[f"{at}mlp.down_proj.weight"],
         "b_q_NH": bias["q"].reshape(4, 16),
         "b_k_KH": bias["k"].reshape(2, 16),
         "b_v_KH": bias["v"].reshape(2, 16),
@@ -112,8 +112,8 @@ def test_large_tensors_are_copied_by_several_threads_correctly(tmp_path) -> None
     )
     tensors = random_llama_tensors(json.loads((folder / "config.json").read_text()), seed=2)
     params, _ = load(folder, dtype="bfloat16")
-    for leaf, name in (("w_gate_DF", "gate"), ("w_up_DF", "up"), ("w_down_FD", "down")):
-        want = tensors[f"model.layers.0.mlp.{name}_proj.weight"].T.astype(ml_dtypes.bfloat16)
+    for leaf, name in (("w_gate_FD", "gate"), ("w_up_FD", "up"), ("w_down_DF", "down")):
+        want = tensors[f"model.layers.0.mlp.{name}_proj.weight"].astype(ml_dtypes.bfloat16)
         np.testing.assert_array_equal(params["blocks"][0][leaf], want)
 
 
@@ -134,9 +134,9 @@ def test_put_sees_every_path_and_may_read_any_shard(folder, layer_loop) -> None:
     assert len(seen) == len(jax.tree.leaves(params))
     assert seen["embed_VD"] == "VD"
     if layer_loop == "scan":
-        assert seen["blocks.w_q_DQ"] == "LDQ"
+        assert seen["blocks.w_q_QD"] == "LQD"
     else:
-        assert seen["blocks.1.w_q_DQ"] == "DQ"
+        assert seen["blocks.1.w_q_QD"] == "QD"
 
 
 def test_loading_straight_into_a_sharding(folder) -> None:
@@ -150,7 +150,7 @@ def test_loading_straight_into_a_sharding(folder) -> None:
     params, _ = load(folder, layer_loop="scan", put=put)
     want, _ = load(folder, layer_loop="scan")
     jax.tree.map(np.testing.assert_array_equal, params, want)
-    assert params["blocks"]["w_q_DQ"].sharding.spec == jax.P(None, None, "tensor")
+    assert params["blocks"]["w_q_QD"].sharding.spec == jax.P(None, "tensor", None)
 
 
 def test_tied_embeddings_have_no_unembedding(tmp_path) -> None:

@@ -128,7 +128,7 @@ def test_every_shard_is_what_safetensors_give(tmp_path, num_chips, layer_loop) -
 
 def test_several_repeated_kv_heads_on_one_device(converted, source) -> None:
     got, want = load(converted, num_chips=4), load(source, num_chips=4)
-    assert got["blocks"][0]["w_k_DC"].shape == (64, 4 * 16)  # 2 heads, twice each
+    assert got["blocks"][0]["w_k_CD"].shape == (4 * 16, 64)  # 2 heads, twice each
     assert_equal(got, want)
 
 
@@ -175,11 +175,11 @@ def test_a_part_is_read_from_the_chunks_it_touches(tmp_path) -> None:
     )
     convert(source, tmp_path / "converted")
     arrays = open_orbax(tmp_path / "converted")
-    assert arrays["blocks.0.w_gate_DF"].shape == (1024, 1400)  # 5.7 MB: three chunks
+    assert arrays["blocks.0.w_gate_FD"].shape == (1400, 1024)  # 5.7 MB: three chunks
     want = random_llama_tensors(json.loads((source / "config.json").read_text()), seed=4)
-    whole = want["model.layers.0.mlp.gate_proj.weight"].T
-    for rows, columns in ((slice(0, 1024), slice(0, 1400)), (slice(300, 900), slice(699, 1399))):
-        array = arrays["blocks.0.w_gate_DF"]
+    whole = want["model.layers.0.mlp.gate_proj.weight"]
+    for rows, columns in ((slice(0, 1400), slice(0, 1024)), (slice(699, 1399), slice(300, 900))):
+        array = arrays["blocks.0.w_gate_FD"]
         pieces = array.pieces(array.shape, (rows, columns))
         assert 1 < len(pieces) and all(read().nbytes <= CHUNK_BYTES for _, read in pieces)
         part = np.full(whole[rows, columns].shape, np.nan, np.float32)
@@ -307,7 +307,7 @@ def test_arrays_of_another_model(converted, source, tmp_path) -> None:
     with pytest.raises(CheckpointError, match=r"got 9 \(blocks\.2\..*\) missing, none extra"):
         load(converted)
     (converted / "config.json").write_text(json.dumps({**hf, "intermediate_size": 95}))
-    with pytest.raises(CheckpointError, match=r"blocks\.0\.w_gate_DF must .*shape .*\(64, 95"):
+    with pytest.raises(CheckpointError, match=r"blocks\.0\.w_gate_FD must .*shape .*\(95, 64"):
         load(converted)
 
 
