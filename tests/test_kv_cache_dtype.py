@@ -64,22 +64,25 @@ def jobs_that_share(rng: np.random.Generator, count: int) -> list[Job]:
     return jobs
 
 
-# Sums in another order differ by 1e-6, and a number between two of 8 bits is then kept as the other
-# one: 3.6e-4 was seen in int8. A wrong cell makes errors as large as those above.
+# Sums in another order differ by 1e-6, and now and then a number between two of 8 bits is then kept
+# as the other one: 3.6e-4 was seen in int8.
 FLIPPED = {"int8": 0.002, "fp8": 0.008}
 
 
 def test_batched_and_cached_equal_alone_and_uncached(engine: Engine) -> None:
-    rng, atol = np.random.default_rng(0), FLIPPED[engine.config.kv_cache_dtype]
+    rng = np.random.default_rng(0)
     jobs = jobs_that_share(rng, 16)
     crowd = run_jobs(engine, jobs, gaps=rng.integers(0, 4, size=16).tolist())
     assert sum(output.num_cached_tokens for output in crowd) > 100
+    errors: list[float] = []
     for job, among_others in zip(jobs, crowd, strict=True):
         engine.reset_prefix_cache()
         [alone] = run_jobs(engine, [job])
         assert alone.num_cached_tokens == 0
         assert tokens_of(alone) == tokens_of(among_others)
-        np.testing.assert_allclose(logprobs_of(alone), logprobs_of(among_others), atol=atol)
+        errors += np.abs(np.subtract(logprobs_of(alone), logprobs_of(among_others))).tolist()
+    assert np.median(errors) < 1e-5
+    assert max(errors) < FLIPPED[engine.config.kv_cache_dtype]
     assert engine.scheduler.num_free_pages == engine.plan.num_pages - 1
 
 

@@ -10,7 +10,8 @@ from jaxtyping import Array, Float, Int32
 
 from jinfer.config import ModelConfig, RopeScaling
 
-# Up to this many tokens, XLA's products on CPUs are faster with the weights as their left side.
+# Up to this many tokens, XLA's products on CPUs are faster with the weights as their left side, and
+# with 1 or 256 not slower: jinfer/bench/results/2026-11-26-cpu-125m-zen4.md.
 FEW_TOKENS = 256
 
 
@@ -34,9 +35,9 @@ def project(
     """Each token's vector times a matrix that has its outputs first, as checkpoints store them.
 
     Args:
-      x_TD: any float dtype.
+      x_TD: any float dtype; here D is any width that goes in, and C any that comes out.
       weight_CD: of the same dtype.
-      dtype: of the result, in which the sums are taken; None = that of x_TD.
+      dtype: of the result; None = that of x_TD.
     """
     few = x_TD.shape[0] <= FEW_TOKENS
     return jax.lax.platform_dependent(
@@ -53,7 +54,7 @@ def _tokens_first(x_TD: Array, weight_CD: Array, *, dtype: DTypeLike | None) -> 
 
 def _weight_first(x_TD: Array, weight_CD: Array, *, dtype: DTypeLike | None) -> Array:
     product_CT = jnp.einsum("CD,TD->CT", weight_CD, x_TD, preferred_element_type=dtype)
-    # Without the barrier XLA swaps the operands and takes 1.5 times as long.
+    # Without the barrier XLA swaps the operands back, and takes as long as before.
     return jax.lax.optimization_barrier(product_CT).T
 
 

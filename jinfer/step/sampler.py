@@ -36,7 +36,6 @@ from jinfer.step.threshold import top_k_threshold, top_p_threshold
 
 _LANES = 128  # tokens per block of the two-level draw
 _LARGEST = float(jnp.finfo(jnp.float32).max)
-_SMALLEST = float(jnp.finfo(jnp.float32).tiny)
 
 
 @no_type_check
@@ -334,42 +333,47 @@ def _weights(logits_RV: Array, temperature_R: Array, shards: Shards) -> Array:
 def _race(weight_RV: Array, seed_R2: Array, position_R: Array, shards: Shards) -> Array:
     """First a block of 128 tokens, then a token of it, each in proportion to its weight.
 
-    By a race: whoever has the largest weight over an exponential number wins. Which one does hangs
-    on the first two alone, where inverting a cumulative sum hangs on the rounding of every term:
-    programs of other sizes round otherwise, and should not draw other tokens.
+    By a race: the largest weight over an exponential number of its own wins. So the token hangs on
+    the gap between the first two, where inverting a cumulative sum would hang on the rounding of
+    every term: programs of other sizes round otherwise, and should not draw other tokens.
 
-    Two races, of 128 and V / 128 exponentials, where one race would want V of them. No block lies
-    on two shards (`jinfer.parallel.shares`). A row without weight gives 0.
+    Two races, of V / 128 and 128 exponentials, where a single one would want V of them. No block
+    lies on two shards (`jinfer.parallel.shares`). A row without weight gives 0.
 
-    Source: Efraimidis and Spirakis, Information Processing Letters 97(5), 2006, algorithm A-Res
-      for one item, whose keys u ** (1 / w) are exp(-exponential / w).
+    Source: Efraimidis and Spirakis, "Weighted random sampling with a reservoir", Information
+      Processing Letters 97(5), 2006: the largest key u ** (1 / w), which is exp(-exponential / w).
     """
     spare = -weight_RV.shape[-1] % _LANES
     weight_RV = _row_major(jnp.pad(weight_RV, ((0, 0), (0, spare))))
-    local_RJ = lax.platform_dependent(weight_RV, tpu=_sum_tiles, default=_sum_blocks)
-    num_local = local_RJ.shape[-1]
-    sum_RJ = shards.join(local_RJ)
-    exponential_RE = _exponentials(seed_R2, position_R, _LANES + sum_RJ.shape[-1])
-    block_R = _winner(sum_RJ, exponential_RE[:, _LANES:])
-    local_R = shards.local(block_R, num_local)
+    part_RJ = lax.platform_dependent(weight_RV, tpu=_sum_tiles, default=_sum_blocks)
+    num_blocks = part_RJ.shape[-1]
+    sum_RJ = shards.join(part_RJ)
+    lane_number_R128, block_number_RJ = _exponentials(seed_R2, position_R, sum_RJ.shape[-1])
+    block_R = jnp.argmax(sum_RJ / block_number_RJ, axis=-1).astype(jnp.int32)
+    local_R = shards.local(block_R, num_blocks)
     slice_of = partial(lax.dynamic_slice, slice_sizes=(_LANES,))
     lane_R128 = _row_major(jax.vmap(slice_of)(weight_RV, (local_R * _LANES)[:, None]))
-    lane_R128 = jnp.where((local_R < num_local)[:, None], lane_R128, 0.0)
+    lane_R128 = jnp.where((local_R < num_blocks)[:, None], lane_R128, 0.0)
     lane_R128 = shards.sum(lane_R128)  # of which all but one are zeros
-    return block_R * _LANES + _winner(lane_R128, exponential_RE[:, :_LANES])
+    lane_R = jnp.argmax(lane_R128 / lane_number_R128, axis=-1).astype(jnp.int32)
+    return block_R * _LANES + lane_R
 
 
-def _exponentials(seed_R2: Array, position_R: Array, num: int) -> Array:
-    """Exponential numbers of mean 1, float32[R, num], from the key of seed and position alone.
+def _exponentials(seed_R2: Array, position_R: Array, num_blocks: int) -> tuple[Array, Array]:
+    """Exponential numbers of mean 1, for lanes [R, 128] and blocks [R, J], by seed and position.
 
-    Of 32 random bits each, finest near 0, where unlikely tokens win. A smaller `num` gives the
-    first of the same numbers.
+    Of 32 random bits each, finest near 0, where unlikely tokens win. A block's number does not
+    depend on how many blocks there are, and shards may fill up the vocabulary with more of them.
     """
     key_R = jax.random.wrap_key_data(seed_R2, impl="threefry2x32")
     key_R = jax.vmap(jax.random.fold_in)(key_R, position_R)
-    bits_RE = jax.vmap(lambda key: jax.random.bits(key, (num,)))(key_R)
-    uniform_RE = (bits_RE.astype(jnp.float32) + 0.5) * 2.0**-32
-    return -jnp.log1p(-jnp.minimum(uniform_RE, 1.0 - 2.0**-24))
+    with jax.threefry_partitionable(True):  # or each of the bits would depend on their number
+        draw_bits = partial(jax.random.bits, shape=(_LANES + num_blocks,))
+        bits = jax.vmap(draw_bits)(key_R)
+    # Not 0, by which nothing can be divided, nor 1, to which the largest would be rounded.
+    uniform = jnp.minimum((bits.astype(jnp.float32) + 0.5) * 2.0**-32, 1.0 - 2.0**-24)
+    exponential = -jnp.log1p(-uniform)
+    return exponential[:, :_LANES], exponential[:, _LANES:]
 
 
 def _sum_blocks(weight_RV: Array) -> Array:
@@ -384,12 +388,3 @@ def _sum_tiles(weight_RV: Array) -> Array:
     tiles = weight_RV.reshape(num_rows // rows_of_tile, rows_of_tile, -1, _LANES).swapaxes(1, 2)
     sums = jnp.sum(_row_major(tiles), axis=-1)  # [R / 8, J, 8]
     return sums.swapaxes(1, 2).reshape(num_rows, -1)
-
-
-def _winner(weight_RJ: Array, exponential_RJ: Array) -> Array:
-    """Index of the largest weight / exponential; never one of weight 0, if any is not.
-
-    The quotient of a tiny weight may be flushed to 0: it counts as the smallest number then.
-    """
-    quotient_RJ = jnp.maximum(weight_RJ / exponential_RJ, _SMALLEST)
-    return jnp.argmax(jnp.where(weight_RJ > 0.0, quotient_RJ, 0.0), axis=-1).astype(jnp.int32)

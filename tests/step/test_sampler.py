@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -203,6 +202,16 @@ def uniform_tokens(seed_words_R2: np.ndarray, position_R: np.ndarray) -> np.ndar
     return np.asarray(sample_jit(logits_RV, state, slot_R, position_R.astype(np.int32)))
 
 
+@jax.jit
+def race_jit(weight_RV: jax.Array, seed_R2: jax.Array, position_R: jax.Array) -> jax.Array:
+    return sampler._race(weight_RV, seed_R2, position_R, WHOLE)
+
+
+def race(weight_RV: Any, seed_R2: Any, position_R: Any) -> np.ndarray:
+    """One draw per row of weights, of which the largest is 1."""
+    return np.asarray(race_jit(weight_RV, seed_R2, position_R))
+
+
 def independent_p(left_R: np.ndarray, right_R: np.ndarray) -> float:
     """p-value of two series of 64 tokens being independent, tokens grouped by eight."""
     table, _, _ = np.histogram2d(left_R, right_R, bins=8, range=[[0, 64], [0, 64]])
@@ -236,44 +245,58 @@ def test_all_64_bits_of_a_seed_count() -> None:
     assert len({tuple(tokens) for tokens in drawn}) == len(seeds)
 
 
+def numbers_of(seed: int, position: int, num_blocks: int) -> tuple[np.ndarray, np.ndarray]:
+    """The exponential numbers of 128 lanes and of the blocks, as the key's definition has them."""
+    key = jax.random.fold_in(jax.random.key(seed), position)
+    bits = np.asarray(jax.random.bits(key, (128 + num_blocks,)))
+    exponential = -np.log1p(-(bits + 0.5) / 2**32)
+    return exponential[:128], exponential[128:]
+
+
 def test_the_key_is_fold_in_of_seed_and_position() -> None:
-    bits_E = jax.random.bits(jax.random.fold_in(jax.random.key(9), 33), (128 + 1,))
-    exponential_E = -np.log1p(-(np.asarray(bits_E) + 0.5) / 2**32)  # 64 tokens are one block
-    token_R = uniform_tokens(np.tile(masks.seed_words(9, 0), (4000, 1)), np.arange(4000))
-    assert token_R[33] == exponential_E[:64].argmin()
+    seed_R2 = np.tile(masks.seed_words(9, 0), (4000, 1))
+    token_R = uniform_tokens(seed_R2, np.arange(4000))  # 64 tokens: one block
+    assert token_R[33] == numbers_of(9, 33, 1)[0][:64].argmin()
+    one_each_RV = jnp.zeros((4000, 20 * 128)).at[:, ::128].set(1.0)
+    token_R = race(one_each_RV, seed_R2, jnp.arange(4000))
+    assert token_R[33] == 128 * numbers_of(9, 33, 20)[1].argmin()
 
 
-def test_more_blocks_leave_the_numbers_of_the_first_ones() -> None:
+@pytest.mark.parametrize("partitionable", [True, False])
+def test_more_blocks_leave_the_numbers_of_the_first_ones(partitionable: bool) -> None:
     seed_R2, position_R = jnp.arange(6, dtype=jnp.uint32).reshape(3, 2), jnp.arange(3)
-    few_RE = sampler._exponentials(seed_R2, position_R, 130)
-    np.testing.assert_array_equal(
-        few_RE, sampler._exponentials(seed_R2, position_R, 700)[:, : few_RE.shape[1]]
-    )
+    with jax.threefry_partitionable(partitionable):
+        lane_R128, block_RJ = sampler._exponentials(seed_R2, position_R, 2)
+        more_lane_R128, more_block_RJ = sampler._exponentials(seed_R2, position_R, 700)
+    np.testing.assert_array_equal(lane_R128, more_lane_R128)
+    np.testing.assert_array_equal(block_RJ, more_block_RJ[:, :2])
 
 
 def test_exponentials_are_those_of_mean_one_down_to_the_smallest() -> None:
     seed_R2 = jnp.arange(2000, dtype=jnp.uint32).reshape(1000, 2)
-    exponential_RE = np.asarray(sampler._exponentials(seed_R2, jnp.zeros(1000, jnp.int32), 1000))
-    assert exponential_RE.min() > 0 and np.isfinite(exponential_RE).all()
-    assert stats.kstest(exponential_RE.ravel(), "expon").pvalue > 1e-3
-    smallest = np.sort(exponential_RE.ravel())[:1000]  # uniform, if not for 24 bits
-    assert len(np.unique(smallest)) > 990
-    assert stats.kstest(smallest / smallest[-1], "uniform").pvalue > 1e-3
+    parts = sampler._exponentials(seed_R2, jnp.zeros(1000, jnp.int32), 872)
+    number = np.concatenate([np.ravel(part) for part in parts])
+    assert number.min() > 0 and np.isfinite(number).all()
+    assert stats.kstest(number, "expon").pvalue > 1e-3
+    assert len(np.unique(np.sort(number)[:1000])) > 990  # of 24 bits, some 30 would be equal
 
 
 def test_rare_tokens_are_drawn_as_often_as_they_should_be() -> None:
-    # One token in ten thousand is another one than the likeliest; of 50 blocks and of its own.
-    weight_V = np.full(50 * 128, 1e-4 / (50 * 128 - 1), np.float32)
-    weight_V[700] = 1.0
-    num_draws, hits = 400_000, []
-    draw = jax.jit(partial(sampler._race, shards=WHOLE))
+    # One token in ten thousand is not the likeliest: half of these stand in its block, half in 49
+    # others.
+    likeliest, num_draws = 700, 400_000
+    weight_V = np.full(50 * 128, 0.5e-4 / (49 * 128), np.float32)
+    weight_V[640:768] = 0.5e-4 / 127
+    weight_V[likeliest] = 1.0
+    rare: list[int] = []
     for start in range(0, num_draws, 4000):
-        position_R = jnp.arange(start, start + 4000)
-        seed_R2 = jnp.tile(masks.seed_words(3, 0), (4000, 1))
-        token_R = np.asarray(draw(jnp.tile(weight_V, (4000, 1)), seed_R2, position_R))
-        hits.extend(token_R[token_R != 700])
-    assert stats.binomtest(len(hits), num_draws, 1e-4).pvalue > 1e-3
-    assert len({token // 128 for token in hits}) > 15
+        seed_R2 = np.tile(masks.seed_words(3, 0), (4000, 1))
+        token_R = race(np.tile(weight_V, (4000, 1)), seed_R2, jnp.arange(start, start + 4000))
+        rare.extend(token_R[token_R != likeliest].tolist())
+    num_within = sum(token // 128 == likeliest // 128 for token in rare)
+    assert stats.binomtest(num_within, num_draws, 0.5e-4).pvalue > 1e-3
+    assert stats.binomtest(len(rare) - num_within, num_draws, 0.5e-4).pvalue > 1e-3
+    assert len(set(rare)) > 0.9 * len(rare)
 
 
 # Edges.
@@ -341,27 +364,16 @@ def test_narrow_logits_are_read_as_float32(dtype: str) -> None:
     assert draw_one(narrow_V) == draw_one(narrow_V.astype(jnp.float32))
 
 
-def test_no_id_outside_the_vocabulary_is_ever_drawn() -> None:
-    # Vanishing weights, whose quotients are flushed to 0; the last block is a part of one.
-    weight_RV = np.zeros((4, 300), np.float32)
-    weight_RV[0, 290:] = 1e-3
-    weight_RV[1, 17] = 1e-37
-    weight_RV[2, [20, 256]] = 1.0, 1e-30
-    race = jax.jit(partial(sampler._race, shards=WHOLE))
+def test_no_token_without_weight_is_ever_drawn() -> None:
+    weight_RV = np.zeros((3, 300), np.float32)  # the last block is a part of one
+    weight_RV[0, 290:] = 1.0
+    weight_RV[1, [20, 256]] = 1.0, 1e-30
     for turn in range(0, 300, 13):
         turned_RV = np.roll(weight_RV, turn, axis=1)
-        seed_R2 = jnp.full((4, 2), turn, jnp.uint32)
         for position in range(5):
-            got_R = np.asarray(race(jnp.asarray(turned_RV), seed_R2, jnp.full(4, position)))
-            assert (turned_RV[np.arange(3), got_R[:3]] > 0).all()
-            assert got_R[2] == (20 + turn) % 300
-            assert got_R[3] == 0
-
-
-def test_a_tiny_weight_beside_none_wins_whatever_its_exponential() -> None:
-    weight_RJ = jnp.array([[0.0, 1e-37, 0.0], [0.0, 0.0, 0.0], [1e-37, 0.0, 1.0]], jnp.float32)
-    exponential_RJ = jnp.array([[1e-9, 16.0, 1e-9]] * 3, jnp.float32)
-    assert np.asarray(sampler._winner(weight_RJ, exponential_RJ)).tolist() == [1, 0, 2]
+            token_R = race(turned_RV, np.full((3, 2), turn, np.uint32), np.full(3, position))
+            assert turned_RV[0, token_R[0]] > 0
+            assert token_R[1:].tolist() == [(20 + turn) % 300, 0]
 
 
 def test_a_state_of_another_vocabulary_is_refused() -> None:

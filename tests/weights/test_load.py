@@ -19,7 +19,9 @@ from random_checkpoint import (
 )
 
 from jinfer.errors import CheckpointError
+from jinfer.weights.host_tensor import HostTensor
 from jinfer.weights.load import load_params, put_on_first_device, read_model_config
+from jinfer.weights.safetensors import open_checkpoint
 
 BIASED = {"attention_bias": True, "mlp_bias": True}
 
@@ -115,6 +117,26 @@ def test_large_tensors_are_copied_by_several_threads_correctly(tmp_path) -> None
     for leaf, name in (("w_gate_FD", "gate"), ("w_up_FD", "up"), ("w_down_DF", "down")):
         want = tensors[f"model.layers.0.mlp.{name}_proj.weight"].astype(ml_dtypes.bfloat16)
         np.testing.assert_array_equal(params["blocks"][0][leaf], want)
+
+
+def test_a_parameter_may_be_held_in_another_order_than_it_is_stored(tmp_path) -> None:
+    folder = write_llama_checkpoint(
+        tmp_path, seed=2, num_hidden_layers=1, hidden_size=1024, intermediate_size=1400
+    )
+    stored = open_checkpoint(folder)["model.layers.0.mlp.gate_proj.weight"]
+    tensor = HostTensor(
+        axes="LDF",
+        shape=(1, 1024, 1400),
+        stored_shape=(1, 1024, 1400),
+        head_width=16,
+        dtype=np.dtype(np.float32),
+        layers=(stored,),
+        stored_axes="FD",
+    )
+    want = stored.view().astype(np.float32).T
+    np.testing.assert_array_equal(tensor.read()[0], want)
+    shard = (slice(0, 1), slice(300, 900), slice(7, 1400))
+    np.testing.assert_array_equal(tensor.read(shard)[0], want[300:900, 7:])
 
 
 @pytest.mark.parametrize("layer_loop", ["scan", "unrolled"])
