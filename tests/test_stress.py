@@ -48,18 +48,18 @@ def play(engine: Engine, reference: Engine, faults: Faults, seed: int) -> Player
 
 
 def preempted_equals_undisturbed(engine: Engine, reference: Engine, seeds: range) -> None:
-    num_disturbed = num_restored = num_copied = 0
+    num_preempted_workloads = num_restored = num_copied = 0
     errors: list[float] = []
     for seed in seeds:
         player = play(engine, reference, Faults(), seed)
-        num_disturbed += player.num_preemptions > 0
+        num_preempted_workloads += player.num_preemptions > 0
         num_restored += player.num_restored
         num_copied += player.num_copied
         errors += player.logprob_errors
         if seed % 5 == 0:
             engine.reset_prefix_cache()
     # A rare workload ends before any of it must be preempted.
-    assert num_disturbed >= len(seeds) - len(seeds) // 100
+    assert num_preempted_workloads >= len(seeds) - len(seeds) // 100
     assert num_restored > 0 and num_copied > 0
     check_rare(errors)
 

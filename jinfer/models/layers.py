@@ -39,13 +39,11 @@ def project(
       weight_CD: of the same dtype.
       dtype: of the result; None = that of x_TD.
     """
-    few = x_TD.shape[0] <= FEW_TOKENS
-    return jax.lax.platform_dependent(
-        x_TD,
-        weight_CD,
-        cpu=partial(_weight_first if few else _tokens_first, dtype=dtype),
-        default=partial(_tokens_first, dtype=dtype),
-    )
+    tokens_first = partial(_tokens_first, dtype=dtype)
+    if x_TD.shape[0] > FEW_TOKENS:
+        return tokens_first(x_TD, weight_CD)
+    weight_first = partial(_weight_first, dtype=dtype)
+    return jax.lax.platform_dependent(x_TD, weight_CD, cpu=weight_first, default=tokens_first)
 
 
 def _tokens_first(x_TD: Array, weight_CD: Array, *, dtype: DTypeLike | None) -> Array:
