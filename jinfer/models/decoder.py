@@ -44,9 +44,7 @@ class Block(nnx.Module):
         N, K = config.num_q_heads, config.num_kv_heads
         self.config, self.shards = config, shards
         self.attn_norm_D = _parameter(D)
-        self.w_q_QD = _parameter(N * H, D)
-        self.w_k_CD = _parameter(K * H, D)
-        self.w_v_CD = _parameter(K * H, D)
+        self.w_qkv_UD = _parameter((N + 2 * K) * H, D)
         self.w_o_DQ = _parameter(D, N * H)
         self.mlp_norm_D = _parameter(D)
         self.w_gate_FD = _parameter(F, D)
@@ -80,9 +78,7 @@ class Block(nnx.Module):
     def _attention(
         self, normed_TD: Array, rope: tuple[Array, Array], attend: Attend, cache: Cache, layer: Any
     ) -> tuple[Array, Cache]:
-        q_TNH = self._heads(normed_TD, self.w_q_QD[...])
-        k_TKH = self._heads(normed_TD, self.w_k_CD[...])
-        v_TKH = self._heads(normed_TD, self.w_v_CD[...])
+        q_TNH, k_TKH, v_TKH = self._heads(normed_TD)
         if self.config.attention_bias:
             q_TNH = q_TNH + self.b_q_NH[...]
             k_TKH = k_TKH + self.b_k_KH[...]
@@ -94,13 +90,17 @@ class Block(nnx.Module):
             mixed_TD = mixed_TD + self.b_o_D[...]
         return mixed_TD, cache
 
-    def _heads(self, normed_TD: Array, weight_CD: Array) -> Array:
-        """Projects and splits into heads, [T, heads, H]."""
+    def _heads(self, normed_TD: Array) -> list[Array]:
+        """This chip's queries [T, N, H], keys and values [T, K, H]."""
         # With inputs first, XLA for TPUs carried the split back into the weight and, in a loop over
         # steps, kept a transposed copy of all layers' q, k and v: 1.6 GB for 8B parameters. The
         # barrier stops it. With outputs first a v5e, v6e or 7x does not; meshes were not tried.
-        flat_TC = jax.lax.optimization_barrier(project(normed_TD, weight_CD))
-        return flat_TC.reshape(len(flat_TC), -1, self.config.head_width)
+        flat_TU = jax.lax.optimization_barrier(project(normed_TD, self.w_qkv_UD[...]))
+        head_width = self.config.head_width
+        heads_TH = flat_TU.reshape(len(flat_TU), -1, head_width)
+        num_q_heads = self.w_o_DQ.shape[1] // head_width
+        num_kv_heads = (heads_TH.shape[1] - num_q_heads) // 2
+        return jnp.split(heads_TH, (num_q_heads, num_q_heads + num_kv_heads), axis=1)
 
     def _mlp(self, normed_TD: Float[Array, "T D"]) -> Float[Array, "T D"]:
         gate_TF = project(normed_TD, self.w_gate_FD[...])

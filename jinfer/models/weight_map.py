@@ -13,6 +13,10 @@ from typing import NamedTuple
 
 from jinfer.config import ModelConfig
 
+# What a block holds as one parameter, and the stored ones that it is made of, one after the other
+# along the first axis. Cut over several chips, each has its shares of them, in the same order.
+JOINED = {"w_qkv_UD": ("w_q_QD", "w_k_CD", "w_v_CD")}
+
 
 class HFTensor(NamedTuple):
     """One stored tensor; in a block's map, `{layer}` in the name stands for the layer."""
@@ -64,6 +68,7 @@ def axis_sizes(config: ModelConfig) -> dict[str, int]:
         "H": config.head_width,
         "Q": config.num_q_heads * config.head_width,
         "C": config.num_kv_heads * config.head_width,
+        "U": (config.num_q_heads + 2 * config.num_kv_heads) * config.head_width,
     }
 
 

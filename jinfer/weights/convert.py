@@ -98,7 +98,7 @@ def described_tree(source: Path, dtype: str | None) -> Params:
             stored_axes="".join(place.tensors[0].groups),
         )
 
-    return build_tree(map_of(source, config), config.num_layers, "unrolled", describe)
+    return build_tree(map_of(source, config), config.num_layers, "unrolled", describe, joined=False)
 
 
 def _require_empty(target: Path) -> None:

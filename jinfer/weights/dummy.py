@@ -1,11 +1,14 @@
 """Random parameters of any shape, made on the device: a benchmark needs no checkpoint."""
 
+import itertools
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.layout import Format
 from jaxtyping import Array
 
 from jinfer.config import ModelConfig
@@ -40,30 +43,29 @@ def dummy_params(
     """
     weights = FAMILIES[config.family].weight_map(config)
     jax_dtype = jnp.dtype(require_dtype(dtype))
-    num_made = 0
+    number = itertools.count(1)
 
     def make(place: Place) -> jax.Array:
-        nonlocal num_made
-        num_made += 1
+        parts = place.parts or (place,)
+        numbers = tuple(next(number) for _ in parts)
         where: Any = hold and hold(place.path, place.axes)
         if "norm" in place.leaf:
             return jnp.ones(place.shape, jax_dtype, device=where)
         if place.leaf.startswith("b_"):
             return jnp.zeros(place.shape, jax_dtype, device=where)
-        fan_in = weights.stored_shape(place.tensors[0])[-1]
+        fan_in = weights.stored_shape(parts[0].tensors[0])[-1]
         # Drawn where it shall lie.
         draw = jax.jit(
             _uniform,
-            static_argnames=("axes", "shape", "stored_shape", "head_width", "dtype"),
+            static_argnames=("parts", "num_shards", "head_width", "dtype"),
             out_shardings=where,
         )
         return draw(
             seed,
-            num_made,
+            numbers,
             fan_in**-0.5,
-            axes=place.axes,
-            shape=place.shape,
-            stored_shape=place.shape_in(weights),
+            parts=tuple(_Part(each.axes, each.shape, each.shape_in(weights)) for each in parts),
+            num_shards=_num_shards(where, place),
             head_width=config.head_width,
             dtype=jax_dtype,
         )
@@ -72,14 +74,30 @@ def dummy_params(
     return build_tree(held_weights, config.num_layers, layer_loop, make)
 
 
+class _Part(NamedTuple):
+    """What is drawn by itself: a parameter, or one of those that are joined."""
+
+    axes: str
+    shape: tuple[int, ...]  # as it is held
+    stored_shape: tuple[int, ...]
+
+
+def _num_shards(where: Any, place: Place) -> int:
+    """Into how many shards the axis is cut along which a parameter's parts are joined."""
+    sharding = where.sharding if isinstance(where, Format) else where
+    if sharding is None:
+        return 1
+    axis = place.num_stacked
+    return place.shape[axis] // sharding.shard_shape(place.shape)[axis]
+
+
 def _uniform(
     seed: int | Array,
-    leaf_number: int | Array,
+    numbers: Sequence[int | Array],
     deviation: float | Array,
     *,
-    axes: str,
-    shape: tuple[int, ...],
-    stored_shape: tuple[int, ...],
+    parts: tuple[_Part, ...],
+    num_shards: int,
     head_width: int,
     dtype: jnp.dtype,
 ) -> Array:
@@ -87,17 +105,42 @@ def _uniform(
 
     Threefry takes eight times the room of a bfloat16 result on the CPU, and compiles four times
     as long. The place is that in the model as stored, so that every mesh draws the same model.
+
+    Args:
+      seed: of the model.
+      numbers: of each part, different from all others of the model.
+      deviation: of every element.
+      parts: one, or those that are joined in each shard.
+      num_shards: of the axis of joining.
+      head_width: H.
+      dtype: of the result.
     """
-    place = jnp.uint32(0)
-    for axis, letter in enumerate(axes):
-        index = lax.broadcasted_iota(jnp.uint32, shape, axis)
-        if letter in "KC" and shape[axis] > stored_shape[axis]:
-            index = repeated(index, letter, shape[axis] // stored_shape[axis], head_width)
-        stride = math.prod(stored_shape[axis + 1 :])
-        place = place + index * jnp.uint32(stride % 2**32)
-    bits = _mix(place ^ _mix(jnp.uint32(seed) + _mix(jnp.uint32(leaf_number))))
+    axis = len(parts[0].axes) - len(parts[0].axes.removeprefix("L"))
+    lengths = [part.shape[axis] // num_shards for part in parts]  # in one shard
+    shape = (*parts[0].shape[:axis], sum(lengths) * num_shards, *parts[0].shape[axis + 1 :])
+    index = [lax.broadcasted_iota(jnp.uint32, shape, each) for each in range(len(shape))]
+    shard, within = index[axis] // sum(lengths), index[axis] % sum(lengths)
+    bits, start = jnp.uint32(0), 0
+    for number, part, length in zip(numbers, parts, lengths, strict=True):
+        index[axis] = shard * length + within - start
+        salt = _mix(jnp.uint32(seed) + _mix(jnp.uint32(number)))
+        part_bits = _mix(_place(index, part, head_width) ^ salt)
+        bits = jnp.where(within < start, bits, part_bits)
+        start += length
     unit = bits.astype(jnp.int32).astype(jnp.float32) * 2.0**-31  # -1 to 1, deviation 3**-0.5
     return (unit * (3.0**0.5 * deviation)).astype(dtype)
+
+
+def _place(index: Sequence[Array], part: _Part, head_width: int) -> Array:
+    """Each element's place in the part as it is stored, whatever is repeated as it is held."""
+    place = jnp.uint32(0)
+    for axis, letter in enumerate(part.axes):
+        along = index[axis]
+        if letter in "KC" and part.shape[axis] > part.stored_shape[axis]:
+            num_repeats = part.shape[axis] // part.stored_shape[axis]
+            along = repeated(along, letter, num_repeats, head_width)
+        place = place + along * jnp.uint32(math.prod(part.stored_shape[axis + 1 :]) % 2**32)
+    return place
 
 
 def _mix(word: jax.Array) -> jax.Array:

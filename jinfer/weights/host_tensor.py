@@ -72,14 +72,17 @@ class HostTensor:
           CheckpointError: if a value overflows the wanted dtype.
         """
         index = index or (slice(None),) * len(self.shape)
-        lengths = [len(range(size)[part]) for size, part in zip(self.shape, index, strict=True)]
-        target = _aligned_empty(lengths, self.dtype)
+        target = _room_for(index, self.shape, self.dtype)
+        self.read_into(target, index)
+        return target
+
+    def read_into(self, target: np.ndarray, index: tuple[slice, ...]) -> None:
+        """The same as `read`, into memory that is there."""
         if self.axes.startswith("L"):
             for layer, tensor in enumerate(self.layers[index[0]]):
                 self._copy(tensor, index[1:], target[layer])
         else:
             self._copy(self.layers[0], index, target)
-        return target
 
     def _copy(self, tensor: Stored, index: tuple[slice, ...], target: np.ndarray) -> None:
         axes = self.axes.removeprefix("L")
@@ -115,6 +118,42 @@ class HostTensor:
         index = repeated(np.arange(start, stop), letter, held // stored, self.head_width)
         first, last = int(index[0]), int(index[-1])
         return slice(first, last + 1) if last - first == stop - start - 1 else index
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JoinedTensor:
+    """One parameter that several stored ones make up, one after the other along one axis.
+
+    The n-th of a number of equal shards consists of the n-th shards of its parts.
+    """
+
+    axes: str  # one letter per axis, with a leading L if stacked; behind it, that of joining
+    shape: tuple[int, ...]  # as it is held
+    parts: tuple[HostTensor, ...]
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.parts[0].dtype
+
+    def read(self, index: tuple[slice, ...] | None = None) -> np.ndarray:
+        """Copies one shard out of the files: `HostTensor.read`.
+
+        Args:
+          index: a slice per axis, of the joined one that of one of its equal shards; None = all.
+        """
+        index = index or (slice(None),) * len(self.shape)
+        axis = len(self.axes) - len(self.axes.removeprefix("L"))
+        held = self.shape[axis]
+        start, stop, _ = index[axis].indices(held)
+        num_shards, number = held // (stop - start), start // (stop - start)
+        assert start * num_shards == held * number, f"not one of equal shards: {start=}, {stop=}"
+        lengths = [part.shape[axis] // num_shards for part in self.parts]
+        target = _room_for(index, self.shape, self.dtype)
+        rooms = np.split(target, np.cumsum(lengths)[:-1], axis=axis)
+        for part, room, length in zip(self.parts, rooms, lengths, strict=True):
+            own = slice(number * length, (number + 1) * length)
+            part.read_into(room, (*index[:axis], own, *index[axis + 1 :]))
+        return target
 
 
 def repeated(index: Any, letter: str, num_repeats: int, head_width: int) -> Any:
@@ -173,6 +212,11 @@ def _converted(tile: np.ndarray, dtype: np.dtype) -> np.ndarray:
         if dtype == np.float16:  # by way of float32, whose conversion notices overflow
             return tile.astype(np.float32).astype(dtype)
         return tile.astype(dtype)
+
+
+def _room_for(index: tuple[slice, ...], shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Memory for the part of an array that an index picks."""
+    return _aligned_empty([len(range(n)[i]) for n, i in zip(shape, index, strict=True)], dtype)
 
 
 def _aligned_empty(shape: list[int], dtype: np.dtype) -> np.ndarray:

@@ -13,12 +13,12 @@ from jax.experimental.layout import Format, Layout
 from jax.sharding import Sharding
 from jaxtyping import Array
 
-from jinfer.weights.host_tensor import HostTensor
+from jinfer.weights.host_tensor import HostTensor, JoinedTensor
 
 # EnginePlan.weight_layout -> tiles of a matrix; None = as the device does.
 TILES = {"default": None, "16x128": ((16, 128), (2, 1))}
 
-# A parameter's path in the tree and its axes, such as "blocks.w_q_QD" and "LQD" -> where it goes.
+# A parameter's path in the tree and its axes, such as "blocks.w_o_DQ" and "LDQ" -> where it goes.
 Hold = Callable[[str, str], Sharding | Format]
 
 
@@ -43,7 +43,7 @@ def hold_as(weight_layout: str, sharding_of: Callable[[str], Sharding]) -> Hold:
     return hold
 
 
-def put_held(path: str, tensor: HostTensor, *, hold: Hold) -> Array:
+def put_held(path: str, tensor: HostTensor | JoinedTensor, *, hold: Hold) -> Array:
     """Moves one parameter to its devices, every shard straight from the file.
 
     On CPU the buffer read becomes the array. In a layout that is not the device's own, a stack
@@ -63,7 +63,9 @@ def put_held(path: str, tensor: HostTensor, *, hold: Hold) -> Array:
     return stack
 
 
-def put_shards(tensor: HostTensor, sharding: Sharding, *, layer: int | None = None) -> Array:
+def put_shards(
+    tensor: HostTensor | JoinedTensor, sharding: Sharding, *, layer: int | None = None
+) -> Array:
     """One parameter on its devices, or one layer of a stack with a leading axis of 1.
 
     The host holds one shard at a time: each is read when the one before has left.

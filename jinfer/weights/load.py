@@ -18,13 +18,14 @@ from jinfer.errors import CheckpointError
 from jinfer.models.registry import FAMILIES, family_of
 from jinfer.models.weight_map import WeightMap
 from jinfer.weights.folder import read_hf_config, require_model_folder
-from jinfer.weights.host_tensor import HostTensor, Stored
+from jinfer.weights.host_tensor import HostTensor, JoinedTensor, Stored
 from jinfer.weights.layout import Hold
 from jinfer.weights.orbax import is_orbax, open_orbax, own_map
 from jinfer.weights.safetensors import open_checkpoint
 from jinfer.weights.tree import FLOAT_DTYPES, Params, Place, build_tree, require_dtype
 
-Put = Callable[[str, HostTensor], jax.Array]
+Tensor = HostTensor | JoinedTensor
+Put = Callable[[str, Tensor], jax.Array]
 
 MAX_NAMED = 5  # tensors an error lists before it only counts
 
@@ -71,6 +72,7 @@ def load_params(
     layer_loop: str,
     held: ModelConfig | None = None,
     put: Put | None = None,
+    joined: bool = True,
 ) -> tuple[Params, LoadReport]:
     """Reads every parameter of a checkpoint.
 
@@ -81,7 +83,8 @@ def load_params(
       layer_loop: "unrolled" gives a dict per layer, "scan" one dict with a leading L axis.
       held: the model as it is cut, `jinfer.parallel.shares.held_model`; None = as stored.
       put: moves one parameter to its device or devices, given its path in the tree, such as
-        "blocks.3.w_q_QD" or, stacked, "blocks.w_q_QD"; None = whole, to the first device.
+        "blocks.3.w_o_DQ" or, stacked, "blocks.w_o_DQ"; None = whole, to the first device.
+      joined: gives the tree that the decoder takes; False = parameter by parameter as stored.
 
     Returns:
       The tree, once every array has arrived, and a report.
@@ -96,8 +99,8 @@ def load_params(
     stored = open_checked(folder, config)
     put = put or put_on_first_device
 
-    def make(place: Place) -> jax.Array:
-        tensor = HostTensor(
+    def tensor_at(place: Place) -> HostTensor:
+        return HostTensor(
             axes=place.axes,
             shape=place.shape,
             stored_shape=place.shape_in(weights),
@@ -106,9 +109,14 @@ def load_params(
             layers=tuple(stored[tensor.name] for tensor in place.tensors),
             stored_axes="".join(place.tensors[0].groups),
         )
-        return put(place.path, tensor)
 
-    params = build_tree(weights_held, config.num_layers, layer_loop, make)
+    def make(place: Place) -> jax.Array:
+        if not place.parts:
+            return put(place.path, tensor_at(place))
+        parts = tuple(map(tensor_at, place.parts))
+        return put(place.path, JoinedTensor(axes=place.axes, shape=place.shape, parts=parts))
+
+    params = build_tree(weights_held, config.num_layers, layer_loop, make, joined=joined)
     jax.block_until_ready(params)
     used = [stored[tensor.name] for tensor in weights.stored_tensors(config.num_layers)]
     return params, LoadReport(
@@ -149,7 +157,7 @@ def param_shapes(held: ModelConfig, *, dtype: str, layer_loop: str, hold: Hold) 
     return build_tree(weights, held.num_layers, layer_loop, make)
 
 
-def put_on_first_device(path: str, tensor: HostTensor) -> jax.Array:
+def put_on_first_device(path: str, tensor: Tensor) -> jax.Array:
     """Moves a parameter, whole, to the first device. On CPU the buffer read becomes the array."""
     del path
     return jax.device_put(tensor.read(), jax.devices()[0])

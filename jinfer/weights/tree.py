@@ -4,14 +4,15 @@
 when the layer loop is unrolled, one dict of arrays with a leading L axis when it is scanned.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-from jinfer.models.weight_map import HFTensor, WeightMap, at_layer, leaf_axes
+from jinfer.models.weight_map import JOINED, HFTensor, WeightMap, at_layer, leaf_axes
 
 Params = dict[str, Any]
 
@@ -24,24 +25,27 @@ FLOAT_DTYPES = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Place:
-    """One leaf of the tree and what is stored for it."""
+    """One leaf of the tree, and what is stored for it."""
 
     path: str  # "embed_VD", "blocks.3.w_q_QD" or, stacked, "blocks.w_q_QD"
     axes: str  # one letter per axis, with a leading L if stacked
     shape: tuple[int, ...]  # as it is held
-    tensors: tuple[HFTensor, ...]  # one, or one per layer if stacked
+    tensors: tuple[HFTensor, ...] = ()  # one, or one per layer if stacked; none if it has parts
+    parts: tuple["Place", ...] = ()  # of the tree as it is stored, if it joins several
 
     @property
     def leaf(self) -> str:
         """The last word of the path."""
         return self.path.rsplit(".", 1)[-1]
 
+    @property
+    def num_stacked(self) -> int:
+        """Axes before the leaf's own: 1 if it is stacked."""
+        return len(self.axes) - len(leaf_axes(self.leaf))
+
     def shape_in(self, weights: WeightMap) -> tuple[int, ...]:
         """Its shape under another map of the same model, such as the checkpoint's own."""
-        return (
-            *self.shape[: len(self.axes) - len(leaf_axes(self.leaf))],
-            *weights.shape(self.leaf),
-        )
+        return (*self.shape[: self.num_stacked], *weights.shape(self.leaf))
 
 
 def build_tree(
@@ -49,36 +53,68 @@ def build_tree(
     num_layers: int,
     layer_loop: str,
     make: Callable[[Place], Any],
+    *,
+    joined: bool = True,
 ) -> Params:
-    """The parameter tree with `make(place)` at every place, in a fixed order."""
+    """The parameter tree with `make(place)` at every place, in a fixed order.
 
-    def one(path: str, leaf: str, tensor: HFTensor) -> Any:
-        place = Place(path=path, axes=leaf_axes(leaf), shape=weights.shape(leaf), tensors=(tensor,))
-        return make(place)
+    Args:
+      weights: of the model as it is held.
+      num_layers: of its blocks.
+      layer_loop: "unrolled" or "scan".
+      make: is given the places one after the other.
+      joined: as the decoder takes it, with the parameters of JOINED; False = as it is stored.
+    """
 
-    def stacked(leaf: str, tensor: HFTensor) -> Any:
-        place = Place(
+    def one(path: str, leaf: str, tensor: HFTensor) -> Place:
+        return Place(path=path, axes=leaf_axes(leaf), shape=weights.shape(leaf), tensors=(tensor,))
+
+    def in_layer(layer: int, leaf: str, tensor: HFTensor) -> Place:
+        return one(f"blocks.{layer}.{leaf}", leaf, at_layer(tensor, layer))
+
+    def stacked(leaf: str, tensor: HFTensor) -> Place:
+        return Place(
             path=f"blocks.{leaf}",
             axes="L" + leaf_axes(leaf),
             shape=(num_layers, *weights.shape(leaf)),
             tensors=tuple(at_layer(tensor, layer) for layer in range(num_layers)),
         )
-        return make(place)
 
-    def block(layer: int) -> Params:
-        return {
-            leaf: one(f"blocks.{layer}.{leaf}", leaf, at_layer(tensor, layer))
-            for leaf, tensor in weights.block.items()
-        }
+    def block(place_of: Callable[[str, HFTensor], Place]) -> Params:
+        places = {leaf: place_of(leaf, tensor) for leaf, tensor in weights.block.items()}
+        return {place.leaf: make(place) for place in (_join(places) if joined else places).values()}
 
     if layer_loop not in ("scan", "unrolled"):
         raise ValueError(f"layer_loop must be 'scan' or 'unrolled'; got {layer_loop=}. Choose one.")
-    params: Params = {leaf: one(leaf, leaf, tensor) for leaf, tensor in weights.outer.items()}
+    params: Params = {leaf: make(one(leaf, leaf, tensor)) for leaf, tensor in weights.outer.items()}
     if layer_loop == "scan":
-        params["blocks"] = {leaf: stacked(leaf, tensor) for leaf, tensor in weights.block.items()}
+        params["blocks"] = block(stacked)
     else:
-        params["blocks"] = [block(layer) for layer in range(num_layers)]
+        params["blocks"] = [block(partial(in_layer, layer)) for layer in range(num_layers)]
     return params
+
+
+def _join(places: Mapping[str, Place]) -> dict[str, Place]:
+    """A block's places with those that are held as one in the place of the first of them."""
+    parts_of: dict[str, tuple[Place, ...]] = {}
+    for name, place in places.items():
+        leaf = next((leaf for leaf, names in JOINED.items() if name in names), name)
+        parts_of[leaf] = (*parts_of.get(leaf, ()), place)
+    return {leaf: _whole(leaf, parts) for leaf, parts in parts_of.items()}
+
+
+def _whole(leaf: str, parts: tuple[Place, ...]) -> Place:
+    first = parts[0]
+    if leaf == first.leaf:
+        return first
+    axis = first.num_stacked
+    length = sum(part.shape[axis] for part in parts)
+    return Place(
+        path=first.path.removesuffix(first.leaf) + leaf,
+        axes=first.axes[:axis] + leaf_axes(leaf),
+        shape=(*first.shape[:axis], length, *first.shape[axis + 1 :]),
+        parts=parts,
+    )
 
 
 def require_dtype(dtype: str) -> np.dtype:

@@ -15,7 +15,7 @@ from jinfer.step.slots import empty_slots
 @pytest.mark.parametrize(
     ("name", "axes", "spec"),
     [
-        ("w_q_QD", "QD", ("tensor",)),
+        ("w_qkv_UD", "UD", ("tensor",)),
         ("w_o_DQ", "DQ", (None, "tensor")),
         ("b_k_KH", "KH", ("tensor",)),
         ("embed_VD", "VD", ("tensor",)),

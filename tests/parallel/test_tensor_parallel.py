@@ -10,6 +10,7 @@ from collectives import collectives_in
 from engine_runs import Job, logprobs_of, make_engine, random_prompt, run_jobs, tokens_of
 from random_checkpoint import write_llama_checkpoint
 
+from jinfer.config import ModelConfig
 from jinfer.parallel.mesh import make_mesh
 from jinfer.parallel.sharding import Placement
 from jinfer.parallel.shares import held_model
@@ -141,28 +142,37 @@ def test_weights_are_read_into_their_shards(
         ),
     ):
         jax.tree_util.tree_map_with_path(
-            lambda path, a, b: assert_held(path[-1].key, a, b, model.head_width, size), whole, cut
+            lambda path, a, b: assert_held(path[-1].key, a, b, model, size), whole, cut
         )
 
 
-def assert_held(name: str, whole: jax.Array, cut: jax.Array, head_width: int, size: int) -> None:
+def assert_held(name: str, whole: jax.Array, cut: jax.Array, model: ModelConfig, size: int) -> None:
     """`cut` is `whole` on `size` devices, its kv heads repeated and its vocabulary filled up."""
     assert len(cut.sharding.device_set) == size
     axes = name.rsplit("_", 1)[1]
     want = np.asarray(whole)
-    for axis, letter in enumerate(reversed(axes), start=1):
-        more = cut.shape[-axis] // want.shape[-axis]
-        if letter in "KC" and more > 1:
-            heads = np.moveaxis(want, -axis, 0)
-            heads = heads.reshape(-1, head_width if letter == "C" else 1, *heads.shape[1:])
-            heads = np.repeat(heads, more, axis=0).reshape(-1, *heads.shape[2:])
-            want = np.moveaxis(heads, 0, -axis)
+    num_repeats = max(1, size // model.num_kv_heads)
+    if axes.startswith("K"):
+        want = np.repeat(want, num_repeats, axis=-2)
+    if axes.startswith("U"):
+        num_q = model.num_q_heads * model.head_width
+        num_kv = model.num_kv_heads * model.head_width
+        q, k, v = np.split(want, (num_q, num_q + num_kv), axis=-2)
+        k, v = (repeated_heads(each, num_repeats, model.head_width) for each in (k, v))
+        shares = zip(*(np.split(each, size, axis=-2) for each in (q, k, v)), strict=True)
+        want = np.concatenate([each for share in shares for each in share], axis=-2)
     got = np.asarray(cut)[: want.shape[0]] if axes.startswith("V") else np.asarray(cut)
     np.testing.assert_array_equal(got, want)
-    if set(axes) & set("VNQKCF"):
+    if set(axes) & set("VNQKCFU"):
         assert cut.addressable_shards[0].data.nbytes * size == cut.nbytes
     else:
         assert cut.is_fully_replicated
+
+
+def repeated_heads(weight: np.ndarray, num_repeats: int, head_width: int) -> np.ndarray:
+    """A matrix [..., C, D] with each head's rows so many times, side by side."""
+    heads = weight.reshape(*weight.shape[:-2], -1, head_width, weight.shape[-1])
+    return np.repeat(heads, num_repeats, axis=-3).reshape(*weight.shape[:-2], -1, weight.shape[-1])
 
 
 def test_a_step_exchanges_two_sums_per_layer_and_nothing_large(alone: Any) -> None:

@@ -8,8 +8,13 @@ import numpy as np
 import pytest
 from random_checkpoint import write_llama_checkpoint
 
-from jinfer.weights.dummy import _uniform, dummy_params
+from jinfer.weights.dummy import _Part, _uniform, dummy_params
 from jinfer.weights.load import load_params, read_model_config
+
+F32 = jnp.dtype(jnp.float32)
+MLP = _Part("LFD", (4, 256, 256), (4, 256, 256))
+QUERIES = _Part("LQD", (4, 128, 64), (4, 128, 64))
+REPEATED = _Part("LCD", (4, 64, 64), (4, 32, 64))  # kv heads, each held twice
 
 
 @pytest.fixture
@@ -35,7 +40,7 @@ def test_scale_is_the_inverse_root_of_the_inputs(folder) -> None:
     for array, fan_in in (
         (params["embed_VD"], 64),
         (params["unembed_VD"], 64),
-        (blocks["w_q_QD"], 64),
+        (blocks["w_qkv_UD"], 64),
         (blocks["w_o_DQ"], 4 * 16),
         (blocks["w_gate_FD"], 64),
         (blocks["w_down_DF"], 96),
@@ -65,13 +70,27 @@ def test_seed_decides_and_layers_and_leaves_differ(folder) -> None:
 
 
 def test_drawing_needs_no_room_beside_the_result() -> None:
-    shape = (4, 256, 256)
-    for dtype in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)):
-        draw = partial(
-            _uniform, axes="LFD", shape=shape, stored_shape=shape, head_width=16, dtype=dtype
+    for dtype in (jnp.dtype(jnp.bfloat16), F32):
+        for parts in ((MLP,), (QUERIES, REPEATED, REPEATED)):
+            draw = partial(_uniform, parts=parts, num_shards=4, head_width=16, dtype=dtype)
+            numbers = tuple(range(len(parts)))
+            program = jax.jit(draw).lower(0, numbers, 0.5).compile()
+            assert program.memory_analysis().temp_size_in_bytes == 0
+
+
+def test_joined_parts_are_drawn_as_they_are_alone() -> None:
+    def draw(parts, numbers, num_shards):
+        return np.asarray(
+            _uniform(5, numbers, 0.5, parts=parts, num_shards=num_shards, head_width=16, dtype=F32)
         )
-        program = jax.jit(draw).lower(0, 1, 0.5).compile()
-        assert program.memory_analysis().temp_size_in_bytes == 0
+
+    q, k, v = draw((QUERIES,), (3,), 1), draw((REPEATED,), (4,), 1), draw((REPEATED,), (7,), 1)
+    got = draw((QUERIES, REPEATED, REPEATED), (3, 4, 7), 4)
+    shards = [np.split(array, 4, axis=1) for array in (q, k, v)]
+    want = np.concatenate([part for parts in zip(*shards, strict=True) for part in parts], axis=1)
+    np.testing.assert_array_equal(got, want)
+    # A stored head stands twice beside itself.
+    np.testing.assert_array_equal(k[:, :16], k[:, 16:32])
 
 
 def test_names_must_be_known(folder) -> None:

@@ -71,7 +71,7 @@ def test_an_engine_takes_weights_as_they_are_held(
             monkeypatch.setattr("jinfer.startup.hold_as", lambda *_: hold_transposed)
         engine = make_engine(folder, load_format=load_format, **sizes)
         assert engine.plan.weight_layout == ("16x128" if held else "default")
-        order = engine.runner.params["blocks"]["w_q_QD"].format.layout.major_to_minor
+        order = engine.runner.params["blocks"]["w_qkv_UD"].format.layout.major_to_minor
         assert order == ((0, 2, 1) if held else (0, 1, 2))
         [output] = run_jobs(engine, [(list(range(3, 23)), params)])
         tokens.append(tokens_of(output))
@@ -96,5 +96,5 @@ def test_only_bfloat16_on_a_7x_is_held_otherwise(
     plan = resolve_plan(config, model, platform=platform, free_bytes=2**30, device_kind=device_kind)
     assert plan.weight_layout == want
     held = hold_as(plan.weight_layout, lambda _: SHARDING)
-    assert isinstance(held("blocks.3.w_q_QD", "QD"), Format) == (want == "16x128")
+    assert isinstance(held("blocks.3.w_qkv_UD", "UD"), Format) == (want == "16x128")
     assert held("embed_VD", "VD") == held("blocks.attn_norm_D", "LD") == SHARDING

@@ -19,6 +19,7 @@ from random_checkpoint import (
 )
 
 from jinfer.errors import CheckpointError
+from jinfer.parallel.shares import held_model
 from jinfer.weights.host_tensor import HostTensor
 from jinfer.weights.load import load_params, put_on_first_device, read_model_config
 from jinfer.weights.safetensors import open_checkpoint
@@ -26,9 +27,10 @@ from jinfer.weights.safetensors import open_checkpoint
 BIASED = {"attention_bias": True, "mlp_bias": True}
 
 
-def load(folder, *, dtype="float32", layer_loop="unrolled", put=None):
+def load(folder, *, dtype="float32", layer_loop="unrolled", put=None, num_chips=1):
     config = read_model_config(folder)
-    return load_params(folder, config, dtype=dtype, layer_loop=layer_loop, put=put)
+    held = held_model(config, num_chips)
+    return load_params(folder, config, dtype=dtype, layer_loop=layer_loop, held=held, put=put)
 
 
 def rewrite(folder, change):
@@ -51,9 +53,7 @@ def expected_block(tensors, layer):
     bias = {x: tensors[f"{at}self_attn.{x}_proj.bias"] for x in "qkvo"}
     return {
         "attn_norm_D": tensors[f"{at}input_layernorm.weight"],
-        "w_q_QD": attention["q"],
-        "w_k_CD": attention["k"],
-        "w_v_CD": attention["v"],
+        "w_qkv_UD": np.concatenate([attention[x] for x in "qkv"]),
         "w_o_DQ": attention["o"],
         "mlp_norm_D": tensors[f"{at}post_attention_layernorm.weight"],
         "w_gate_FD": w["mlp.gate_proj"],
@@ -149,6 +149,8 @@ def test_put_sees_every_path_and_may_read_any_shard(folder, layer_loop) -> None:
         index = tuple(slice(size // 4, size // 2) for size in tensor.shape)
         if tensor.axes[0] == "L":
             index = (slice(1, 2), *index[1:])
+        if "U" in tensor.axes:  # a part of it is none of the whole: the test below
+            index = (*index[:-2], slice(None), index[-1])
         np.testing.assert_array_equal(tensor.read(index), whole[index])
         return jnp.asarray(whole)
 
@@ -156,23 +158,48 @@ def test_put_sees_every_path_and_may_read_any_shard(folder, layer_loop) -> None:
     assert len(seen) == len(jax.tree.leaves(params))
     assert seen["embed_VD"] == "VD"
     if layer_loop == "scan":
-        assert seen["blocks.w_q_QD"] == "LQD"
+        assert seen["blocks.w_qkv_UD"] == "LUD"
     else:
-        assert seen["blocks.1.w_q_QD"] == "QD"
+        assert seen["blocks.1.w_qkv_UD"] == "UD"
+
+
+@pytest.mark.parametrize("layer_loop", ["scan", "unrolled"])
+@pytest.mark.parametrize("num_chips", [1, 2, 4])
+def test_a_shard_of_joined_parameters_joins_their_shards(folder, layer_loop, num_chips) -> None:
+    """4 query heads and 2 kv heads of 16: with 4 chips, each of these twice."""
+    tensors = random_llama_tensors(SMALL_LLAMA, seed=0)
+    q, k, v = (tensors[f"model.layers.1.self_attn.{name}_proj.weight"] for name in "qkv")
+    if num_chips == 4:
+        k, v = (np.repeat(w.reshape(2, 16, 64), 2, axis=0).reshape(64, 64) for w in (k, v))
+    joined = []
+
+    def put(path, tensor):
+        if "U" in tensor.axes:
+            joined.append(tensor)
+        return put_on_first_device(path, tensor)
+
+    load(folder, layer_loop=layer_loop, put=put, num_chips=num_chips)
+    tensor = joined[-1]
+    length = tensor.shape[-2] // num_chips
+    for chip in range(num_chips):
+        index = (slice(chip * length, (chip + 1) * length), slice(None))
+        got = tensor.read((slice(1, 2), *index))[0] if tensor.axes[0] == "L" else tensor.read(index)
+        want = [np.split(w, num_chips)[chip] for w in (q, k, v)]
+        np.testing.assert_array_equal(got, np.concatenate(want))
 
 
 def test_loading_straight_into_a_sharding(folder) -> None:
     mesh = jax.make_mesh((1,), ("tensor",), axis_types=(jax.sharding.AxisType.Explicit,))
 
     def put(path, tensor):
-        spec = ["tensor" if letter in "QCNKFV" else None for letter in tensor.axes]
+        spec = ["tensor" if letter in "UQCNKFV" else None for letter in tensor.axes]
         sharding = jax.NamedSharding(mesh, jax.P(*spec))
         return jax.make_array_from_callback(tensor.shape, sharding, tensor.read)
 
     params, _ = load(folder, layer_loop="scan", put=put)
     want, _ = load(folder, layer_loop="scan")
     jax.tree.map(np.testing.assert_array_equal, params, want)
-    assert params["blocks"]["w_q_QD"].sharding.spec == jax.P(None, "tensor", None)
+    assert params["blocks"]["w_qkv_UD"].sharding.spec == jax.P(None, "tensor", None)
 
 
 def test_tied_embeddings_have_no_unembedding(tmp_path) -> None:

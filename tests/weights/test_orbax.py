@@ -58,6 +58,7 @@ def load(
     layer_loop: str = "unrolled",
     hold: Hold | None = None,
     num_chips: int = 1,
+    joined: bool = True,
 ) -> Params:
     model = read_model_config(folder)
     put = None if hold is None else partial(put_held, hold=hold)
@@ -68,6 +69,7 @@ def load(
         layer_loop=layer_loop,
         held=held_model(model, num_chips),
         put=put,
+        joined=joined,
     )
     return params
 
@@ -127,7 +129,7 @@ def test_every_shard_is_what_safetensors_give(tmp_path, num_chips, layer_loop) -
 
 
 def test_several_repeated_kv_heads_on_one_device(converted, source) -> None:
-    got, want = load(converted, num_chips=4), load(source, num_chips=4)
+    got, want = (load(folder, num_chips=4, joined=False) for folder in (converted, source))
     assert got["blocks"][0]["w_k_CD"].shape == (4 * 16, 64)  # 2 heads, twice each
     assert_equal(got, want)
 
@@ -149,7 +151,7 @@ def test_a_layout_that_is_not_the_devices_own(converted, source, layer_loop) -> 
 def test_what_orbax_saved_on_one_mesh_is_restored_on_another(tmp_path, saved_on) -> None:
     """By Orbax itself, as after fine-tuning: in its own chunks, compressed."""
     source = write_llama_checkpoint(tmp_path / "hf", seed=3, **EVEN)
-    params = load(source, hold=hold_on(saved_on), num_chips=saved_on)
+    params = load(source, hold=hold_on(saved_on), num_chips=saved_on, joined=False)
     folder = tmp_path / "tuned"
     with ocp.PyTreeCheckpointer() as checkpointer:
         checkpointer.save(folder / ORBAX_FOLDER, params)
@@ -161,7 +163,7 @@ def test_what_orbax_saved_on_one_mesh_is_restored_on_another(tmp_path, saved_on)
 
 def test_orbax_restores_it_by_itself(converted, source) -> None:
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    want = load(source, hold=lambda path, axes: sharding)
+    want = load(source, hold=lambda path, axes: sharding, joined=False)
     target = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), want
     )
