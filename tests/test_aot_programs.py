@@ -21,7 +21,7 @@ from jax.experimental import topologies
 from jax.experimental.compilation_cache import compilation_cache
 
 from jinfer.resolve import resolve_plan
-from jinfer.weights.dummy import _uniform
+from jinfer.weights.dummy import _Part, _uniform
 from jinfer.weights.layout import hold_as, put_layer
 from kernels_pallas.compat import told_the_chip
 
@@ -126,11 +126,9 @@ def test_weights_come_into_the_layout_of_a_7x_without_a_copy_of_them_all() -> No
     layer = jax.ShapeDtypeStruct((1, *shape[1:]), jnp.bfloat16, sharding=sharding)
     index = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding)
     load = jax.jit(put_layer, donate_argnums=0, out_shardings=held).lower(stack, layer, index)
-    dtype = jnp.dtype(jnp.bfloat16)
-    draw = partial(
-        _uniform, axes="LFD", shape=shape, stored_shape=shape, head_width=128, dtype=dtype
-    )
-    drawn = jax.jit(draw, out_shardings=held).lower(0, 1, 0.5)
+    part = _Part("LFD", shape, shape)
+    draw = partial(_uniform, parts=(part,), num_shards=1, head_width=128, dtype=stack.dtype)
+    drawn = jax.jit(draw, out_shardings=held).lower(0, (1,), 0.5)
     loading, drawing = (x.compile().memory_analysis() for x in (load, drawn))
     layer_bytes = 4096 * 14_336 * 2
     assert loading.alias_size_in_bytes >= 8 * layer_bytes
