@@ -2,6 +2,8 @@
 
 from argparse import Namespace
 from collections.abc import Callable, Sequence
+from functools import cache, partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -46,17 +48,26 @@ def run(args: Namespace) -> dict[str, Any]:
         if getattr(args, "compare", False):
             return _compare(args, asked)
         _say(args)("measuring what the device can do")
-        dtype = _product_dtype(args, platform)
-        ceilings = measure_ceilings(platform, dtype)
+        measure = partial(measure_ceilings, platform, _product_dtype(args, platform))
+        # Other work slows a CPU down from minute to minute, so it is measured beside every run; an
+        # engine leaves an accelerator no memory for that, which is measured before it and after.
+        is_steady = platform != "cpu"
+        beside = cache(measure) if is_steady else measure
+        beside()
         with LLM(**asked) as llm:
             model_line = _model_line(args, llm)
-            runs = [(said, _record(args, llm, batches)) for said, batches in _plans(args, llm)]
-        ceilings = ceilings.faster(measure_ceilings(platform, dtype))
+            runs = [
+                (said, _record(args, llm, batches, beside)) for said, batches in _plans(args, llm)
+            ]
+        if is_steady:
+            last = measure()
+            runs = [(said, [(r, c.faster(last)) for r, c in recorded]) for said, recorded in runs]
     show(f"{machine_line()}\n{model_line}\n")
     goals = Goals.parse(args.goodput) if _asks_goals(args) else Goals.of_engine(llm.engine.config)
-    reports = [_report(said, recordings, ceilings, goals) for said, recordings in runs]
+    reports = [_report(said, recorded, goals) for said, recorded in runs]
     if args.plot is not None:
-        plot([r for _, r in runs][-1], args.plot, title=f"{args.benchmark}: {runs[-1][0]}")
+        said, recorded = runs[-1]
+        plot([recording for recording, _ in recorded], args.plot, title=f"{args.benchmark}: {said}")
     return {"benchmark": args.benchmark, "model": args.model, **versions(), "runs": reports}
 
 
@@ -65,10 +76,8 @@ def _say(args: Namespace) -> Callable[[str], object]:
     return (lambda text: None) if args.quiet else note
 
 
-def _report(
-    said: str, recordings: list[Recording], ceilings: Ceilings, goals: Goals
-) -> dict[str, Any]:
-    report = make_report(recordings, ceilings, goals)
+def _report(said: str, recorded: list[tuple[Recording, Ceilings]], goals: Goals) -> dict[str, Any]:
+    report = make_report(recorded, goals)
     show(f"\n{said}\n{report_text(report)}")
     return {"workload": said, **report.as_json()}
 
@@ -180,16 +189,27 @@ def _said_lengths(lengths: Sequence[tuple[int, int]], num_cut: int) -> str:
     return f"; {num_input:,} tokens in, {num_output:,} out{cut}"
 
 
-def _record(args: Namespace, llm: LLM, batches: list[list[Job]]) -> list[Recording]:
-    """Runs the batches one after the other; of several the first is only to warm up."""
+def _record(
+    args: Namespace, llm: LLM, batches: list[list[Job]], measure: Callable[[], Ceilings]
+) -> list[tuple[Recording, Ceilings]]:
+    """Runs the batches one after the other, each with what the device could do beside it.
+
+    Of several batches the first is only to warm up. What is measured before and after a run may
+    differ; the run is held against the better.
+    """
     streams = args.benchmark == "serve" or getattr(args, "stream", False)
     first, *others = batches
     if others:
         run_jobs(llm, first, streams=streams)
         batches = others
     _say(args)(f"running {sum(map(len, batches))} requests")
+    recordings, measured = [], [measure()]
     with profiled(args.profile):
-        return [run_jobs(llm, batch, streams=streams) for batch in batches]
+        for batch in batches:
+            recordings.append(run_jobs(llm, batch, streams=streams))
+            measured.append(measure())
+    ceilings = [before.faster(after) for before, after in pairwise(measured)]
+    return list(zip(recordings, ceilings, strict=True))
 
 
 def _model_line(args: Namespace, llm: LLM) -> str:

@@ -58,6 +58,28 @@ def test_latency(bench: Bench) -> None:
     assert "batch of 2, 2 times; 16 tokens in, 12 out" in out and "roofline: " in out
 
 
+def test_every_run_is_held_against_the_rates_beside_it(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates = [9.0, 1.0, 4.0, 2.0]  # once at the start, then before and after two runs
+    measured = iter(rates)
+
+    def measure(platform: str, dtype: str) -> Ceilings:
+        rate = next(measured) * 1e9
+        return Ceilings(
+            copy_bytes_per_s=rate, read_bytes_per_s=rate, flops_per_s=1e15, dtype="float32"
+        )
+
+    monkeypatch.setattr(bench_engine, "measure_ceilings", measure)
+    words = ["--input-tokens", "8", "--output-tokens", "6", "--repeats", "2"]
+    _, figures = bench("latency", *words, *SMALL)
+    [run] = figures["runs"]
+    assert next(measured, None) is None
+    roofline = run["roofline"]
+    assert roofline["ceilings"]["read_bytes_per_s"] == 4e9
+    assert roofline["bound_s"] == pytest.approx(roofline["num_bytes"] / 4e9)
+
+
 def test_throughput(bench: Bench) -> None:
     words = ["--workload", "shared-prefix", "--shared-tokens", "32", "--input-tokens", "40"]
     out, figures = bench(

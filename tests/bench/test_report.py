@@ -1,5 +1,7 @@
 """From what was recorded to what is told."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -110,7 +112,7 @@ def recording() -> Recording:
 
 
 def test_report() -> None:
-    report = make_report([recording()], CEILINGS)
+    report = make_report([(recording(), CEILINGS)])
     assert report.num_output_tokens == 4 and report.num_input_tokens == 30
     assert report.rates()["total_tokens_per_s"] == 34 / 4
     assert report.spreads["TTFT"] == Spread(mean=1.5, median=1.5, p99=pytest.approx(1.99))
@@ -132,11 +134,11 @@ def test_goodput_counts_who_met_every_goal() -> None:
         (["e2el:2100"], 1),
         (["ttft:900"], 0),
     ):
-        report = make_report([recording()], CEILINGS, Goals.parse(words))
+        report = make_report([(recording(), CEILINGS)], Goals.parse(words))
         assert report.num_good == num_good, words
         assert report.rates()["good_requests_per_s"] == num_good / 4
         assert ("goodput" in report_text(report)) == bool(words)
-    report = make_report([recording()], CEILINGS, Goals.parse(["ttft:1000", "tpot:800"]))
+    report = make_report([(recording(), CEILINGS)], Goals.parse(["ttft:1000", "tpot:800"]))
     said = "of requests within TTFT 1,000 ms, TPOT 800 ms; 0.250 a second"
     assert f"goodput            50.0 %  {said}" in report_text(report)
     assert report.as_json()["goals_ms"] == {"TTFT": 1000, "TPOT": 800}
@@ -149,17 +151,19 @@ def test_goals_that_are_none(words: list[str]) -> None:
 
 
 def test_report_reads_well() -> None:
-    text = report_text(make_report([recording()], CEILINGS))
+    text = report_text(make_report([(recording(), CEILINGS)]))
     assert max(map(len, text.splitlines())) <= WIDTH
-    assert "at least 1.50 s at the measured rates; took 3.00 s: 50.0 % reached" in text
+    assert "at least 1.50 s at the rates measured beside it; took 3.00 s: 50.0 % reached" in text
     assert "waited for host    25.0 %  of the time with requests" in text
     assert "from prefix cache   1,234  prompt tokens" in text
 
 
 def test_two_recordings_add_up() -> None:
-    report = make_report([recording(), recording()], CEILINGS)
-    assert report.elapsed_s == 8.0 and report.num_requests == 4
-    assert report.roofline.share == 0.5 and report.device_busy == 0.5
+    half = replace(CEILINGS, copy_bytes_per_s=5e8, read_bytes_per_s=5e8, flops_per_s=5e9)
+    report = make_report([(recording(), CEILINGS), (recording(), half)])
+    assert report.elapsed_s == 8.0 and report.num_requests == 4 and report.device_busy == 0.5
+    # Each is held against what the device could do beside it: half of that, and all of half that.
+    assert report.roofline.share == 0.75 and report.roofline.ceilings == CEILINGS
 
 
 def test_comparison_takes_turns_and_drops_the_first() -> None:
