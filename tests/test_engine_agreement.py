@@ -21,6 +21,7 @@ from random_checkpoint import write_llama_checkpoint
 from jinfer.engine import Engine
 from jinfer.request.params import SamplingParams
 from jinfer.request.prompt import Prompt
+from jinfer.step.pack import BucketShape
 
 
 @pytest.fixture(scope="module")
@@ -168,6 +169,20 @@ def test_chunked_prefill_equals_whole(chunk: int, checkpoint: Path) -> None:
         assert tokens_of(one) == tokens_of(other)
         np.testing.assert_allclose(logprobs_of(one), logprobs_of(other), atol=1e-5)
         assert_same_prompt_logprobs(one.prompt_logprobs, other.prompt_logprobs)
+
+
+def test_a_prompt_cut_to_fill_a_smaller_step_equals_whole(checkpoint: Path, engine: Engine) -> None:
+    """Two steps of 32 tokens take less than one of 128, but enter fewer new pages each."""
+    rng = np.random.default_rng(5)
+    job = (rng.integers(3, 128, 64).tolist(), free_run(8, temperature=0.0))
+    [want] = run_jobs(engine, [job])
+    alone = make_engine(checkpoint, max_num_seqs=1, max_num_batched_tokens=128)
+    assert BucketShape.of(32, alone.plan).num_page_writes < 64 // alone.plan.page_size
+    calls = count_calls(alone)
+    [got] = run_jobs(alone, [job])
+    alone.close()
+    assert calls["step of 32 tokens"] == 2
+    assert tokens_of(got) == tokens_of(want)
 
 
 def test_decode_logprobs_equal_prefill_logprobs(engine: Engine) -> None:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from jinfer.axes import Slot
 from jinfer.schedule.plan import Chunk, PageCopy, PageRestore, PageWrite, StepPlan
 from jinfer.schedule.sequence import Sequence
 
@@ -27,6 +28,10 @@ class Draft:
         """Takes out a sequence about to lose its slot. What it was given stays spent."""
         if self.chunks.pop(sequence, None) is not None:
             self.page_writes = [w for w in self.page_writes if w.slot != sequence.slot]
+
+    def keep_pages(self, slot: Slot, num_pages: int) -> None:
+        """Enters only so many pages of a slot in its row of the page table."""
+        self.page_writes = [w for w in self.page_writes if w.slot != slot or w.index < num_pages]
 
     def seal(self, **moves: tuple) -> StepPlan:
         """The plan; `moves` are those of its fields that the draft does not know."""

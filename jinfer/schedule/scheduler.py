@@ -236,7 +236,16 @@ class Scheduler:
             if num_cut:
                 kept = chunk.num_tokens - num_cut
                 chunks[sequence] = self._cut_chunk(sequence, kept, chunk.num_readouts)
+                self._return_pages(chunks[sequence], draft)
                 num_left_out -= num_cut
+
+    def _return_pages(self, chunk: Chunk, draft: Draft) -> None:
+        """Gives back the pages of what was cut off: a smaller program enters fewer of them."""
+        pages = chunk.sequence.pages
+        num_kept = pages_for(chunk.stop, self._page_size)
+        self._pool.release(reversed(pages[num_kept:]))
+        del pages[num_kept:]
+        draft.keep_pages(chunk.slot, num_kept)
 
     def _prolong(self, draft: Draft, max_steps: int) -> None:
         """Lets a draft in which every row decodes go on for more steps, as far as pages are free.
@@ -265,8 +274,7 @@ class Scheduler:
 
     def _num_missing_pages(self, chunk: Chunk) -> int:
         num_tokens = chunk.stop + chunk.num_steps - 1
-        # A chunk that was trimmed has left pages for what comes now.
-        return max(0, pages_for(num_tokens, self._page_size) - len(chunk.sequence.pages))
+        return pages_for(num_tokens, self._page_size) - len(chunk.sequence.pages)
 
     def commit(self, chunk: Chunk, token_id: int | None) -> None:
         """Records that a chunk was computed and its token read; in the order of the plans.

@@ -263,6 +263,8 @@ class Simulation:
         if limits.pace and len(plan.chunks) <= limits.pace.fill(plan.num_tokens):
             assert plan.num_tokens == limits.pace.fill(plan.num_tokens)
         assert plan.num_readouts <= limits.max_readouts
+        num_written = sum(chunk.num_tokens + chunk.num_steps - 1 for chunk in plan.chunks)
+        assert len(plan.page_writes) <= len(plan.chunks) + num_written // limits.page_size
         assert len({chunk.slot for chunk in plan.chunks}) == len(plan.chunks) <= limits.max_slots
         for chunk in plan.chunks:
             assert 1 <= chunk.num_tokens <= (limits.max_chunk_tokens or limits.max_step_tokens)
@@ -312,11 +314,7 @@ class Simulation:
         for s in running:
             assert s.slot is not None
             num_pages = pages_for(s.num_scheduled, self.limits.page_size)
-            # Where steps are trimmed, a chunk's pages may be there before it.
-            if self.limits.pace:
-                assert num_pages <= len(s.pages) <= pages_for(s.length, self.limits.page_size)
-            else:
-                assert len(s.pages) == num_pages
+            assert len(s.pages) == num_pages
             assert s.pages == [self.table[s.slot][i] for i in range(len(s.pages))]
             assert s.num_computed <= s.num_scheduled <= s.length <= s.max_length
         for s in self.sequences[-40:]:
