@@ -38,6 +38,7 @@ from jinfer.step.decode import run_decode
 from jinfer.step.kv_cache import allocate_pages, pages_shape
 from jinfer.step.pack import BucketShape, DecodeShape
 from jinfer.step.page_moves import PAGES_PER_MOVE, copy_pages, gather_pages, scatter_pages
+from jinfer.step.program_store import ProgramStore, open_store
 from jinfer.step.programs import Compiling, Program
 from jinfer.step.slots import (
     ADMISSION_ROWS,
@@ -120,7 +121,8 @@ def load(config: EngineConfig, devices: Sequence[jax.Device] | None = None) -> L
     state = state_shapes(plan, held, placement)
     programs = step_programs(plan, model, state, placement)
     pages = slots = runner = None
-    with _compiling(programs, config.progress) as compiling:
+    store = open_store(placement.devices)
+    with _compiling(programs, store, config.progress) as compiling:
         hold = hold_as(plan.weight_layout, placement.sharding)
         params = _load_weights(config, model, held, folder, plan, hold, say)
         try:
@@ -330,7 +332,7 @@ def step_programs(
         f"decode of {size} rows": (decode, DecodeShape.of(size, plan))
         for size in reversed(plan.decode_buckets)
     }
-    made = partial(_program, placement)
+    made = partial(_program, placement, _made_from(plan, model, placement))
     return [
         *[
             made(
@@ -347,8 +349,15 @@ def step_programs(
     ]
 
 
+def _made_from(plan: EnginePlan, model: ModelConfig, placement: Placement) -> str | None:
+    if plan.attention.endswith("_interpret"):
+        return None  # a simulated kernel calls Python, which no file can keep
+    return repr((plan, model, placement.mesh))
+
+
 def _program(
     placement: Placement,
+    made_from: str | None,
     name: str,
     function: Callable[..., Any],
     shapes: tuple[Any, ...],
@@ -357,7 +366,7 @@ def _program(
     donate: tuple[int, ...],
 ) -> Program:
     spread = placement.spread(function, shapes, results)
-    return Program(name=name, function=spread, shapes=shapes, donate=donate)
+    return Program(name=name, function=spread, shapes=shapes, donate=donate, made_from=made_from)
 
 
 def _slot_programs(
@@ -406,12 +415,14 @@ def _move_programs(
 
 
 @contextmanager
-def _compiling(programs: Sequence[Program], progress: bool) -> Iterator[Compiling]:
+def _compiling(
+    programs: Sequence[Program], store: ProgramStore | None, progress: bool
+) -> Iterator[Compiling]:
     # None: a bar on a terminal, nothing in a file or a pipe.
     disable = None if progress else True
     with (
         tqdm(total=len(programs), desc="compiling", disable=disable, leave=False) as bar,
-        Compiling(programs, on_done=lambda name: bar.update()) as compiling,
+        Compiling(programs, store=store, on_done=lambda name: bar.update()) as compiling,
     ):
         yield compiling
 

@@ -1,9 +1,11 @@
 """The one place that reaches into JAX's private modules, for want of a public way."""
 
+import math
 from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
+from jax._src import config
 from jax._src.mesh import AbstractDevice
 
 
@@ -21,6 +23,11 @@ def told_the_chip(device: Any) -> AbstractContextManager[Any]:
     )
     mesh = jax.sharding.AbstractMesh((1,), ("tensor",), abstract_device=abstract)
     return jax.sharding.use_abstract_mesh(mesh)
+
+
+def not_kept_by_jax() -> AbstractContextManager[Any]:
+    """Inside it, on this thread, what is compiled is not written to JAX's persistent cache."""
+    return config.persistent_cache_min_compile_time_secs(math.inf)
 
 
 def cudnn_attention() -> Any:

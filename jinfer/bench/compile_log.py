@@ -1,8 +1,10 @@
-"""What JAX says of its compilations."""
+"""What JAX says of its compilations, and the store of programs of what it loads."""
 
 from typing import Any
 
 import jax
+
+from jinfer.step.program_store import LOADED_EVENT
 
 _COMPILED = "/jax/core/compile/backend_compile_duration"  # also of programs read from the cache
 _HIT = "/jax/compilation_cache/cache_hits"
@@ -26,8 +28,9 @@ class CompileLog:
         }
 
     def _on_duration(self, event: str, duration_secs: float, **_: Any) -> None:
-        if event == _COMPILED:
+        if event in (_COMPILED, LOADED_EVENT):
             self._num_ready += 1
+            self._num_hits += event == LOADED_EVENT
             self._compile_s += duration_secs
 
     def _on_event(self, event: str, **_: Any) -> None:

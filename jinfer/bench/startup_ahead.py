@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -20,12 +21,12 @@ from jinfer.parallel.sharding import Placement
 from jinfer.parallel.shares import held_model
 from jinfer.resolve import check_config, resolve_dtype, resolve_plan
 from jinfer.startup import state_shapes, step_programs
+from jinfer.step.program_key import lowered_text
+from jinfer.step.program_store import ProgramStore, open_store
 from jinfer.step.programs import Program
 from jinfer.weights.load import read_model_config
-from kernels_pallas.compat import told_the_chip
+from kernels_pallas.compat import not_kept_by_jax, told_the_chip
 
-# How XLA refuses to load a program that it has read for a chip that is not here.
-_NOT_LOADED = "DeserializeLoadedExecutable"
 _FLAGS = {
     "jax_persistent_cache_min_compile_time_secs": 0.0,
     "jax_persistent_cache_min_entry_size_bytes": -1,
@@ -46,10 +47,10 @@ class Ahead:
 def measure_ahead(
     target: str, config: EngineConfig, folder: Path, say: Callable[[str], object]
 ) -> tuple[EnginePlan, dict[str, Ahead]]:
-    """Compiles every program of an engine with an empty cache, then finds each in the cache.
+    """Compiles every program of an engine with nothing kept, then finds each in the store.
 
-    Warm is everything but the last: a program that was found is read and unpacked, but cannot be
-    loaded without its chip.
+    Warm is everything but the last: a program that was found is read, checked and unpacked, but
+    cannot be loaded without its chip.
 
     Args:
       target: a chip's name; `config` is for one of them.
@@ -75,16 +76,24 @@ def measure_ahead(
     placement = Placement(make_mesh([device], 1))
     programs = step_programs(plan, model, state_shapes(plan, held, placement), placement)
 
-    def get(program: Program) -> tuple[float, int | None]:
+    def get(program: Program, store: ProgramStore) -> tuple[float, int | None]:
         start_s = time.perf_counter()
         with told_the_chip(device):
-            temp_bytes = _temp_bytes(program)
+            temp_bytes = _temp_bytes(program, store)
         elapsed_s = time.perf_counter() - start_s
-        say(f"{program.name}, {elapsed_s:.1f} s{' from the cache' if temp_bytes is None else ''}")
+        found = " from the store" if temp_bytes is None else ""
+        say(f"{program.name}, {elapsed_s:.2f} s{found}")
         return elapsed_s, temp_bytes
 
     with _cache_in_new_folder():
-        return plan, {name: _get_all(programs, get) for name in ("cold", "warm")}
+        store = open_store([device])
+        if store is None:
+            raise ValueError(
+                "startup --target needs the sources of jinfer, as they were when they were "
+                "imported; got none, or others. Run it again."
+            )
+        into = partial(get, store=store)
+        return plan, {name: _get_all(programs, into) for name in ("cold", "warm")}
 
 
 def _get_all(
@@ -102,14 +111,17 @@ def _get_all(
     )
 
 
-def _temp_bytes(program: Program) -> int | None:
-    """Compiles; None if there was no need, since the cache has the program."""
-    try:
-        return memory_of(program.compile()).temp_size_in_bytes
-    except jax.errors.JaxRuntimeError as error:
-        if _NOT_LOADED not in str(error):
-            raise
+def _temp_bytes(program: Program, store: ProgramStore) -> int | None:
+    """Compiles; None if there was no need, since the store has the program."""
+    described = program.description  # None of a simulated kernel's, which is never stored
+    if described is not None and store.read(described) is not None:
         return None
+    lowered = program.lower()
+    with not_kept_by_jax():
+        compiled = lowered.compile()
+    if described is not None:
+        store.save(described, lowered_text(lowered, program.shapes), compiled)
+    return memory_of(compiled).temp_size_in_bytes
 
 
 @contextmanager

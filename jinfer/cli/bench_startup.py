@@ -52,6 +52,6 @@ def _ahead(args: Namespace, say: Callable[[str], object]) -> dict[str, Any]:
 
 
 _NOTES = """
-cold: traced and compiled, one program on each processor at a time. warm: traced, and the program
-found in the persistent cache and read; to load it takes the chip, which is not here.
+cold: traced, compiled and stored, one program on each processor at a time. warm: found in the store
+by what it is made from, read, checked and unpacked; to load it takes the chip, which is not here.
 """

@@ -9,7 +9,9 @@ from jax.experimental.compilation_cache import compilation_cache
 
 
 def use_compilation_cache(folder: str | Path | None) -> None:
-    """Makes XLA keep compiled programs in `folder`, so that the next start reads them.
+    """Makes JAX keep compiled programs in `folder`, so that the next start reads them.
+
+    An engine's own programs go into a folder inside it; see `jinfer.step.program_store`.
 
     A folder that the user's own JAX configuration names already is kept when `folder` is None.
 

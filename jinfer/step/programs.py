@@ -8,9 +8,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
+
+from jinfer.step.program_key import lowered_text, shapes_text
+from jinfer.step.program_store import ProgramStore
+from kernels_pallas.compat import not_kept_by_jax
 
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 _CACHE_HIT_EVENT = "/jax/compilation_cache/cache_hits"
@@ -24,9 +29,25 @@ class Program:
     function: Callable[..., Any]
     shapes: tuple[Any, ...]
     donate: tuple[int, ...]
+    made_from: str | None = None  # all that `function` follows from; None: it is never stored
+
+    @property
+    def description(self) -> str | None:
+        """What tells it from every other program in one place; None if that is not known."""
+        if self.made_from is None:
+            return None
+        return repr((self.name, self.made_from, self.donate, shapes_text(self.shapes)))
+
+    def lower(self) -> jax.stages.Lowered:
+        # A new function to JAX, which else may hand out what it once read from its cache: a program
+        # that was read, not compiled, cannot be stored, and JAX tells only when it reads it.
+        function = partial(self.function)
+        # Unused arguments too, or the lowered text would not tell which these are.
+        step = jax.jit(function, donate_argnums=self.donate, keep_unused=True)
+        return step.lower(*self.shapes)
 
     def compile(self) -> jax.stages.Compiled:
-        return jax.jit(self.function, donate_argnums=self.donate).lower(*self.shapes).compile()
+        return self.lower().compile()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,13 +56,15 @@ class CompileReport:
 
     elapsed_s: float  # from the first program's start to the last one's end
     program_s: Mapping[str, float]  # of each program, tracing included
-    num_cache_hits: int  # programs read from the persistent compilation cache
+    num_cache_hits: int  # programs read from disk instead of compiled
+    num_untraced: int  # of these: found by what they are made from, so not even traced
 
     def __str__(self) -> str:
         slowest = max(self.program_s, key=lambda name: self.program_s[name])
         return (
             f"{len(self.program_s)} programs ready in {self.elapsed_s:.1f} s, "
-            f"{self.num_cache_hits} of them from the compilation cache; "
+            f"{self.num_cache_hits} of them from the compilation cache, "
+            f"{self.num_untraced} without tracing; "
             f"longest: {slowest}, {self.program_s[slowest]:.1f} s"
         )
 
@@ -49,24 +72,30 @@ class CompileReport:
 class Compiling:
     """Programs on their way to the device, on threads of their own, while others load weights.
 
-    As many compile at once as there are processors: XLA works outside Python's lock. Programs
-    already in the persistent compilation cache are read from it instead.
+    As many compile at once as there are processors: XLA works outside Python's lock. A program in
+    the store is loaded instead; without a store, one in JAX's persistent cache is traced and read.
     """
 
     def __init__(
-        self, programs: Sequence[Program], *, on_done: Callable[[str], object] = lambda name: None
+        self,
+        programs: Sequence[Program],
+        *,
+        store: ProgramStore | None = None,
+        on_done: Callable[[str], object] = lambda name: None,
     ) -> None:
         """Starts compiling, in the order given.
 
         Args:
           programs: with distinct names.
+          store: where programs of earlier starts are, and where these are put.
           on_done: called with a program's name as it is finished, for a progress bar.
         """
-        self._on_done = on_done
+        self._store, self._on_done = store, on_done
         self._start_s = self._end_s = time.perf_counter()
         self._program_s: dict[str, float] = {}
-        self._num_cache_hits = 0
-        self._threads: set[int] = set()
+        self._num_loaded = self._num_untraced = 0
+        self._has_left = False
+        self._num_hits_of: dict[int, int] = {}  # thread -> programs that JAX read from its cache
         self._listening = ExitStack()
         self._listening.callback(jax.monitoring.unregister_event_listener, self._listen)
         jax.monitoring.register_event_listener(self._listen)
@@ -79,7 +108,8 @@ class Compiling:
         return compiled, CompileReport(
             elapsed_s=self._end_s - self._start_s,
             program_s=self._program_s,
-            num_cache_hits=self._num_cache_hits,
+            num_cache_hits=sum(self._num_hits_of.values()) + self._num_loaded,
+            num_untraced=self._num_untraced,
         )
 
     def __enter__(self) -> "Compiling":
@@ -87,22 +117,46 @@ class Compiling:
 
     def __exit__(self, *exc_info: object) -> None:
         """Begins no further program; one in XLA's hands runs to its end unseen."""
+        self._has_left = True
         self._pool.shutdown(wait=False, cancel_futures=True)
         self._listening.close()
 
     def _build(self, program: Program) -> jax.stages.Compiled:
-        self._threads.add(threading.get_ident())
+        self._num_hits_of.setdefault(threading.get_ident(), 0)
         start_s = time.perf_counter()
-        compiled = program.compile()
+        compiled = self._load_or_compile(program)
         self._end_s = time.perf_counter()
         self._program_s[program.name] = self._end_s - start_s
         self._on_done(program.name)
         return compiled
 
+    def _load_or_compile(self, program: Program) -> jax.stages.Compiled:
+        store, described = self._store, program.description
+        if store is None or described is None:
+            return program.compile()
+        if (compiled := store.load(described)) is not None:
+            self._num_loaded += 1
+            self._num_untraced += 1
+            return compiled
+        lowered = program.lower()
+        text = lowered_text(lowered, program.shapes)
+        if (compiled := store.load_lowered(described, text)) is not None:
+            self._num_loaded += 1
+            return compiled
+        num_hits_before = self._num_hits_of[threading.get_ident()]
+        with not_kept_by_jax():  # which could not be stored once JAX reads it
+            compiled = lowered.compile()
+        # XLA for CPUs takes a program that was read apart without complaint, but not all of it.
+        was_read = self._num_hits_of[threading.get_ident()] > num_hits_before
+        if not was_read and not self._has_left:  # then nobody listens any more
+            store.save(described, text, compiled)
+        return compiled
+
     def _listen(self, event: str, **_: Any) -> None:
         # JAX tells an event on the thread where it happens; other engines may start beside this.
-        if event == _CACHE_HIT_EVENT and threading.get_ident() in self._threads:
-            self._num_cache_hits += 1
+        thread = threading.get_ident()
+        if event == _CACHE_HIT_EVENT and thread in self._num_hits_of:
+            self._num_hits_of[thread] += 1
 
 
 class CompileGuard:
