@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
-from jax._src import config
+from jax._src import compiler, config
 from jax._src.mesh import AbstractDevice
 
 
@@ -28,6 +28,11 @@ def told_the_chip(device: Any) -> AbstractContextManager[Any]:
 def not_kept_by_jax() -> AbstractContextManager[Any]:
     """Inside it, on this thread, what is compiled is not written to JAX's persistent cache."""
     return config.persistent_cache_min_compile_time_secs(math.inf)
+
+
+def compile_options() -> str:
+    """What XLA is asked when JAX compiles, its flags from the environment included."""
+    return compiler.get_compile_options(num_replicas=1, num_partitions=1).SerializeAsString().hex()
 
 
 def cudnn_attention() -> Any:

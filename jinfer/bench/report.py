@@ -32,7 +32,7 @@ class Spread:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Roofline:
-    """What had to be moved and computed, and the least time for it at the measured ceilings."""
+    """What had to be moved and computed, and the least time for it at the ceilings of each run."""
 
     num_bytes: int
     num_flops: int
@@ -173,7 +173,7 @@ def report_text(report: Report) -> str:
     roofline = (
         f"roofline: {report.num_steps:,} steps had to move {figure(r.num_bytes / 1e9)} GB and to "
         f"compute {figure(r.num_flops / 1e12)} TFLOP,\nat least {figure(r.bound_s)} s at the "
-        f"rates measured beside it; took {figure(r.took_s)} s: {percent(r.share)} reached\n"
+        f"rates measured beside them; took {figure(r.took_s)} s: {percent(r.share)} reached\n"
         f"at best: {r.ceilings}"
     )
     header = ("ms", "mean", "median", "p99")

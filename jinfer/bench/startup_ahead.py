@@ -25,7 +25,7 @@ from jinfer.step.program_key import lowered_text
 from jinfer.step.program_store import ProgramStore, open_store
 from jinfer.step.programs import Program
 from jinfer.weights.load import read_model_config
-from kernels_pallas.compat import not_kept_by_jax, told_the_chip
+from kernels_pallas.compat import told_the_chip
 
 _FLAGS = {
     "jax_persistent_cache_min_compile_time_secs": 0.0,
@@ -117,7 +117,7 @@ def _temp_bytes(program: Program, store: ProgramStore) -> int | None:
     if described is not None and store.read(described) is not None:
         return None
     lowered = program.lower()
-    with not_kept_by_jax():
+    with store.alone():
         compiled = lowered.compile()
     if described is not None:
         store.save(described, lowered_text(lowered, program.shapes), compiled)

@@ -34,8 +34,8 @@ or as a trace says, and every token is wanted as it comes.
 _STARTUP = """\
 From the command to the first token, in processes of their own: cold, with an empty folder for
 compiled programs, and warm, with what the first left there. With --target nothing runs: the
-programs of the engine are compiled for that chip, which need not be here, and found again in the
-persistent cache.
+programs of the engine are compiled for that chip, which need not be here, and found again where
+they were kept.
 """
 _WORKLOADS = ("fixed", "sharegpt", "trace", "shared-prefix")
 

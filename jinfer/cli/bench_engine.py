@@ -47,13 +47,13 @@ def run(args: Namespace) -> dict[str, Any]:
         asked = {"late_compile": "error", **keywords, **_sizes(args), **engine_args(args)}
         if getattr(args, "compare", False):
             return _compare(args, asked)
-        _say(args)("measuring what the device can do")
         measure = partial(measure_ceilings, platform, _product_dtype(args, platform))
         # Other work slows a CPU down from minute to minute, so it is measured beside every run; an
         # engine leaves an accelerator no memory for that, which is measured before it and after.
         is_steady = platform != "cpu"
         beside = cache(measure) if is_steady else measure
-        beside()
+        if is_steady:
+            beside()
         with LLM(**asked) as llm:
             model_line = _model_line(args, llm)
             runs = [
@@ -203,11 +203,14 @@ def _record(
         run_jobs(llm, first, streams=streams)
         batches = others
     _say(args)(f"running {sum(map(len, batches))} requests")
-    recordings, measured = [], [measure()]
+    # What is measured between runs would fill a profile.
+    between = cache(measure) if args.profile else measure
+    recordings, measured = [], [between()]
     with profiled(args.profile):
         for batch in batches:
             recordings.append(run_jobs(llm, batch, streams=streams))
-            measured.append(measure())
+            measured.append(between())
+    measured[-1] = measure() if args.profile else measured[-1]
     ceilings = [before.faster(after) for before, after in pairwise(measured)]
     return list(zip(recordings, ceilings, strict=True))
 

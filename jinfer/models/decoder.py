@@ -92,15 +92,14 @@ class Block(nnx.Module):
 
     def _heads(self, normed_TD: Array) -> list[Array]:
         """This chip's queries [T, N, H], keys and values [T, K, H]."""
-        # With inputs first, XLA for TPUs carried the split back into the weight and, in a loop over
-        # steps, kept a transposed copy of all layers' q, k and v: 1.6 GB for 8B parameters. The
-        # barrier stops it. With outputs first a v5e, v6e or 7x does not; meshes were not tried.
+        # With three matrices, inputs first, XLA for TPUs carried the split into heads back into the
+        # weights and, in a loop over steps, kept a transposed copy of all layers': 1.6 GB for 8B
+        # parameters. The barrier stops it; whether it still has to was not tried with one matrix.
         flat_TU = jax.lax.optimization_barrier(project(normed_TD, self.w_qkv_UD[...]))
-        head_width = self.config.head_width
-        heads_TH = flat_TU.reshape(len(flat_TU), -1, head_width)
-        num_q_heads = self.w_o_DQ.shape[1] // head_width
-        num_kv_heads = (heads_TH.shape[1] - num_q_heads) // 2
-        return jnp.split(heads_TH, (num_q_heads, num_q_heads + num_kv_heads), axis=1)
+        num_q = self.w_o_DQ.shape[1]  # Q of this chip, where config has that of all
+        num_kv = (flat_TU.shape[1] - num_q) // 2
+        parts = jnp.split(flat_TU, (num_q, num_q + num_kv), axis=1)  # q_TQ, k_TC, v_TC
+        return [part.reshape(len(part), -1, self.config.head_width) for part in parts]
 
     def _mlp(self, normed_TD: Float[Array, "T D"]) -> Float[Array, "T D"]:
         gate_TF = project(normed_TD, self.w_gate_FD[...])

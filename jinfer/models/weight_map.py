@@ -1,6 +1,6 @@
 """Where each parameter lies in a Hugging Face checkpoint, written with axis letters.
 
-A parameter's own name ends in its axes (`w_q_QD`). Beside it stands the stored tensor's name and
+A parameter's own name ends in its axes (`w_o_DQ`). Beside it stands the stored tensor's name and
 its axes as stored, one group of letters for each stored axis: "Q D" is a matrix of Q rows and D
 columns, "NH" a vector of N*H numbers. The two spellings say everything: split the groups, then
 permute letters.
@@ -68,7 +68,6 @@ def axis_sizes(config: ModelConfig) -> dict[str, int]:
         "H": config.head_width,
         "Q": config.num_q_heads * config.head_width,
         "C": config.num_kv_heads * config.head_width,
-        "U": (config.num_q_heads + 2 * config.num_kv_heads) * config.head_width,
     }
 
 

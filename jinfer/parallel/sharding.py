@@ -1,6 +1,6 @@
 """How arrays lie on a mesh: the one table, and what follows from the names of arrays.
 
-An array's name ends in its axes (`w_q_QD`, `output_count_AV`), so a name says where its array
+An array's name ends in its axes (`w_qkv_UD`, `output_count_AV`), so a name says where its array
 goes: each letter is looked up here, and nowhere else is a `PartitionSpec` written.
 """
 
@@ -15,8 +15,8 @@ from jinfer.parallel.collectives import WHOLE, Shards
 from jinfer.parallel.mesh import TENSOR
 
 # Logical axis -> mesh axis; what is not named here is whole on every chip. Heads side by side
-# (Q, C) are cut between heads,
-# and joined (U) chip by chip. Replicas (the mesh's other axis) share no array.
+# (Q, C) are cut between heads, and joined (U) chip by chip. Replicas (the mesh's other axis) share
+# no array.
 MESH_AXIS_OF = {
     "V": TENSOR,  # vocabulary: embeddings, logits, counts of tokens
     "W": TENSOR,  # 32-bit words of vocabulary masks

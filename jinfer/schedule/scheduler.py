@@ -224,7 +224,7 @@ class Scheduler:
     def _trim(self, draft: Draft) -> None:
         """Leaves the end of prefills to the next step, where that saves more padding than it costs.
 
-        Every chunk keeps a token, so whoever is in the plan gets on.
+        Every chunk keeps a token, so whoever is in the plan gets on; the others' pages go back.
         """
         chunks = draft.chunks
         num_tokens = sum(chunk.num_tokens for chunk in chunks.values())
@@ -274,7 +274,9 @@ class Scheduler:
 
     def _num_missing_pages(self, chunk: Chunk) -> int:
         num_tokens = chunk.stop + chunk.num_steps - 1
-        return pages_for(num_tokens, self._page_size) - len(chunk.sequence.pages)
+        num_missing = pages_for(num_tokens, self._page_size) - len(chunk.sequence.pages)
+        assert num_missing >= 0, f"pages for tokens that are not planned: {chunk=}, {num_missing=}"
+        return num_missing
 
     def commit(self, chunk: Chunk, token_id: int | None) -> None:
         """Records that a chunk was computed and its token read; in the order of the plans.

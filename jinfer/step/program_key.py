@@ -21,6 +21,7 @@ import numpy as np
 from jax.tree_util import keystr
 
 import kernels_pallas
+from kernels_pallas.compat import compile_options
 
 # Flags of JAX that only say where and how to keep programs, or what to log.
 _KEEPING_AND_LOGGING = (
@@ -31,7 +32,8 @@ _KEEPING_AND_LOGGING = (
     "jax_persistent_cache",
     "jax_raise_persistent_cache_errors",
 )
-# Variables that compilers read; JAX's own are among its flags.
+# Variables that compilers read; JAX's own are among its flags. XLA's are also told as it understood
+# them: it reads XLA_FLAGS once, and who sets them later sets nothing.
 _VARIABLES = ("LIBTPU_", "NVIDIA_TF32_", "PJRT_", "TF_XLA_", "TPU_", "XLA_")
 # Packages beside those that are asked themselves: compilers, and libraries that programs call.
 _PACKAGES = ("jax", "libtpu", "nvidia")
@@ -39,14 +41,17 @@ _OF_PROCESSOR = ("Features", "flags", "model name", "CPU part", "CPU variant")
 
 
 def sources_digest() -> str | None:
-    """The sha256 of every source file of jinfer and kernels_pallas; None if there are none."""
+    """The sha256 of every source file of jinfer and kernels_pallas; None if one cannot be read."""
     digest = hashlib.sha256()
     for package in (Path(__file__).parents[1], Path(*kernels_pallas.__path__)):
         paths = sorted(package.rglob("*.py"))
         if not paths:
             return None  # in a zip file, or compiled only
         for path in paths:
-            content = path.read_bytes()
+            try:
+                content = path.read_bytes()
+            except OSError:
+                return None
             name = path.relative_to(package).as_posix()
             digest.update(f"{package.name}/{name} {len(content)}\n".encode() + content)
     return digest.hexdigest()
@@ -84,6 +89,7 @@ def surroundings(devices: Sequence[Any]) -> Surroundings | None:
         "flags": {
             name: flags[name] for name in sorted(flags) if not name.startswith(_KEEPING_AND_LOGGING)
         },
+        "options": compile_options(),
         "variables": _variables(),
         "arguments": [word for word in sys.argv if word.startswith("--xla")],
         "processor": _processor() if client.platform == "cpu" else None,
@@ -119,11 +125,7 @@ def _versions() -> list[str]:
 
 
 def _variables() -> dict[str, str]:
-    told = {name: os.environ[name] for name in sorted(os.environ) if name.startswith(_VARIABLES)}
-    flags = told.get("XLA_FLAGS", "").strip()
-    if flags and not flags.startswith("-"):  # then it is the name of a file with flags
-        told["XLA_FLAGS, the file"] = _text_of(flags)
-    return told
+    return {name: os.environ[name] for name in sorted(os.environ) if name.startswith(_VARIABLES)}
 
 
 def _processor() -> list[str]:

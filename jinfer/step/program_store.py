@@ -24,6 +24,7 @@ import jax
 from jax.experimental.serialize_executable import deserialize_and_load, serialize
 
 from jinfer.step.program_key import Surroundings, surroundings
+from kernels_pallas.compat import not_kept_by_jax
 
 LOADED_EVENT = "/jinfer/program_store/loaded"  # a duration, as JAX tells those of its compilations
 
@@ -36,27 +37,6 @@ _NAME, _PROGRAM, _UNFINISHED = ".name", ".program", ".unfinished"
 # A program is kept so long after it was last used, and as many as fit into so many bytes.
 _KEPT_S = 30 * 24 * 3600
 _KEPT_BYTES = 4 << 30
-
-# What a file raises that was damaged, or that this JAX or this device refuses.
-_NOT_LOADABLE = (
-    jax.errors.JaxRuntimeError,
-    pickle.UnpicklingError,
-    AttributeError,
-    EOFError,
-    ImportError,
-    LookupError,
-    TypeError,
-    ValueError,
-)
-# What a program raises that cannot be kept, such as one that calls Python.
-_NOT_KEEPABLE = (
-    jax.errors.JaxRuntimeError,
-    pickle.PicklingError,
-    AttributeError,
-    NotImplementedError,
-    TypeError,
-    ValueError,
-)
 
 
 class Stored(NamedTuple):
@@ -86,7 +66,7 @@ class ProgramStore:
         self._devices = list(devices)
         self._around = around
         self._lock = threading.Lock()
-        self._has_begun = self._has_failed = False  # to save
+        self._has_failed = False  # to save one
 
     def load(self, described: str) -> jax.stages.Compiled | None:
         """A program ready to run; None if it is not here, or is damaged, which is told.
@@ -110,10 +90,18 @@ class ProgramStore:
             self._write(self._name(described), lambda: path.name.encode())
         return compiled
 
+    def alone(self) -> contextlib.AbstractContextManager[Any]:
+        """Inside it JAX keeps no program: what JAX has read from its own cache cannot be stored.
+
+        On GPUs it does, since replicas on other devices may read there what one has compiled; and
+        so it does when a program could not be kept here.
+        """
+        if self._has_failed or self._devices[0].platform == "gpu":
+            return contextlib.nullcontext()
+        return not_kept_by_jax()
+
     def save(self, described: str, lowered: str, compiled: jax.stages.Compiled) -> None:
         """Keeps a program for the next start; the first that cannot be kept is told.
-
-        The first call also removes what has not been used for long.
 
         Args:
           described: as for `load`.
@@ -151,13 +139,14 @@ class ProgramStore:
         return None if name is None else self.folder / bytes(name).decode()
 
     def _attempt(self, path: Path, read: Callable[[Path], Any]) -> Any:
-        """What `read` makes of a file; None where that fails, and the file is removed."""
+        """What `read` makes of a file; None where that fails. A damaged file is removed."""
         try:
             return read(path)
-        except (OSError, *_NOT_LOADABLE) as error:
+        except Exception as error:  # whatever unpickling and XLA may raise
             _warn(f"a stored program is compiled again; got {str(path)!r}: {_line(error)}.")
-            with contextlib.suppress(OSError):
-                path.unlink(missing_ok=True)
+            if isinstance(error, _DamagedError):
+                with contextlib.suppress(OSError):
+                    path.unlink(missing_ok=True)
             return None
 
     def _write(self, path: Path, body_of: Callable[[], bytes]) -> bool:
@@ -166,15 +155,13 @@ class ProgramStore:
         try:
             body = body_of()
             self.folder.mkdir(parents=True, exist_ok=True)
-            if self._is_first("_has_begun"):
-                remove_unused(self.folder)
             try:
                 unfinished.write_bytes(_HEAD + hashlib.sha256(body).digest() + body)
                 os.replace(unfinished, path)  # whoever reads finds all of it or nothing
             finally:
                 unfinished.unlink(missing_ok=True)
-        except (OSError, *_NOT_KEEPABLE) as error:
-            if self._is_first("_has_failed"):
+        except Exception as error:  # whatever pickling and XLA may raise
+            if self._is_first_failure():
                 _warn(
                     f"a compiled program is not kept; got {str(self.folder)!r}: {_line(error)}. "
                     "The next start compiles it again."
@@ -182,12 +169,10 @@ class ProgramStore:
             return False
         return True
 
-    def _is_first(self, flag: str) -> bool:
-        """Sets a flag; True for the one thread that did."""
+    def _is_first_failure(self) -> bool:
         with self._lock:
-            was_set = getattr(self, flag)
-            setattr(self, flag, True)
-        return not was_set
+            had_failed, self._has_failed = self._has_failed, True
+        return not had_failed
 
     def _name(self, described: str) -> Path:
         return self.folder / (_hash(*self._around, described) + _NAME)
@@ -212,14 +197,20 @@ def open_store(devices: Sequence[Any]) -> ProgramStore | None:
     if jax.process_count() > 1:
         return None  # all would have to find a program, or none; JAX's cache sees to that itself
     around = surroundings(devices)
-    return None if around is None else ProgramStore(Path(folder) / "programs", devices, around)
+    if around is None:
+        return None
+    remove_unused(Path(folder) / "programs")
+    return ProgramStore(Path(folder) / "programs", devices, around)
 
 
 def remove_unused(folder: Path) -> None:
-    """Removes programs that were not used for 30 days, and the longest unused beyond 4 GiB."""
+    """Removes programs that were not used for 30 days, and the longest unused beyond 4 GiB.
+
+    What cannot be removed, or is gone already, is left to those who share the folder.
+    """
     found = []
-    for path in folder.iterdir():
-        with contextlib.suppress(FileNotFoundError):  # another process removes too
+    for path in folder.glob("*"):
+        with contextlib.suppress(OSError):
             if path.suffix in (_NAME, _PROGRAM, _UNFINISHED):
                 found.append((path.stat(), path))
     found.sort(key=lambda entry: entry[0].st_mtime, reverse=True)
@@ -227,7 +218,12 @@ def remove_unused(folder: Path) -> None:
     for stat, path in found:
         num_bytes += stat.st_size
         if stat.st_mtime < time.time() - _KEPT_S or num_bytes > _KEPT_BYTES:
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
+
+
+class _DamagedError(ValueError):
+    """A file is not as it was written."""
 
 
 def _unpack(path: Path) -> Stored | None:
@@ -244,7 +240,7 @@ def _content(path: Path) -> memoryview | None:
     body_at = len(_HEAD) + _DIGEST_BYTES
     body = memoryview(content)[body_at:]
     if content[:body_at] != _HEAD + hashlib.sha256(body).digest():
-        raise ValueError("it is damaged")
+        raise _DamagedError("it is damaged")
     with contextlib.suppress(OSError):  # of a folder that others own
         os.utime(path)
     return body

@@ -15,7 +15,6 @@ import jax
 
 from jinfer.step.program_key import lowered_text, shapes_text
 from jinfer.step.program_store import ProgramStore
-from kernels_pallas.compat import not_kept_by_jax
 
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 _CACHE_HIT_EVENT = "/jax/compilation_cache/cache_hits"
@@ -73,7 +72,7 @@ class Compiling:
     """Programs on their way to the device, on threads of their own, while others load weights.
 
     As many compile at once as there are processors: XLA works outside Python's lock. A program in
-    the store is loaded instead; without a store, one in JAX's persistent cache is traced and read.
+    the store is loaded instead; one in JAX's persistent cache is traced and read, but not stored.
     """
 
     def __init__(
@@ -93,7 +92,8 @@ class Compiling:
         self._store, self._on_done = store, on_done
         self._start_s = self._end_s = time.perf_counter()
         self._program_s: dict[str, float] = {}
-        self._num_loaded = self._num_untraced = 0
+        self._loaded: set[str] = set()  # programs from the store
+        self._untraced: set[str] = set()  # of these
         self._has_left = False
         self._num_hits_of: dict[int, int] = {}  # thread -> programs that JAX read from its cache
         self._listening = ExitStack()
@@ -108,8 +108,8 @@ class Compiling:
         return compiled, CompileReport(
             elapsed_s=self._end_s - self._start_s,
             program_s=self._program_s,
-            num_cache_hits=sum(self._num_hits_of.values()) + self._num_loaded,
-            num_untraced=self._num_untraced,
+            num_cache_hits=sum(self._num_hits_of.values()) + len(self._loaded),
+            num_untraced=len(self._untraced),
         )
 
     def __enter__(self) -> "Compiling":
@@ -135,16 +135,16 @@ class Compiling:
         if store is None or described is None:
             return program.compile()
         if (compiled := store.load(described)) is not None:
-            self._num_loaded += 1
-            self._num_untraced += 1
+            self._loaded.add(program.name)
+            self._untraced.add(program.name)
             return compiled
         lowered = program.lower()
         text = lowered_text(lowered, program.shapes)
         if (compiled := store.load_lowered(described, text)) is not None:
-            self._num_loaded += 1
+            self._loaded.add(program.name)
             return compiled
         num_hits_before = self._num_hits_of[threading.get_ident()]
-        with not_kept_by_jax():  # which could not be stored once JAX reads it
+        with store.alone():
             compiled = lowered.compile()
         # XLA for CPUs takes a program that was read apart without complaint, but not all of it.
         was_read = self._num_hits_of[threading.get_ident()] > num_hits_before

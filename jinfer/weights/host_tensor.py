@@ -145,8 +145,11 @@ class JoinedTensor:
         axis = len(self.axes) - len(self.axes.removeprefix("L"))
         held = self.shape[axis]
         start, stop, _ = index[axis].indices(held)
+        assert held % (stop - start) == 0 == start % (stop - start), (
+            f"not one of equal shards: {start=}, {stop=}, {held=}"
+        )
         num_shards, number = held // (stop - start), start // (stop - start)
-        assert start * num_shards == held * number, f"not one of equal shards: {start=}, {stop=}"
+        assert all(part.shape[axis] % num_shards == 0 for part in self.parts), f"{num_shards=}"
         lengths = [part.shape[axis] // num_shards for part in self.parts]
         target = _room_for(index, self.shape, self.dtype)
         rooms = np.split(target, np.cumsum(lengths)[:-1], axis=axis)

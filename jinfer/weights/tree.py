@@ -1,7 +1,8 @@
 """The parameter tree: a plain nested dict whose leaves end in their axes.
 
 "embed_VD", "final_norm_D", "unembed_VD" unless tied, and "blocks": a list of one dict per layer
-when the layer loop is unrolled, one dict of arrays with a leading L axis when it is scanned.
+when the layer loop is unrolled, one dict of arrays with a leading L axis when it is scanned. What
+is stored as several parameters and multiplied as one is one leaf (`JOINED`).
 """
 
 from collections.abc import Callable, Mapping
@@ -105,8 +106,9 @@ def _join(places: Mapping[str, Place]) -> dict[str, Place]:
 
 def _whole(leaf: str, parts: tuple[Place, ...]) -> Place:
     first = parts[0]
-    if leaf == first.leaf:
+    if leaf not in JOINED:
         return first
+    assert tuple(part.leaf for part in parts) == JOINED[leaf], f"{leaf} of {parts=}"
     axis = first.num_stacked
     length = sum(part.shape[axis] for part in parts)
     return Place(

@@ -153,7 +153,7 @@ def test_goals_that_are_none(words: list[str]) -> None:
 def test_report_reads_well() -> None:
     text = report_text(make_report([(recording(), CEILINGS)]))
     assert max(map(len, text.splitlines())) <= WIDTH
-    assert "at least 1.50 s at the rates measured beside it; took 3.00 s: 50.0 % reached" in text
+    assert "at least 1.50 s at the rates measured beside them; took 3.00 s: 50.0 % reached" in text
     assert "waited for host    25.0 %  of the time with requests" in text
     assert "from prefix cache   1,234  prompt tokens" in text
 

@@ -2,6 +2,8 @@
 
 import errno
 import os
+import subprocess
+import sys
 import time
 import warnings
 from collections.abc import Iterator
@@ -33,8 +35,9 @@ SIZES: dict[str, Any] = {"max_num_seqs": 2, "max_num_batched_tokens": 4, "max_de
 
 
 @pytest.fixture(autouse=True)
-def folder(tmp_path: Path) -> Iterator[Path]:
-    """A cache of its own for each test; the rest of the suite gets its own back."""
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A cache of its own for each test, and engines with the store that conftest.py takes away."""
+    monkeypatch.setattr("jinfer.startup.open_store", open_store)
     before = jax.config.values["jax_compilation_cache_dir"]
     use_folder(str(tmp_path / "xla"))
     yield tmp_path / "xla" / "programs"
@@ -75,7 +78,7 @@ def start(function: Any = tan_3, *, has_store: bool = True, **changed: Any) -> C
 
 
 def refuse_to_compile(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Program, "compile", lambda self: pytest.fail(f"{self.name} was compiled"))
+    monkeypatch.setattr(Program, "lower", lambda self: pytest.fail(f"{self.name} was traced"))
 
 
 def engine_for(model: Path, folder: Path, **settings: Any) -> Engine | Replicas:
@@ -184,14 +187,27 @@ def test_surroundings_name_what_a_program_depends_on(monkeypatch: pytest.MonkeyP
     assert surroundings(devices[:1]) == told[0]
 
 
-def test_flags_in_a_file_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    told = set()
-    monkeypatch.setenv("XLA_FLAGS", str(tmp_path / "flags"))
-    for flags in (None, "--xla_a=1", "--xla_a=2"):
-        if flags is not None:
-            (tmp_path / "flags").write_text(flags)
-        told.add(surroundings(jax.devices()))
-    assert len(told) == 3
+TELL_OPTIONS = """
+import os, sys, jax
+jax.numpy.ones(2).block_until_ready()
+os.environ["XLA_FLAGS"] = sys.argv[1]
+from kernels_pallas.compat import compile_options
+print(compile_options())
+"""
+
+
+def test_flags_are_told_as_xla_understood_them() -> None:
+    """XLA reads its flags once: those that are set too late are in no program."""
+    fast = "--xla_cpu_enable_fast_math=true"
+
+    def options(early: str, late: str) -> str:
+        command = [sys.executable, "-c", TELL_OPTIONS, late]
+        environment = {**os.environ, "XLA_FLAGS": early}
+        return subprocess.run(
+            command, env=environment, capture_output=True, text=True, check=True
+        ).stdout
+
+    assert options("", fast) == options("", "") != options(fast, fast)
 
 
 def test_the_digest_is_of_every_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -286,10 +302,12 @@ def test_what_was_not_used_for_long_is_removed(
         (folder / name).write_bytes(bytes(1000))
         then = time.time() - 24 * 3600 * age_days
         os.utime(folder / name, (then, then))
+    then = time.time() - 24 * 3600 * 29
     for path in ours:
-        os.utime(path, (0, 0))
+        os.utime(path, (then, then))
     assert start().num_untraced == 1  # which counts as use
-    start(lambda a: a - 1.0, made_from="another plan")  # the first to be saved removes others
+    assert all(path.stat().st_mtime > then + 24 * 3600 for path in ours)
+    start(lambda a: a - 1.0, made_from="another plan")
     found = set(folder.iterdir())
     assert {*ours, folder / "a.program", folder / "d"} < found and len(found) == 6
     num_bytes = sum(path.stat().st_size for path in found - {folder / "a.program", folder / "d"})

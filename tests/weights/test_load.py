@@ -186,6 +186,8 @@ def test_a_shard_of_joined_parameters_joins_their_shards(folder, layer_loop, num
         got = tensor.read((slice(1, 2), *index))[0] if tensor.axes[0] == "L" else tensor.read(index)
         want = [np.split(w, num_chips)[chip] for w in (q, k, v)]
         np.testing.assert_array_equal(got, np.concatenate(want))
+    with pytest.raises(AssertionError, match="not one of equal shards"):
+        tensor.read((*[slice(None)] * (len(tensor.shape) - 2), slice(0, 20), slice(None)))
 
 
 def test_loading_straight_into_a_sharding(folder) -> None:
@@ -261,10 +263,12 @@ def test_integer_weights_are_refused(folder) -> None:
 def test_values_too_large_for_float16_are_not_made_infinite(tmp_path, stored) -> None:
     folder = write_llama_checkpoint(tmp_path, seed=0, dtype=stored)
     tensors = random_llama_tensors(SMALL_LLAMA, seed=0, dtype=stored)
-    tensors["model.norm.weight"][3] = 1e6
-    write_tensors(folder, tensors)
-    with pytest.raises(CheckpointError, match=r"got dtype=float16 .*Ask for bfloat16 or float32"):
-        load(folder, dtype="float16")
+    for name in ("model.norm.weight", "model.layers.1.self_attn.k_proj.weight"):
+        spoiled = {**tensors, name: tensors[name].copy()}
+        spoiled[name][3] = 1e6
+        write_tensors(folder, spoiled)
+        with pytest.raises(CheckpointError, match=r"got dtype=float16 .*Ask for bfloat16 or float"):
+            load(folder, dtype="float16")
 
 
 def test_report_is_a_start_up_line(folder) -> None:
