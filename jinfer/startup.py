@@ -38,7 +38,7 @@ from jinfer.step.decode import run_decode
 from jinfer.step.kv_cache import allocate_pages, pages_shape
 from jinfer.step.pack import BucketShape, DecodeShape
 from jinfer.step.page_moves import PAGES_PER_MOVE, copy_pages, gather_pages, scatter_pages
-from jinfer.step.program_store import ProgramStore, open_store
+from jinfer.step.program_store import open_store
 from jinfer.step.programs import Compiling, Program
 from jinfer.step.slots import (
     ADMISSION_ROWS,
@@ -121,8 +121,7 @@ def load(config: EngineConfig, devices: Sequence[jax.Device] | None = None) -> L
     state = state_shapes(plan, held, placement)
     programs = step_programs(plan, model, state, placement)
     pages = slots = runner = None
-    store = open_store(placement.devices)
-    with _compiling(programs, store, config.progress) as compiling:
+    with _compiling(programs, placement.devices, config.progress) as compiling:
         hold = hold_as(plan.weight_layout, placement.sharding)
         params = _load_weights(config, model, held, folder, plan, hold, say)
         try:
@@ -416,8 +415,9 @@ def _move_programs(
 
 @contextmanager
 def _compiling(
-    programs: Sequence[Program], store: ProgramStore | None, progress: bool
+    programs: Sequence[Program], devices: Sequence[jax.Device], progress: bool
 ) -> Iterator[Compiling]:
+    store = open_store(devices)
     # None: a bar on a terminal, nothing in a file or a pipe.
     disable = None if progress else True
     with (

@@ -210,7 +210,8 @@ def _record(
         for batch in batches:
             recordings.append(run_jobs(llm, batch, streams=streams))
             measured.append(between())
-    measured[-1] = measure() if args.profile else measured[-1]
+    if args.profile:
+        measured[-1] = measure()
     ceilings = [before.faster(after) for before, after in pairwise(measured)]
     return list(zip(recordings, ceilings, strict=True))
 

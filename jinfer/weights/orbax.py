@@ -1,9 +1,10 @@
 """Orbax checkpoints as `jinfer convert` writes them, read through TensorStore.
 
-The folder `orbax` of a model folder holds jinfer's own tree, one array per layer and parameter,
-with the axes that its name ends in: nothing is permuted when it is read, and a stack of layers is
-filled layer by layer. Arrays lie in chunks of a few MiB, so a shard is read without the rest. Any
-Orbax can restore the folder, and one that Orbax saved from the same tree can be read here.
+The folder `orbax` of a model folder holds jinfer's own tree as it is before parameters are joined
+(`load_params` gives it with `joined=False`): one array per layer and parameter, with the axes that
+its name ends in. Nothing is permuted when it is read, and a stack of layers is filled layer by
+layer. Arrays lie in chunks of a few MiB, so a shard is read without the rest. Any Orbax can restore
+the folder, and one that Orbax saved from the same tree can be read here.
 
 Source: Orbax documentation, "Checkpoint Format Guide"; TensorStore, drivers "ocdbt" and "zarr".
 """
