@@ -30,6 +30,11 @@ def not_kept_by_jax() -> AbstractContextManager[Any]:
     return config.persistent_cache_min_compile_time_secs(math.inf)
 
 
+def kept_arguments(lowered: jax.stages.Lowered) -> tuple[int, ...]:
+    """Which of its arguments a lowered program has: unused ones are left out of it."""
+    return tuple(sorted(lowered._lowering.compile_args["kept_var_idx"]))  # type: ignore[attr-defined]
+
+
 def compile_options() -> str:
     """What XLA is asked when JAX compiles, its flags from the environment included."""
     return compiler.get_compile_options(num_replicas=1, num_partitions=1).SerializeAsString().hex()

@@ -1,10 +1,12 @@
 """The engine agrees with Hugging Face and, however its work is cut, with itself."""
 
+import gc
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from engine_runs import Job, logprobs_of, make_engine, random_prompt, run_jobs, tokens_of
@@ -247,3 +249,19 @@ def assert_same_prompt_logprobs(one: Any, other: Any) -> None:
         for token_id, entry in mine.items():
             assert abs(entry.logprob - theirs[token_id].logprob) < 1e-5
             assert entry.rank == theirs[token_id].rank
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_closed_engine_leaves_no_program(size: int, checkpoint: Path) -> None:
+    # A process may map 65,530 pieces of memory. A hundred programs for CPUs fill that.
+    num_live_before = num_live_programs()
+    engine = make_engine(checkpoint, max_num_seqs=2, tensor_parallel_size=size)
+    assert num_live_programs() > num_live_before
+    engine.close()
+    del engine
+    assert num_live_programs() <= num_live_before
+
+
+def num_live_programs() -> int:
+    gc.collect()
+    return len(jax.devices()[0].client.live_executables())

@@ -21,7 +21,7 @@ import numpy as np
 from jax.tree_util import keystr
 
 import kernels_pallas
-from kernels_pallas.compat import compile_options
+from kernels_pallas.compat import compile_options, kept_arguments
 
 # Flags of JAX that only say where and how to keep programs, or what to log.
 _KEEPING_AND_LOGGING = (
@@ -109,7 +109,8 @@ def shapes_text(shapes: Any) -> str:
 
 def lowered_text(lowered: jax.stages.Lowered, shapes: Any) -> str:
     """A lowered program of arguments with these shapes, source lines apart."""
-    return repr((shapes_text(shapes), shapes_text(lowered.out_info), lowered.as_text()))
+    arguments = (shapes_text(shapes), kept_arguments(lowered))  # the text says only how many
+    return repr((arguments, shapes_text(lowered.out_info), lowered.as_text()))
 
 
 def _versions() -> list[str]:

@@ -41,9 +41,8 @@ class Program:
         # A new function to JAX, which else may hand out what it once read from its cache: a program
         # that was read, not compiled, cannot be stored, and JAX tells only when it reads it.
         function = partial(self.function)
-        # Unused arguments too, or the lowered text would not tell which these are.
-        step = jax.jit(function, donate_argnums=self.donate, keep_unused=True)
-        return step.lower(*self.shapes)
+        # With keep_unused=True, JAX 0.11 would hold what is compiled until its caches are cleared.
+        return jax.jit(function, donate_argnums=self.donate).lower(*self.shapes)
 
     def compile(self) -> jax.stages.Compiled:
         return self.lower().compile()
