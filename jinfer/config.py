@@ -148,7 +148,7 @@ class EnginePlan:
     pages_per_slot: int  # M
     token_buckets: tuple[int, ...]  # T of a step, ascending; one program each
     step_cost_tokens: int  # a step takes as long as its tokens and so many more
-    decode_buckets: tuple[int, ...]  # B of several decode steps, likewise; none if one at most
+    decode_buckets: tuple[int, ...]  # B of decode programs, likewise; none if of one step at most
     max_decode_steps: int
     max_logprobs: int  # J of the top-logprob lists
     layer_loop: str

@@ -268,15 +268,15 @@ class Engine:
         if plan.moves_pages:
             self.runner.move_pages(plan.saves, plan.restores, plan.forgotten, plan.copies)
         self._admit(plan.admitted)
-        if plan.num_steps == 1:
-            size = bucket_for(self.plan.token_buckets, plan.num_tokens)
-            batch = pack(plan, self._shapes[size], wants_logprobs=self._wants_logprobs)
-            name = f"step of {size} tokens"
-        else:
+        if self._decode_shapes and plan.only_decodes:
             size = bucket_for(self.plan.decode_buckets, len(plan.chunks))
             shape = self._decode_shapes[size]
             batch = pack_decode(plan, shape, wants_logprobs=self._wants_logprobs)
             name = f"decode of {size} rows"
+        else:
+            size = bucket_for(self.plan.token_buckets, plan.num_tokens)
+            batch = pack(plan, self._shapes[size], wants_logprobs=self._wants_logprobs)
+            name = f"step of {size} tokens"
         start_s = time.monotonic()
         output = self.runner.run(name, batch)
         if self.observer is not None:

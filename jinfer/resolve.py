@@ -55,6 +55,7 @@ class PlatformDefaults:
     layer_loop: str
     bucket_growth: int  # ratio of neighbouring step sizes
     row_growth: int  # the same of decode programs
+    few_rows: int  # of the smallest decode program but that of one row
     step_cost_tokens: int  # a step takes as long as its tokens and so many more
     memory_share: float  # of the free memory that the pool may take beside the user's share
 
@@ -62,8 +63,9 @@ class PlatformDefaults:
 # CPU: XLA runs bfloat16 five to eight times slower than float32 there, other programs need the
 # memory too, and compiling costs seconds a program, so there are fewer; but a padding row of a
 # decode costs as much as a real one, and so the row counts are closer. TPU: page tables live in
-# scalar memory, so pages are larger; scanned layers compile fast and fuse. GPU: a scan copies each
-# layer's weights before use, so it is unrolled.
+# scalar memory, so pages are larger; scanned layers compile fast and fuse; the kernel passes over
+# padding rows, so there is no decode program of 8. GPU: a scan copies each layer's weights before
+# use, so it is unrolled.
 # A step's own cost is the time to read the weights, in tokens: measured on a CPU; the ridge of the
 # chip where it is known.
 # Tokens of a step on a CPU: measured, 125M float32 parameters on two cores of a Zen 5: steps of 64,
@@ -79,6 +81,7 @@ _DEFAULTS = {
         layer_loop="unrolled",
         bucket_growth=4,
         row_growth=2,
+        few_rows=8,
         step_cost_tokens=32,
         memory_share=0.5,
     ),
@@ -91,6 +94,7 @@ _DEFAULTS = {
         layer_loop="unrolled",
         bucket_growth=2,
         row_growth=4,
+        few_rows=8,
         step_cost_tokens=256,
         memory_share=1.0,
     ),
@@ -103,6 +107,7 @@ _DEFAULTS = {
         layer_loop="scan",
         bucket_growth=2,
         row_growth=4,
+        few_rows=32,
         step_cost_tokens=256,
         memory_share=1.0,
     ),
@@ -232,10 +237,16 @@ def resolve_plan(
         num_host_pages=_num_host_pages(config, one_page_bytes * config.tensor_parallel_size),
         pages_per_slot=-(-max_model_len // page_size),
         token_buckets=token_buckets(
-            max_step_tokens, max_slots, defaults.bucket_growth, chip.ridge_tokens if chip else 0
+            max_step_tokens,
+            max_slots,
+            defaults.bucket_growth,
+            chip.ridge_tokens if chip else 0,
+            decodes=max_decode_steps == 1,
         ),
         step_cost_tokens=chip.ridge_tokens if chip else defaults.step_cost_tokens,
-        decode_buckets=row_buckets(max_slots, defaults.row_growth) if max_decode_steps > 1 else (),
+        decode_buckets=()
+        if max_decode_steps == 1
+        else row_buckets(max_slots, defaults.row_growth, defaults.few_rows),
         max_decode_steps=max_decode_steps,
         max_logprobs=min(max(config.max_logprobs, 1), model.vocab_size),
         layer_loop=resolve_layer_loop(config, platform),

@@ -60,6 +60,10 @@ from jinfer.weights.safetensors import open_checkpoint
 
 Compiled = dict[str, jax.stages.Compiled]
 
+# The pool fills a GPU's memory, so XLA may find it short, and compute a sixth of a step's kernels
+# twice to spare what the plan has set apart for them anyway.
+_COMPILER_OPTIONS = {"gpu": (("xla_disable_hlo_passes", "rematerialization"),)}
+
 
 @dataclass(kw_only=True)
 class Loaded:
@@ -331,7 +335,12 @@ def step_programs(
         f"decode of {size} rows": (decode, DecodeShape.of(size, plan))
         for size in reversed(plan.decode_buckets)
     }
-    made = partial(_program, placement, _made_from(plan, model, placement))
+    made = partial(
+        _program,
+        placement,
+        made_from=_made_from(plan, model, placement),
+        compiler_options=_COMPILER_OPTIONS.get(plan.platform, ()),
+    )
     return [
         *[
             made(
@@ -356,16 +365,15 @@ def _made_from(plan: EnginePlan, model: ModelConfig, placement: Placement) -> st
 
 def _program(
     placement: Placement,
-    made_from: str | None,
     name: str,
     function: Callable[..., Any],
     shapes: tuple[Any, ...],
     *,
     results: Any,
-    donate: tuple[int, ...],
+    **settings: Any,
 ) -> Program:
     spread = placement.spread(function, shapes, results)
-    return Program(name=name, function=spread, shapes=shapes, donate=donate, made_from=made_from)
+    return Program(name=name, function=spread, shapes=shapes, **settings)
 
 
 def _slot_programs(

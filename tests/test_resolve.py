@@ -141,12 +141,12 @@ def test_what_was_asked_is_kept() -> None:
     ("platform", "device_kind", "sizes"),
     [
         # The ridge is at 561 tokens, and 128 slots may decode beside them.
-        ("tpu", "TPU v6 lite", (1, 8, 32, 128, 512, 1024)),
-        ("tpu", "TPU v5 lite", (1, 8, 32, 128, 256, 512)),
-        ("gpu", "NVIDIA H200", (1, 8, 32, 128, 256, 512)),  # 207, and 256 slots
-        ("gpu", "NVIDIA H100 80GB HBM3", (1, 8, 32, 128, 256, 512, 1024)),  # 296, likewise
-        ("gpu", "NVIDIA RTX 9999", (1, 32, 64, 128, 256, 512, 1024, 2048)),
-        ("cpu", "cpu", (1, 8, 32, 128, 512)),
+        ("tpu", "TPU v6 lite", (32, 128, 512, 1024)),
+        ("tpu", "TPU v5 lite", (32, 128, 256, 512)),
+        ("gpu", "NVIDIA H200", (32, 128, 256, 512)),  # 207, and 256 slots
+        ("gpu", "NVIDIA H100 80GB HBM3", (32, 128, 256, 512, 1024)),  # 296, likewise
+        ("gpu", "NVIDIA RTX 9999", (16, 32, 64, 128, 256, 512, 1024, 2048)),
+        ("cpu", "cpu", (8, 32, 128, 512)),
     ],
 )
 def test_the_token_budget_is_the_smallest_that_fills_the_chip(

@@ -21,7 +21,6 @@ from jinfer.parallel.sharding import Placement
 from jinfer.parallel.shares import held_model
 from jinfer.resolve import check_config, resolve_dtype, resolve_plan
 from jinfer.startup import state_shapes, step_programs
-from jinfer.step.program_key import lowered_text
 from jinfer.step.program_store import ProgramStore, open_store
 from jinfer.step.programs import Program
 from jinfer.weights.load import read_model_config
@@ -118,9 +117,9 @@ def _temp_bytes(program: Program, store: ProgramStore) -> int | None:
         return None
     lowered = program.lower()
     with store.alone():
-        compiled = lowered.compile()
+        compiled = program.compile(lowered)
     if described is not None:
-        store.save(described, lowered_text(lowered, program.shapes), compiled)
+        store.save(described, program.lowered_text(lowered), compiled)
     return memory_of(compiled).temp_size_in_bytes
 
 

@@ -182,7 +182,7 @@ class Decoder:
             # Traced once for all layers; XLA puts it in the place of each call.
             run_once = jax.jit(run)
             for layer, block in enumerate(params["blocks"]):
-                carry = run_once(carry, block, jnp.int32(layer))
+                carry = run_once(carry, block, jax.lax.optimization_barrier(jnp.int32(layer)))
             return carry
         layer_L = jnp.arange(self.config.num_layers, dtype=jnp.int32)
         carry, _ = jax.lax.scan(

@@ -7,6 +7,7 @@ from jinfer.schedule.page_pool import pages_for
 
 MAX_TOKEN_BUCKETS = 8  # each is one compiled program, and start-up pays for all of them
 _COARSE_GROWTH = 4  # where a padding token or row costs next to nothing beside the weights
+_FAR_RIDGE = 128  # tokens; a step of a quarter takes as long as one of a few
 
 
 def plan_pages(
@@ -63,20 +64,26 @@ def plan_pages(
 
 
 def token_buckets(
-    max_step_tokens: int, max_slots: int, growth: int = 2, ridge_tokens: int = 0
+    max_step_tokens: int,
+    max_slots: int,
+    growth: int = 2,
+    ridge_tokens: int = 0,
+    *,
+    decodes: bool = True,
 ) -> tuple[int, ...]:
     """Decides the step sizes T that get a program, ascending; the last is `max_step_tokens`.
 
-    1, then from 8 on by `growth`, and `max_slots`, where a full engine decodes in every step.
-    Between 1 and 8 nothing is won: such a step takes the time to read the weights, padded or
-    not. Up to `ridge_tokens` the same holds, nearly, so there sizes grow by four. Of more than
-    MAX_TOKEN_BUCKETS the smallest above 1 go first.
+    From 8 on by `growth`. Less wins nothing: such a step takes the time to read the weights, padded
+    or not. Up to `ridge_tokens` the same holds, nearly, so there sizes grow by four, and begin at
+    32 where the ridge is far above. For steps that only decode also 1, and `max_slots`, where a
+    full engine decodes in every step. Of more than MAX_TOKEN_BUCKETS the smallest above 1 go first.
 
     Args:
       max_step_tokens: tokens of the largest step.
       max_slots: sequences that run at the same time.
       growth: ratio of neighbours; a larger one compiles less and pads more.
       ridge_tokens: up to here the time of a step is that of reading the weights; 0 = not known.
+      decodes: whether steps that only decode are among them, rather than programs of their own.
 
     Raises:
       ValueError: if a step is too small for one token of every slot.
@@ -88,11 +95,11 @@ def token_buckets(
             "Raise the one or lower the other."
         )
     powers = set()
-    size = 8
+    size = 8 if decodes or ridge_tokens < _FAR_RIDGE else 8 * _COARSE_GROWTH
     while size <= max_step_tokens:
         powers.add(size)
         size *= _COARSE_GROWTH if size * _COARSE_GROWTH <= ridge_tokens else growth
-    kept = {1, max_slots, max_step_tokens}
+    kept = {max_step_tokens, *((1, max_slots) if decodes else ())}
     droppable = sorted(powers - kept)
     num_surplus = max(0, len(powers | kept) - MAX_TOKEN_BUCKETS)
     return tuple(sorted(kept | set(droppable[num_surplus:])))
@@ -121,14 +128,14 @@ def step_fills(buckets: Sequence[int], step_cost_tokens: int) -> tuple[int, ...]
     return tuple(fills)
 
 
-def row_buckets(max_slots: int, growth: int = _COARSE_GROWTH) -> tuple[int, ...]:
-    """Decides the row counts B that get a program of several decode steps, ascending.
+def row_buckets(max_slots: int, growth: int = _COARSE_GROWTH, smallest: int = 8) -> tuple[int, ...]:
+    """Decides the row counts B that get a decode program, ascending.
 
-    1, then from 8 on by `growth`, and `max_slots`. By four where a padding row costs next to
-    nothing beside the weights.
+    1, then from `smallest` on by `growth`, and `max_slots`. By four where a padding row costs next
+    to nothing beside the weights.
     """
     rows = {1, max_slots}
-    size = 8
+    size = smallest
     while size < max_slots:
         rows.add(size)
         size *= growth

@@ -25,6 +25,11 @@ class Chunk:
         """First position after the chunk; also the row's number of visible tokens."""
         return self.start + self.num_tokens
 
+    @property
+    def decodes(self) -> bool:
+        """One token, from which the next is drawn, and nothing else to read."""
+        return self.num_tokens == 1 and self.num_readouts == 1 and self.samples
+
     def steps(self) -> Iterator["Chunk"]:
         """The chunk of each of its steps, in order."""
         for i in range(self.num_steps):
@@ -104,6 +109,10 @@ class StepPlan:
     @property
     def moves_pages(self) -> bool:
         return bool(self.saves or self.restores or self.forgotten or self.copies)
+
+    @property
+    def only_decodes(self) -> bool:
+        return all(chunk.decodes for chunk in self.chunks)
 
     @property
     def num_steps(self) -> int:

@@ -253,7 +253,7 @@ class Scheduler:
         No one is preempted for it: a step too few costs a dispatch, not somebody's work.
         """
         chunks = draft.chunks.values()
-        if any(c.num_tokens > 1 or c.num_readouts > 1 or not c.samples for c in chunks):
+        if not all(c.decodes for c in chunks):
             return
         while max_steps > 1:
             longer = [

@@ -1,6 +1,7 @@
 """Log-probabilities of a step's readouts, from the logits as the model gave them."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import no_type_check
 
 import jax
@@ -9,6 +10,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int32
 
 from jinfer.parallel.collectives import WHOLE, Shards
+from jinfer.step.largest import largest
 
 
 @no_type_check
@@ -105,10 +107,19 @@ def _log_total(logits_RV: Array, shards: Shards) -> Array:
 def _top(logits_RV: Array, max_logprobs: int, shards: Shards) -> tuple[Array, Array]:
     """Ids and logits of the most probable tokens; spare places hold token 0 and -inf."""
     length = logits_RV.shape[-1]
-    logits_RJ, ids_RJ = lax.top_k(logits_RV.astype(jnp.float32), min(max_logprobs, length))
+    logits_RJ, ids_RJ = _top_k(logits_RV.astype(jnp.float32), min(max_logprobs, length))
     if shards.axis is not None:  # the best of each shard's best, whose order keeps that of ids
         ids_RJ = shards.join(ids_RJ + shards.start(length))
-        logits_RJ, place_RJ = lax.top_k(shards.join(logits_RJ), min(max_logprobs, ids_RJ.shape[1]))
+        logits_RJ, place_RJ = _top_k(shards.join(logits_RJ), min(max_logprobs, ids_RJ.shape[1]))
         ids_RJ = jnp.take_along_axis(ids_RJ, place_RJ, axis=-1)
     spare = ((0, 0), (0, max_logprobs - ids_RJ.shape[1]))
     return jnp.pad(ids_RJ, spare), jnp.pad(logits_RJ, spare, constant_values=-jnp.inf)
+
+
+def _top_k(numbers_RV: Array, count: int) -> tuple[Array, Array]:
+    def at_once(numbers_RV: Array) -> tuple[Array, Array]:
+        largest_RJ, ids_RJ = lax.top_k(numbers_RV, count)
+        return largest_RJ, ids_RJ
+
+    one_by_one = partial(largest, count=count)
+    return lax.platform_dependent(numbers_RV, cuda=one_by_one, default=at_once)

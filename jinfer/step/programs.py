@@ -29,6 +29,7 @@ class Program:
     shapes: tuple[Any, ...]
     donate: tuple[int, ...]
     made_from: str | None = None  # all that `function` follows from; None: it is never stored
+    compiler_options: tuple[tuple[str, str], ...] = ()  # XLA's names and values
 
     @property
     def description(self) -> str | None:
@@ -44,8 +45,14 @@ class Program:
         # With keep_unused=True, JAX 0.11 would hold what is compiled until its caches are cleared.
         return jax.jit(function, donate_argnums=self.donate).lower(*self.shapes)
 
-    def compile(self) -> jax.stages.Compiled:
-        return self.lower().compile()
+    def lowered_text(self, lowered: jax.stages.Lowered) -> str:
+        """What tells it from every other program once it is traced."""
+        return repr((self.compiler_options, lowered_text(lowered, self.shapes)))
+
+    def compile(self, lowered: jax.stages.Lowered | None = None) -> jax.stages.Compiled:
+        """Compiles what `lower` gave, or lowers it first."""
+        lowered = lowered or self.lower()
+        return lowered.compile(compiler_options=dict(self.compiler_options))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -138,13 +145,13 @@ class Compiling:
             self._untraced.add(program.name)
             return compiled
         lowered = program.lower()
-        text = lowered_text(lowered, program.shapes)
+        text = program.lowered_text(lowered)
         if (compiled := store.load_lowered(described, text)) is not None:
             self._loaded.add(program.name)
             return compiled
         num_hits_before = self._num_hits_of[threading.get_ident()]
         with store.alone():
-            compiled = lowered.compile()
+            compiled = program.compile(lowered)
         # XLA for CPUs takes a program that was read apart without complaint, but not all of it.
         was_read = self._num_hits_of[threading.get_ident()] > num_hits_before
         if not was_read and not self._has_left:  # then nobody listens any more

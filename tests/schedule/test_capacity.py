@@ -1,5 +1,7 @@
 """How many pages, and which step sizes."""
 
+from functools import partial
+
 import pytest
 
 from jinfer.schedule.capacity import (
@@ -104,16 +106,28 @@ def test_token_buckets_are_coarse_where_a_step_takes_the_time_to_read_the_weight
     assert token_buckets(512, 32, growth=4, ridge_tokens=100) == (1, 8, 32, 128, 512)
 
 
+def test_token_buckets_beside_decode_programs_begin_later() -> None:
+    beside = partial(token_buckets, decodes=False)
+    assert beside(512, 32, growth=4) == (8, 32, 128, 512)
+    assert beside(600, 20, growth=4) == (8, 32, 128, 512, 600)
+    assert beside(4, 4) == (4,)
+    assert beside(1024, 128, ridge_tokens=561) == (32, 128, 512, 1024)
+    assert beside(512, 256, ridge_tokens=207) == (32, 128, 256, 512)
+    assert beside(24, 16, ridge_tokens=207) == (24,)
+    assert beside(512, 32, ridge_tokens=100) == (8, 32, 64, 128, 256, 512)
+
+
 def test_token_buckets_are_few_and_cover_every_step() -> None:
     for max_step_tokens in [*range(1, 70), 1000, 4095, 4096, 4097, 100_000, 2**20]:
         for max_slots in {1, 3, max_step_tokens // 2, max_step_tokens}:
             if not 1 <= max_slots <= max_step_tokens:
                 continue
-            buckets = token_buckets(max_step_tokens, max_slots)
-            assert list(buckets) == sorted(set(buckets))
-            assert len(buckets) <= MAX_TOKEN_BUCKETS
-            assert buckets[0] == 1 and buckets[-1] == max_step_tokens
-            assert max_slots in buckets
+            for decodes in (True, False):
+                buckets = token_buckets(max_step_tokens, max_slots, decodes=decodes)
+                assert list(buckets) == sorted(set(buckets))
+                assert len(buckets) <= MAX_TOKEN_BUCKETS
+                assert buckets[-1] == max_step_tokens
+                assert not decodes or (buckets[0] == 1 and max_slots in buckets)
 
 
 def test_row_buckets() -> None:
@@ -122,6 +136,8 @@ def test_row_buckets() -> None:
     assert row_buckets(32) == (1, 8, 32)
     assert row_buckets(256) == (1, 8, 32, 128, 256)
     assert row_buckets(32, growth=2) == (1, 8, 16, 32)
+    assert row_buckets(128, smallest=32) == (1, 32, 128)
+    assert row_buckets(5, smallest=32) == (1, 5)
 
 
 def test_a_step_is_not_padded_where_two_are_cheaper() -> None:
@@ -154,9 +170,10 @@ def test_no_other_way_to_fill_steps_is_cheaper(step_cost_tokens: int) -> None:
 def test_an_engine_with_default_buckets_has_at_most_sixteen_programs() -> None:
     for max_step_tokens, max_slots in ((512, 32), (2048, 256), (2048, 128), (8192, 256)):
         num_writers = 2 + 1  # of slots, and the copier of pages
-        steps = token_buckets(max_step_tokens, max_slots)
+        steps = token_buckets(max_step_tokens, max_slots, decodes=False)
         assert len(steps) + len(row_buckets(max_slots)) + num_writers <= 16
-    assert len(token_buckets(512, 32, growth=4)) + len(row_buckets(32, growth=2)) + 3 <= 12
+    steps = token_buckets(512, 32, growth=4, decodes=False)
+    assert len(steps) + len(row_buckets(32, growth=2)) + 3 <= 11
 
 
 def test_a_step_smaller_than_the_slots() -> None:
