@@ -9,6 +9,7 @@ N  query heads    K  key/value heads             G  query heads per kv head
 H  head width     L  layers                      E  experts
 Q  query heads side by side, N * H    C  kv heads side by side, K * H
 U  query, key and value heads side by side, Q + 2 C, on several chips each one's own
+Y  gate and up features side by side, 2 F, likewise
 W  32-bit words of a vocabulary mask, ceil(V / 32)
 J  entries of a short per-slot or per-step list, padded (stop ids, biases, top logprobs)
 

@@ -47,8 +47,7 @@ class Block(nnx.Module):
         self.w_qkv_UD = _parameter((N + 2 * K) * H, D)
         self.w_o_DQ = _parameter(D, N * H)
         self.mlp_norm_D = _parameter(D)
-        self.w_gate_FD = _parameter(F, D)
-        self.w_up_FD = _parameter(F, D)
+        self.w_gate_up_YD = _parameter(2 * F, D)
         self.w_down_DF = _parameter(D, F)
         if config.attention_bias:
             self.b_q_NH = _parameter(N, H)
@@ -102,8 +101,7 @@ class Block(nnx.Module):
         return [part.reshape(len(part), -1, self.config.head_width) for part in parts]
 
     def _mlp(self, normed_TD: Float[Array, "T D"]) -> Float[Array, "T D"]:
-        gate_TF = project(normed_TD, self.w_gate_FD[...])
-        up_TF = project(normed_TD, self.w_up_FD[...])
+        gate_TF, up_TF = jnp.split(project(normed_TD, self.w_gate_up_YD[...]), 2, axis=1)
         if self.config.mlp_bias:
             gate_TF, up_TF = gate_TF + self.b_gate_F[...], up_TF + self.b_up_F[...]
         inner_TF = jax.nn.silu(gate_TF) * up_TF

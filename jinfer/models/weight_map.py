@@ -15,7 +15,10 @@ from jinfer.config import ModelConfig
 
 # What a block holds as one parameter, and the stored ones that it is made of, one after the other
 # along the first axis. Cut over several chips, each has its shares of them, in the same order.
-JOINED = {"w_qkv_UD": ("w_q_QD", "w_k_CD", "w_v_CD")}
+JOINED = {
+    "w_qkv_UD": ("w_q_QD", "w_k_CD", "w_v_CD"),
+    "w_gate_up_YD": ("w_gate_FD", "w_up_FD"),
+}
 
 
 class HFTensor(NamedTuple):

@@ -16,6 +16,7 @@ from jinfer.step.slots import empty_slots
     ("name", "axes", "spec"),
     [
         ("w_qkv_UD", "UD", ("tensor",)),
+        ("w_gate_up_YD", "YD", ("tensor",)),
         ("w_o_DQ", "DQ", (None, "tensor")),
         ("b_k_KH", "KH", ("tensor",)),
         ("embed_VD", "VD", ("tensor",)),

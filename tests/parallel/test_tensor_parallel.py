@@ -161,9 +161,14 @@ def assert_held(name: str, whole: jax.Array, cut: jax.Array, model: ModelConfig,
         k, v = (repeated_heads(each, num_repeats, model.head_width) for each in (k, v))
         shares = zip(*(np.split(each, size, axis=-2) for each in (q, k, v)), strict=True)
         want = np.concatenate([each for share in shares for each in share], axis=-2)
+    if axes.startswith("Y"):
+        shares = zip(
+            *(np.split(each, size, axis=-2) for each in np.split(want, 2, axis=-2)), strict=True
+        )
+        want = np.concatenate([each for share in shares for each in share], axis=-2)
     got = np.asarray(cut)[: want.shape[0]] if axes.startswith("V") else np.asarray(cut)
     np.testing.assert_array_equal(got, want)
-    if set(axes) & set("VNQKCFU"):
+    if set(axes) & set("VNQKCFUY"):
         assert cut.addressable_shards[0].data.nbytes * size == cut.nbytes
     else:
         assert cut.is_fully_replicated

@@ -42,7 +42,7 @@ def test_scale_is_the_inverse_root_of_the_inputs(folder) -> None:
         (params["unembed_VD"], 64),
         (blocks["w_qkv_UD"], 64),
         (blocks["w_o_DQ"], 4 * 16),
-        (blocks["w_gate_FD"], 64),
+        (blocks["w_gate_up_YD"], 64),
         (blocks["w_down_DF"], 96),
     ):
         # 4,000 to 12,000 draws: the deviation is within 5 % of its expectation.
@@ -60,13 +60,13 @@ def test_seed_decides_and_layers_and_leaves_differ(folder) -> None:
 
     first, again, other = draw(0), draw(0), draw(1)
     jax.tree.map(np.testing.assert_array_equal, first, again)
-    w_gate, w_up = first["blocks"][0]["w_gate_FD"], first["blocks"][0]["w_up_FD"]
+    w_gate, w_up = np.split(np.asarray(first["blocks"][0]["w_gate_up_YD"]), 2)
     for different in (
-        other["blocks"][0]["w_gate_FD"],
-        first["blocks"][1]["w_gate_FD"],
+        other["blocks"][0]["w_gate_up_YD"][: len(w_gate)],
+        first["blocks"][1]["w_gate_up_YD"][: len(w_gate)],
         w_up,
     ):
-        assert np.mean(np.asarray(w_gate) == np.asarray(different)) < 0.01
+        assert np.mean(w_gate == np.asarray(different)) < 0.01
 
 
 def test_drawing_needs_no_room_beside_the_result() -> None:

@@ -56,8 +56,7 @@ def expected_block(tensors, layer):
         "w_qkv_UD": np.concatenate([attention[x] for x in "qkv"]),
         "w_o_DQ": attention["o"],
         "mlp_norm_D": tensors[f"{at}post_attention_layernorm.weight"],
-        "w_gate_FD": w["mlp.gate_proj"],
-        "w_up_FD": w["mlp.up_proj"],
+        "w_gate_up_YD": np.concatenate([w["mlp.gate_proj"], w["mlp.up_proj"]]),
         "w_down_DF": tensors[f"{at}mlp.down_proj.weight"],
         "b_q_NH": bias["q"].reshape(4, 16),
         "b_k_KH": bias["k"].reshape(2, 16),
@@ -114,8 +113,9 @@ def test_large_tensors_are_copied_by_several_threads_correctly(tmp_path) -> None
     )
     tensors = random_llama_tensors(json.loads((folder / "config.json").read_text()), seed=2)
     params, _ = load(folder, dtype="bfloat16")
-    for leaf, name in (("w_gate_FD", "gate"), ("w_up_FD", "up"), ("w_down_DF", "down")):
-        want = tensors[f"model.layers.0.mlp.{name}_proj.weight"].astype(ml_dtypes.bfloat16)
+    for leaf, names in (("w_gate_up_YD", ("gate", "up")), ("w_down_DF", ("down",))):
+        parts = [tensors[f"model.layers.0.mlp.{name}_proj.weight"] for name in names]
+        want = np.concatenate(parts).astype(ml_dtypes.bfloat16)
         np.testing.assert_array_equal(params["blocks"][0][leaf], want)
 
 
@@ -149,7 +149,7 @@ def test_put_sees_every_path_and_may_read_any_shard(folder, layer_loop) -> None:
         index = tuple(slice(size // 4, size // 2) for size in tensor.shape)
         if tensor.axes[0] == "L":
             index = (slice(1, 2), *index[1:])
-        if "U" in tensor.axes:  # a part of it is none of the whole: the test below
+        if set("UY") & set(tensor.axes):  # a part of it is none of the whole: the test below
             index = (*index[:-2], slice(None), index[-1])
         np.testing.assert_array_equal(tensor.read(index), whole[index])
         return jnp.asarray(whole)
@@ -168,33 +168,36 @@ def test_put_sees_every_path_and_may_read_any_shard(folder, layer_loop) -> None:
 def test_a_shard_of_joined_parameters_joins_their_shards(folder, layer_loop, num_chips) -> None:
     """4 query heads and 2 kv heads of 16: with 4 chips, each of these twice."""
     tensors = random_llama_tensors(SMALL_LLAMA, seed=0)
-    q, k, v = (tensors[f"model.layers.1.self_attn.{name}_proj.weight"] for name in "qkv")
+    at = "model.layers.1."
+    q, k, v = (tensors[f"{at}self_attn.{name}_proj.weight"] for name in "qkv")
     if num_chips == 4:
         k, v = (np.repeat(w.reshape(2, 16, 64), 2, axis=0).reshape(64, 64) for w in (k, v))
-    joined = []
+    gate_up = [tensors[f"{at}mlp.{name}_proj.weight"] for name in ("gate", "up")]
+    joined = {}  # of the last layer
 
     def put(path, tensor):
-        if "U" in tensor.axes:
-            joined.append(tensor)
+        joined[path.rsplit(".")[-1]] = tensor
         return put_on_first_device(path, tensor)
 
     load(folder, layer_loop=layer_loop, put=put, num_chips=num_chips)
-    tensor = joined[-1]
-    length = tensor.shape[-2] // num_chips
-    for chip in range(num_chips):
-        index = (slice(chip * length, (chip + 1) * length), slice(None))
-        got = tensor.read((slice(1, 2), *index))[0] if tensor.axes[0] == "L" else tensor.read(index)
-        want = [np.split(w, num_chips)[chip] for w in (q, k, v)]
-        np.testing.assert_array_equal(got, np.concatenate(want))
-    with pytest.raises(AssertionError, match="not one of equal shards"):
-        tensor.read((*[slice(None)] * (len(tensor.shape) - 2), slice(0, 20), slice(None)))
+    for leaf, parts in (("w_qkv_UD", (q, k, v)), ("w_gate_up_YD", gate_up)):
+        tensor = joined[leaf]
+        layers = (slice(1, 2),) if tensor.axes[0] == "L" else ()
+        length = tensor.shape[-2] // num_chips
+        for chip in range(num_chips):
+            shard = slice(chip * length, (chip + 1) * length)
+            got = tensor.read((*layers, shard, slice(None)))
+            want = [np.split(w, num_chips)[chip] for w in parts]
+            np.testing.assert_array_equal(got.reshape(length, -1), np.concatenate(want))
+        with pytest.raises(AssertionError, match="not one of equal shards"):
+            tensor.read((*layers, slice(0, 20), slice(None)))
 
 
 def test_loading_straight_into_a_sharding(folder) -> None:
     mesh = jax.make_mesh((1,), ("tensor",), axis_types=(jax.sharding.AxisType.Explicit,))
 
     def put(path, tensor):
-        spec = ["tensor" if letter in "UQCNKFV" else None for letter in tensor.axes]
+        spec = ["tensor" if letter in "UYQCNKFV" else None for letter in tensor.axes]
         sharding = jax.NamedSharding(mesh, jax.P(*spec))
         return jax.make_array_from_callback(tensor.shape, sharding, tensor.read)
 
