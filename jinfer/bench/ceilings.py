@@ -35,12 +35,20 @@ class Ceilings:
 
     @property
     def bytes_per_s(self) -> float:
-        """The faster of the two: on CPUs a write first reads what it overwrites."""
+        """The faster of the two.
+
+        On CPUs a write first reads what it overwrites; but where reading and writing have wires of
+        their own, a copy takes both, and nothing that only reads is as fast.
+        """
         return max(self.copy_bytes_per_s, self.read_bytes_per_s)
 
     def bound_s(self, num_bytes: float, num_flops: float) -> float:
         """The least time for so much traffic and arithmetic, each hidden behind the other."""
         return max(num_bytes / self.bytes_per_s, num_flops / self.flops_per_s)
+
+    def read_bound_s(self, num_bytes: float, num_flops: float) -> float:
+        """The same where bytes are only read, as nearly all of a step's are."""
+        return max(num_bytes / self.read_bytes_per_s, num_flops / self.flops_per_s)
 
     def faster(self, other: "Ceilings") -> "Ceilings":
         """Of two measurements of one device the better in each: the other one was disturbed."""

@@ -37,6 +37,7 @@ class Roofline:
     num_bytes: int
     num_flops: int
     bound_s: float  # summed over steps, each bound by bandwidth or by arithmetic
+    read_bound_s: float  # the same at the rate of reading alone
     took_s: float  # there were requests
     ceilings: Ceilings  # the best of those that the runs were held against
 
@@ -44,6 +45,11 @@ class Roofline:
     def share(self) -> float:
         """1 would be at the limit."""
         return self.bound_s / self.took_s
+
+    @property
+    def read_share(self) -> float:
+        """The same at the rate of reading alone."""
+        return self.read_bound_s / self.took_s
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,7 +77,8 @@ class Report:
         """Every figure, rates and shares included."""
         derived = {**self.rates(), "goals_ms": self.goals.limits_ms}
         told = {name: value for name, value in asdict(self).items() if name != "goals"}
-        return {**told, **derived, "roofline_share": self.roofline.share}
+        shares = {"roofline_share": self.roofline.share, "read_share": self.roofline.read_share}
+        return {**told, **derived, **shares}
 
     def rates(self) -> dict[str, float]:
         """Per second of the elapsed time."""
@@ -105,6 +112,11 @@ def make_report(
         num_flops=sum(step.num_flops for step in steps),
         bound_s=sum(
             ceilings.bound_s(step.num_bytes, step.num_flops)
+            for recording, ceilings in recorded
+            for step in recording.steps
+        ),
+        read_bound_s=sum(
+            ceilings.read_bound_s(step.num_bytes, step.num_flops)
             for recording, ceilings in recorded
             for step in recording.steps
         ),
@@ -174,6 +186,8 @@ def report_text(report: Report) -> str:
         f"roofline: {report.num_steps:,} steps had to move {figure(r.num_bytes / 1e9)} GB and to "
         f"compute {figure(r.num_flops / 1e12)} TFLOP,\nat least {figure(r.bound_s)} s at the "
         f"rates measured beside them; took {figure(r.took_s)} s: {percent(r.share)} reached\n"
+        f"at the rate of reading alone at least {figure(r.read_bound_s)} s: "
+        f"{percent(r.read_share)} reached\n"
         f"at best: {r.ceilings}"
     )
     header = ("ms", "mean", "median", "p99")

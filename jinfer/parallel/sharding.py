@@ -15,8 +15,8 @@ from jinfer.parallel.collectives import WHOLE, Shards
 from jinfer.parallel.mesh import TENSOR
 
 # Logical axis -> mesh axis; what is not named here is whole on every chip. Heads side by side
-# (Q, C) are cut between heads, and joined ones (U, Y) chip by chip. Replicas (the mesh's other axis)
-# share no array.
+# (Q, C) are cut between heads, and what is joined (U, Y) chip by chip. Replicas (the mesh's other
+# axis) share no array.
 MESH_AXIS_OF = {
     "V": TENSOR,  # vocabulary: embeddings, logits, counts of tokens
     "W": TENSOR,  # 32-bit words of vocabulary masks

@@ -123,6 +123,9 @@ def test_report() -> None:
     assert report.padding_waste == 0.25 and report.kv_waste == 0.125
     assert report.roofline.bound_s == 1.5 and report.roofline.share == 0.5
     assert report.as_json()["roofline_share"] == 0.5
+    # Reading alone is half as fast; the second step is bound by arithmetic all the same.
+    assert report.roofline.read_bound_s == 2.5
+    assert report.as_json()["read_share"] == 2.5 / 3.0
 
 
 def test_goodput_counts_who_met_every_goal() -> None:
@@ -154,6 +157,7 @@ def test_report_reads_well() -> None:
     text = report_text(make_report([(recording(), CEILINGS)]))
     assert max(map(len, text.splitlines())) <= WIDTH
     assert "at least 1.50 s at the rates measured beside them; took 3.00 s: 50.0 % reached" in text
+    assert "at the rate of reading alone at least 2.50 s: 83.3 % reached" in text
     assert "waited for host    25.0 %  of the time with requests" in text
     assert "from prefix cache   1,234  prompt tokens" in text
 
