@@ -54,7 +54,7 @@ class StepOutput:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class DecodeBatch:
-    """What the device needs for several decode steps of the same rows.
+    """What the device needs for one or more decode steps of the same rows.
 
     Row b reads its newest token at position_B[b] and draws num_draws_B[b] tokens, one a step, or
     fewer if it draws a stop token. Padding rows stand on the bin slot and draw none.
@@ -76,7 +76,7 @@ class DecodeBatch:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class DecodeOutput:
-    """What several decode steps bring up. Row b's first num_drawn_B[b] steps hold its tokens."""
+    """What one or more decode steps bring up. Row b's first num_drawn_B[b] steps hold its tokens."""
 
     num_drawn_B: Int32[Array, "B"]
     token_IB: Int32[Array, "I B"]  # I = the most steps of a dispatch

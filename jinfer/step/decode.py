@@ -1,4 +1,4 @@
-"""Several decode steps in one dispatch: the device draws on while the host does other things."""
+"""Decode steps, one or many in a dispatch: the device draws on while the host does other things."""
 
 import dataclasses
 from functools import partial

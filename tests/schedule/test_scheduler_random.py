@@ -265,6 +265,9 @@ class Simulation:
         assert plan.num_readouts <= limits.max_readouts
         num_written = sum(chunk.num_tokens + chunk.num_steps - 1 for chunk in plan.chunks)
         assert len(plan.page_writes) <= len(plan.chunks) + num_written // limits.page_size
+        if plan.only_decodes:  # what a decode program of so many rows enters
+            per_row = pages_for(limits.max_steps, limits.page_size)
+            assert len(plan.page_writes) <= len(plan.chunks) * per_row
         assert len({chunk.slot for chunk in plan.chunks}) == len(plan.chunks) <= limits.max_slots
         for chunk in plan.chunks:
             assert 1 <= chunk.num_tokens <= (limits.max_chunk_tokens or limits.max_step_tokens)
