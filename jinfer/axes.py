@@ -11,6 +11,7 @@ Q  query heads side by side, N * H    C  kv heads side by side, K * H
 U  query, key and value heads side by side, Q + 2 C, on several chips each one's own
 Y  gate and up features side by side, 2 F, likewise
 W  32-bit words of a vocabulary mask, ceil(V / 32)
+X  blocks of 128 tokens of a vocabulary
 J  entries of a short per-slot or per-step list, padded (stop ids, biases, top logprobs)
 
 An array's name ends in its axes: `q_TNH`, `page_table_AM`. Numbers stand for themselves:

@@ -42,7 +42,7 @@ class Engine:
 
     The loop keeps one dispatch ahead: `step` dispatches n+1, then reads n, so that the host's
     work hides behind the device's. The unread dispatch is a value, `_pending`. Where every row
-    decodes, a dispatch is several steps long.
+    decodes, a dispatch may be several steps long.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Engine:
         self._decode_shapes = {n: DecodeShape.of(n, self.plan) for n in self.plan.decode_buckets}
         self._pacing = Pacing(config, self.plan)
         try:
-            self._pacing.time_steps(self.runner, self._shapes)
+            self._pacing.time_programs(self.runner, self._shapes, self._decode_shapes)
         except BaseException:  # nobody could close an engine that was never made
             self.runner.close()
             raise

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 
@@ -9,7 +10,7 @@ from jinfer.config import EngineConfig, EnginePlan
 from jinfer.dispatched import Dispatched
 from jinfer.model_runner import Runner
 from jinfer.schedule.pace import Pace
-from jinfer.step.pack import BucketShape
+from jinfer.step.pack import BucketShape, DecodeShape
 
 _NUM_RUNS = 2  # of each step at the start: the first finds caches and pages of memory cold
 
@@ -29,18 +30,30 @@ class Pacing:
         )
         self._read_s = 0.0  # of `time.monotonic()`, when the last dispatch was read
 
-    def time_steps(self, runner: Runner, shapes: Mapping[int, BucketShape]) -> None:
-        """Where there are targets, runs each step, so that the first request is paced already.
+    def time_programs(
+        self,
+        runner: Runner,
+        steps: Mapping[int, BucketShape],
+        decodes: Mapping[int, DecodeShape],
+    ) -> None:
+        """Where there are targets, runs each program, so that the first request is paced already.
 
         On padding alone: matrix products do not care, attention has nothing to do.
         """
         if not (self.pace.has_ttft_target or self.pace.has_tpot_target):
             return
-        for size, shape in shapes.items():
+        programs: list[tuple[str, int, Any]] = []
+        for size, shape in steps.items():
+            programs.append((f"step of {size} tokens", size, shape.empty()))
+        for size, shape in decodes.items():
+            batch = shape.empty()
+            batch.num_draws_B[0] = 1  # by the bin; where nobody draws, no step is run
+            programs.append((f"decode of {size} rows", size, batch))
+        for name, size, batch in programs:
             elapsed_s = 0.0
             for _ in range(_NUM_RUNS):
                 start_s = time.monotonic()
-                jax.block_until_ready(runner.run(f"step of {size} tokens", shape.empty()))
+                jax.block_until_ready(runner.run(name, batch))
                 elapsed_s = time.monotonic() - start_s
             self.pace.times.observe(size, elapsed_s)
 

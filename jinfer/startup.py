@@ -34,6 +34,7 @@ from jinfer.resolve import (
 from jinfer.shipped import find_shipped
 from jinfer.step.attention import ATTENTION, require_served
 from jinfer.step.compile_cache import use_compilation_cache
+from jinfer.step.compiler_options import compiler_options
 from jinfer.step.decode import run_decode
 from jinfer.step.kv_cache import allocate_pages, pages_shape
 from jinfer.step.pack import BucketShape, DecodeShape
@@ -59,10 +60,6 @@ from jinfer.weights.load import load_params, open_checked, param_shapes, read_mo
 from jinfer.weights.safetensors import open_checkpoint
 
 Compiled = dict[str, jax.stages.Compiled]
-
-# The pool fills a GPU's memory, so XLA may find it short, and compute a sixth of a step's kernels
-# twice to spare what the plan has set apart for them anyway.
-_COMPILER_OPTIONS = {"gpu": (("xla_disable_hlo_passes", "rematerialization"),)}
 
 
 @dataclass(kw_only=True)
@@ -280,10 +277,13 @@ def _load_weights(
 
 def _plan_line(plan: EnginePlan) -> str:
     sizes = ", ".join(map(str, plan.token_buckets))
+    rows = ", ".join(map(str, plan.decode_buckets))
+    decodes = f", decodes of {rows} rows" if rows else ""
     return (
         f"{plan.platform}, {plan.dtype}, {plan.attention} attention, {plan.layer_loop} layers, "
         f"{plan.weight_layout} weights; "
-        f"{plan.max_slots} slots, steps of {sizes} tokens, up to {plan.max_decode_steps} at once"
+        f"{plan.max_slots} slots, steps of {sizes} tokens{decodes}, "
+        f"up to {plan.max_decode_steps} at once"
     )
 
 
@@ -310,7 +310,7 @@ def _host_line(plan: EnginePlan, min_restored_pages: int | None) -> str:
 def step_programs(
     plan: EnginePlan, model: ModelConfig, state: State, placement: Placement
 ) -> list[Program]:
-    """One step per token bucket, several per row bucket, the writers of slots, moves of pages.
+    """One program per token and per row bucket, the writers of slots, moves of pages.
 
     Args:
       plan: what was decided.
@@ -339,7 +339,7 @@ def step_programs(
         _program,
         placement,
         made_from=_made_from(plan, model, placement),
-        compiler_options=_COMPILER_OPTIONS.get(plan.platform, ()),
+        compiler_options=compiler_options(plan.platform),
     )
     return [
         *[

@@ -30,9 +30,13 @@ def not_kept_by_jax() -> AbstractContextManager[Any]:
     return config.persistent_cache_min_compile_time_secs(math.inf)
 
 
-def kept_arguments(lowered: jax.stages.Lowered) -> tuple[int, ...]:
-    """Which of its arguments a lowered program has: unused ones are left out of it."""
-    return tuple(sorted(lowered._lowering.compile_args["kept_var_idx"]))  # type: ignore[attr-defined]
+def kept_arguments(lowered: jax.stages.Lowered) -> tuple[int, ...] | None:
+    """Which of its arguments a lowered program has: unused ones are left out of it.
+
+    None where this version of JAX keeps them elsewhere.
+    """
+    told = getattr(getattr(lowered, "_lowering", None), "compile_args", {})
+    return tuple(sorted(told["kept_var_idx"])) if "kept_var_idx" in told else None
 
 
 def compile_options() -> str:

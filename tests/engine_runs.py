@@ -34,6 +34,7 @@ def run_jobs(
     gaps: Iterable[int] = (),
     *,
     may_compile: bool = False,
+    streams: bool = False,
 ) -> list[RequestOutput]:
     """Runs every job to its end; job i is added `gaps[i]` steps after job i - 1 (0 by default)."""
     requests, waits = [], iter(gaps)
@@ -42,6 +43,7 @@ def run_jobs(
             engine.step()
         prompt = Prompt(text=None, token_ids=tuple(prompt_ids))
         requests.append(engine.prepare(f"job {number}", prompt, params))
+        requests[-1].streams = streams
         engine.add(requests[-1])
     while engine.has_work:
         engine.step()

@@ -17,7 +17,7 @@ NUM_TOKENS = 24
 def crowd(rng: np.random.Generator, num_after: int) -> list[Job]:
     """The watched job among others of random tokens, seeds, temperatures and lengths.
 
-    Prompts are one token long, so that every step is of the one program for 2 to 8 tokens.
+    Prompts are one token long, so that every dispatch is of the one program for 2 to 8 rows.
     """
 
     def other(num_tokens: int) -> Job:

@@ -251,6 +251,21 @@ def assert_same_prompt_logprobs(one: Any, other: Any) -> None:
             assert entry.rank == theirs[token_id].rank
 
 
+def test_what_only_decodes_takes_decode_programs(checkpoint: Path) -> None:
+    rng = np.random.default_rng(12)
+    jobs = [(random_prompt(rng, 20, 21), free_run(10, seed=seed)) for seed in range(3)]
+    outputs = []
+    for streams in (False, True):
+        engine = make_engine(checkpoint, max_num_seqs=8, max_num_batched_tokens=32)
+        calls = count_calls(engine)
+        outputs.append(run_jobs(engine, jobs, streams=streams))
+        engine.close()
+        assert sum(calls[name] for name in calls if name.startswith("step of")) < 5  # 60 tokens
+        # A watched request decodes one step at a time, which leaves it nine dispatches at least.
+        assert (calls["decode of 8 rows"] >= 7) == streams
+    assert list(map(tokens_of, outputs[0])) == list(map(tokens_of, outputs[1]))
+
+
 @pytest.mark.parametrize("size", [1, 2])
 def test_a_closed_engine_leaves_no_program(size: int, checkpoint: Path) -> None:
     # A process may map 65,530 pieces of memory. A hundred programs for CPUs fill that.

@@ -45,3 +45,21 @@ def test_a_tight_target_makes_small_steps_and_the_same_tokens(tmp_path: Path) ->
     assert max(mixed[0]) == 64
     assert set(mixed[1]) == {4}  # the smallest in which the prompt gets on: there are four slots
     assert list(map(tokens_of, outputs[0])) == list(map(tokens_of, outputs[1]))
+
+
+def test_every_program_is_timed_and_leaves_no_trace(tmp_path: Path) -> None:
+    write_llama_checkpoint(tmp_path, seed=1)
+    rng = np.random.default_rng(0)
+    jobs = [
+        (rng.integers(3, 60, 20).tolist(), SamplingParams(max_tokens=12, seed=seed, top_p=0.9))
+        for seed in range(3)
+    ]
+    outputs = []
+    for targets in ({}, {"ttft_target_ms": 1e7}):
+        engine = make_engine(tmp_path, max_num_batched_tokens=64, max_decode_steps=4, **targets)
+        timed = engine._pacing.pace.times._mean_s
+        sizes = {*engine.plan.token_buckets, *engine.plan.decode_buckets} if targets else set()
+        assert set(timed) == sizes and all(elapsed_s > 0 for elapsed_s in timed.values())
+        outputs.append(run_jobs(engine, jobs))
+        engine.close()
+    assert list(map(tokens_of, outputs[0])) == list(map(tokens_of, outputs[1]))

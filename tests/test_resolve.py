@@ -138,24 +138,27 @@ def test_what_was_asked_is_kept() -> None:
 
 
 @pytest.mark.parametrize(
-    ("platform", "device_kind", "sizes"),
+    ("platform", "device_kind", "sizes", "rows"),
     [
         # The ridge is at 561 tokens, and 128 slots may decode beside them.
-        ("tpu", "TPU v6 lite", (32, 128, 512, 1024)),
-        ("tpu", "TPU v5 lite", (32, 128, 256, 512)),
-        ("gpu", "NVIDIA H200", (32, 128, 256, 512)),  # 207, and 256 slots
-        ("gpu", "NVIDIA H100 80GB HBM3", (32, 128, 256, 512, 1024)),  # 296, likewise
-        ("gpu", "NVIDIA RTX 9999", (16, 32, 64, 128, 256, 512, 1024, 2048)),
-        ("cpu", "cpu", (8, 32, 128, 512)),
+        ("tpu", "TPU v6 lite", (32, 128, 512, 1024), (1, 32, 128)),
+        ("tpu", "TPU v5 lite", (32, 128, 256, 512), (1, 32, 128)),
+        ("gpu", "NVIDIA H200", (32, 128, 256, 512), (1, 8, 32, 128, 256)),  # 207, and 256 slots
+        ("gpu", "NVIDIA H100 80GB HBM3", (32, 128, 256, 512, 1024), (1, 8, 32, 128, 256)),  # 296
+        ("gpu", "NVIDIA RTX 9999", (16, *(2**n for n in range(5, 12))), (1, 8, 32, 128, 256)),
+        ("cpu", "cpu", (8, 32, 128, 512), (1, 8, 16, 32)),
     ],
 )
 def test_the_token_budget_is_the_smallest_that_fills_the_chip(
-    platform: str, device_kind: str, sizes: tuple[int, ...]
+    platform: str, device_kind: str, sizes: tuple[int, ...], rows: tuple[int, ...]
 ) -> None:
     place = dict(platform=platform, free_bytes=GIB, device_kind=device_kind)
     plan = resolve_plan(EngineConfig(model="m"), MODEL, **place)
     assert plan.token_buckets == sizes
+    assert plan.decode_buckets == rows
     assert plan.max_step_tokens == sizes[-1]
+    one_step = resolve_plan(EngineConfig(model="m", max_decode_steps=1), MODEL, **place)
+    assert {1, one_step.max_slots} <= {*one_step.token_buckets} and not one_step.decode_buckets
     asked = EngineConfig(model="m", max_num_batched_tokens=300)
     assert resolve_plan(asked, MODEL, **place).max_step_tokens == 300
 

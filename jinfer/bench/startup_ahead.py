@@ -118,8 +118,9 @@ def _temp_bytes(program: Program, store: ProgramStore) -> int | None:
     lowered = program.lower()
     with store.alone():
         compiled = program.compile(lowered)
-    if described is not None:
-        store.save(described, program.lowered_text(lowered), compiled)
+    text = program.lowered_text(lowered)
+    if described is not None and text is not None:
+        store.save(described, text, compiled)
     return memory_of(compiled).temp_size_in_bytes
 
 

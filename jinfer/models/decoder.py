@@ -179,8 +179,10 @@ class Decoder:
         if isinstance(params["blocks"], list):
             # Traced once for all layers; XLA puts it in the place of each call.
             run_once = jax.jit(run)
-            for layer, block in enumerate(params["blocks"]):
-                carry = run_once(carry, block, jax.lax.optimization_barrier(jnp.int32(layer)))
+            for number, block in enumerate(params["blocks"]):
+                # As a constant it would give each layer kernels of its own to compile on GPUs.
+                layer = jax.lax.optimization_barrier(jnp.int32(number))
+                carry = run_once(carry, block, layer)
             return carry
         layer_L = jnp.arange(self.config.num_layers, dtype=jnp.int32)
         carry, _ = jax.lax.scan(

@@ -7,7 +7,7 @@ from jinfer.schedule.page_pool import pages_for
 
 MAX_TOKEN_BUCKETS = 8  # each is one compiled program, and start-up pays for all of them
 _COARSE_GROWTH = 4  # where a padding token or row costs next to nothing beside the weights
-_FAR_RIDGE = 128  # tokens; a step of a quarter takes as long as one of a few
+_FAR_RIDGE = 128  # tokens: with such a ridge, or a higher one, 32 take as long as a few
 
 
 def plan_pages(
@@ -74,9 +74,10 @@ def token_buckets(
     """Decides the step sizes T that get a program, ascending; the last is `max_step_tokens`.
 
     From 8 on by `growth`. Less wins nothing: such a step takes the time to read the weights, padded
-    or not. Up to `ridge_tokens` the same holds, nearly, so there sizes grow by four, and begin at
-    32 where the ridge is far above. For steps that only decode also 1, and `max_slots`, where a
-    full engine decodes in every step. Of more than MAX_TOKEN_BUCKETS the smallest above 1 go first.
+    or not. Up to `ridge_tokens` the same holds, nearly, so there sizes grow by four. Where steps
+    that only decode have programs of their own, sizes begin at 32 if the ridge is far above; where
+    not, 1 is among them, and `max_slots`, which a full engine decodes in every step. Of more than
+    MAX_TOKEN_BUCKETS the smallest above 1 go first.
 
     Args:
       max_step_tokens: tokens of the largest step.

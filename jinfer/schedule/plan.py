@@ -32,6 +32,9 @@ class Chunk:
 
     def steps(self) -> Iterator["Chunk"]:
         """The chunk of each of its steps, in order."""
+        if self.num_steps == 1:
+            yield self
+            return
         for i in range(self.num_steps):
             yield replace(self, start=self.start + i, num_steps=1)
 
@@ -89,7 +92,7 @@ class PageCopy:
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """Everything that happens in one dispatch: one step, or several that only decode.
+    """Everything that happens in one dispatch: one step, or one or more that only decode.
 
     `chunks` holds decoding rows first, then prefills, each oldest first.
     """

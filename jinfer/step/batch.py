@@ -76,7 +76,7 @@ class DecodeBatch:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class DecodeOutput:
-    """What one or more decode steps bring up. Row b's first num_drawn_B[b] steps hold its tokens."""
+    """What decode steps bring up. Row b's first num_drawn_B[b] steps hold its tokens."""
 
     num_drawn_B: Int32[Array, "B"]
     token_IB: Int32[Array, "I B"]  # I = the most steps of a dispatch

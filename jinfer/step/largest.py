@@ -19,7 +19,7 @@ class _Taken(NamedTuple):
 
     key_R: Array
     id_R: Array
-    best_RB: Array  # the largest key of each block that is not taken
+    best_RX: Array  # the largest key of each block that is not taken
 
 
 def largest(
@@ -31,40 +31,40 @@ def largest(
     best is taken, and that block alone is looked through again.
 
     Args:
-      logits_RV: float32. NaN counts as larger than +inf.
+      logits_RV: float32. NaN counts as larger than +inf, below -inf if its sign is set.
       count: J, at most V.
     """
     spare = -logits_RV.shape[-1] % _LANES
     key_RV = jnp.maximum(_key(logits_RV), _NONE + 1)
     key_RV = jnp.pad(key_RV, ((0, 0), (0, spare)), constant_values=_NONE)
-    key_RBZ = key_RV.reshape(len(key_RV), -1, _LANES)
-    lane_Z = jnp.arange(_LANES, dtype=jnp.int32)
-    block_B = jnp.arange(key_RBZ.shape[1], dtype=jnp.int32)
+    key_RX128 = key_RV.reshape(len(key_RV), -1, _LANES)
+    lane_128 = jnp.arange(_LANES, dtype=jnp.int32)
+    block_X = jnp.arange(key_RX128.shape[1], dtype=jnp.int32)
 
     def take(taken: _Taken, _: None) -> tuple[_Taken, tuple[Array, Array]]:
-        block_R = jnp.argmax(taken.best_RB, axis=-1).astype(jnp.int32)
+        block_R = jnp.argmax(taken.best_RX, axis=-1).astype(jnp.int32)
         block_R1 = block_R[:, None]
-        key_RZ = jnp.take_along_axis(key_RBZ, block_R1[:, :, None], axis=1)[:, 0]
-        id_RZ = block_R1 * _LANES + lane_Z
-        left_RZ = _behind(key_RZ, id_RZ, taken.key_R, taken.id_R)
-        key_R = jnp.max(left_RZ, axis=-1)
-        lane_R = jnp.argmax(left_RZ, axis=-1).astype(jnp.int32)
+        key_R128 = jnp.take_along_axis(key_RX128, block_R1[:, :, None], axis=1)[:, 0]
+        id_R128 = block_R1 * _LANES + lane_128
+        left_R128 = _behind(key_R128, id_R128, taken.key_R, taken.id_R)
+        key_R = jnp.max(left_R128, axis=-1)
+        lane_R = jnp.argmax(left_R128, axis=-1).astype(jnp.int32)
         id_R = block_R * _LANES + lane_R
-        left_R = jnp.max(_behind(key_RZ, id_RZ, key_R, id_R), axis=-1)
-        best_RB = jnp.where(block_B == block_R1, left_R[:, None], taken.best_RB)
-        return _Taken(key_R, id_R, best_RB), (key_R, id_R)
+        left_R = jnp.max(_behind(key_R128, id_R128, key_R, id_R), axis=-1)
+        best_RX = jnp.where(block_X == block_R1, left_R[:, None], taken.best_RX)
+        return _Taken(key_R, id_R, best_RX), (key_R, id_R)
 
     above_R = jnp.full(len(key_RV), jnp.iinfo(jnp.int32).max)
-    start = _Taken(above_R, jnp.full_like(above_R, -1), jnp.max(key_RBZ, axis=-1))
+    start = _Taken(above_R, jnp.full_like(above_R, -1), jnp.max(key_RX128, axis=-1))
     _, (key_JR, id_JR) = lax.scan(take, start, length=count)
     return _number(key_JR.T), id_JR.T
 
 
-def _behind(key_RZ: Array, id_RZ: Array, key_R: Array, id_R: Array) -> Array:
+def _behind(key_R128: Array, id_R128: Array, key_R: Array, id_R: Array) -> Array:
     """The keys that are taken later than the given ones; `_NONE` in place of the others."""
     key_R1, id_R1 = key_R[:, None], id_R[:, None]
-    is_behind_RZ = (key_RZ < key_R1) | ((key_RZ == key_R1) & (id_RZ > id_R1))
-    return jnp.where(is_behind_RZ, key_RZ, _NONE)
+    is_behind_R128 = (key_R128 < key_R1) | ((key_R128 == key_R1) & (id_R128 > id_R1))
+    return jnp.where(is_behind_R128, key_R128, _NONE)
 
 
 def _key(number: Float[Array, "..."]) -> Int32[Array, "..."]:

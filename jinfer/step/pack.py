@@ -109,7 +109,7 @@ class DecodeShape:
 def pack_decode(
     plan: StepPlan, shape: DecodeShape, *, wants_logprobs: Callable[[Chunk], bool]
 ) -> DecodeBatch:
-    """Lays out a plan of several steps, a row per chunk in the order of the plan."""
+    """Lays out a plan that only decodes, a row per chunk in the order of the plan."""
     batch = shape.empty()
     for row, chunk in enumerate(plan.chunks):
         batch.slot_B[row] = chunk.slot

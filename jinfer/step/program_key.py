@@ -107,10 +107,15 @@ def shapes_text(shapes: Any) -> str:
     return repr((str(structure), told))
 
 
-def lowered_text(lowered: jax.stages.Lowered, shapes: Any) -> str:
-    """A lowered program of arguments with these shapes, source lines apart."""
-    arguments = (shapes_text(shapes), kept_arguments(lowered))  # the text says only how many
-    return repr((arguments, shapes_text(lowered.out_info), lowered.as_text()))
+def lowered_text(lowered: jax.stages.Lowered, shapes: Any) -> str | None:
+    """A lowered program of arguments with these shapes, source lines apart.
+
+    None where JAX does not tell which of the arguments it has: the text says only how many.
+    """
+    kept = kept_arguments(lowered)
+    if kept is None:
+        return None
+    return repr((shapes_text(shapes), kept, shapes_text(lowered.out_info), lowered.as_text()))
 
 
 def _versions() -> list[str]:

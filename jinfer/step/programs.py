@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 
+from jinfer.step.compiler_options import Options
 from jinfer.step.program_key import lowered_text, shapes_text
 from jinfer.step.program_store import ProgramStore
 
@@ -29,14 +30,15 @@ class Program:
     shapes: tuple[Any, ...]
     donate: tuple[int, ...]
     made_from: str | None = None  # all that `function` follows from; None: it is never stored
-    compiler_options: tuple[tuple[str, str], ...] = ()  # XLA's names and values
+    compiler_options: Options = ()
 
     @property
     def description(self) -> str | None:
         """What tells it from every other program in one place; None if that is not known."""
         if self.made_from is None:
             return None
-        return repr((self.name, self.made_from, self.donate, shapes_text(self.shapes)))
+        made_from = self.made_from, self.donate, self.compiler_options
+        return repr((self.name, *made_from, shapes_text(self.shapes)))
 
     def lower(self) -> jax.stages.Lowered:
         # A new function to JAX, which else may hand out what it once read from its cache: a program
@@ -45,9 +47,10 @@ class Program:
         # With keep_unused=True, JAX 0.11 would hold what is compiled until its caches are cleared.
         return jax.jit(function, donate_argnums=self.donate).lower(*self.shapes)
 
-    def lowered_text(self, lowered: jax.stages.Lowered) -> str:
-        """What tells it from every other program once it is traced."""
-        return repr((self.compiler_options, lowered_text(lowered, self.shapes)))
+    def lowered_text(self, lowered: jax.stages.Lowered) -> str | None:
+        """What tells it from every other program once it is traced; None if that is not known."""
+        text = lowered_text(lowered, self.shapes)
+        return None if text is None else repr((self.compiler_options, text))
 
     def compile(self, lowered: jax.stages.Lowered | None = None) -> jax.stages.Compiled:
         """Compiles what `lower` gave, or lowers it first."""
@@ -146,6 +149,8 @@ class Compiling:
             return compiled
         lowered = program.lower()
         text = program.lowered_text(lowered)
+        if text is None:
+            return program.compile(lowered)
         if (compiled := store.load_lowered(described, text)) is not None:
             self._loaded.add(program.name)
             return compiled

@@ -35,3 +35,18 @@ def test_readout_positions(
     assert chunk.readout_positions == readouts
     assert len(chunk.readout_positions) == num_readouts
     assert chunk.stop == start + num_tokens
+    assert chunk.decodes == (num_tokens == 1)  # all of those here draw, and read nothing else
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "samples", "num_readouts"),
+    [
+        (1, False, 0),  # mid-prefill, in chunks of one token
+        (1, False, 1),  # the same, scored
+        (2, True, 1),
+        (2, True, 2),
+    ],
+)
+def test_what_does_not_decode(num_tokens: int, samples: bool, num_readouts: int) -> None:
+    sequence = Sequence("a", 0, list(range(6)), max_length=20, scores_prompt=True)
+    assert not Chunk(sequence, Slot(0), 0, num_tokens, samples, num_readouts).decodes

@@ -15,15 +15,17 @@ def random_rows(kind: str, length: int) -> np.ndarray:
     numbers_RV = rng.normal(size=(NUM_ROWS, length)).astype(np.float32)
     if kind == "ties":
         numbers_RV = np.round(numbers_RV) + 100
+    if kind == "signed zeros":
+        numbers_RV = np.where(numbers_RV > 0, np.float32(0), np.float32(-0.0))
     if kind == "nothing":
         numbers_RV[:] = -np.inf
     if kind == "not finite":
-        for share, value in ((0.3, -np.inf), (0.1, np.inf), (0.05, np.nan)):
+        for share, value in ((0.3, -np.inf), (0.1, np.inf), (0.05, np.nan), (0.05, -np.nan)):
             numbers_RV[rng.random(numbers_RV.shape) < share] = value
     return numbers_RV
 
 
-@pytest.mark.parametrize("kind", ["distinct", "ties", "nothing", "not finite"])
+@pytest.mark.parametrize("kind", ["distinct", "ties", "signed zeros", "nothing", "not finite"])
 @pytest.mark.parametrize("length", [1, 5, 127, 128, 129, 3001])
 def test_they_are_those_of_top_k(length: int, kind: str) -> None:
     numbers_RV = random_rows(kind, length)

@@ -133,6 +133,7 @@ def test_another_program_is_not_found() -> None:
     for changed in (
         {"name": "q"},
         {"donate": ()},
+        {"compiler_options": (("xla_disable_hlo_passes", "rematerialization"),)},
         {"shapes": (jax.ShapeDtypeStruct((4,), jnp.float32, sharding=held),)},
     ):
         assert start(**changed).num_untraced == 0
@@ -152,7 +153,7 @@ def test_an_edit_that_changes_no_program_compiles_nothing(monkeypatch: pytest.Mo
 
 
 def test_programs_that_use_other_arguments_are_told_apart() -> None:
-    # Without those that are not used, what is lowered would have one argument, whichever it is.
+    # What is lowered has one argument, whichever it is.
     shapes = ({"a": VECTOR_4, "b": VECTOR_4},)
     given = ({"a": np.zeros(4, np.float32), "b": np.ones(4, np.float32)},)
     for used in "ab":
@@ -167,6 +168,14 @@ def test_programs_that_use_other_arguments_are_told_apart() -> None:
             compiled, report = compiling.result()
         assert report.num_cache_hits == 0
         np.testing.assert_array_equal(compiled["p"](*given), given[0][used] + 1)
+
+
+def test_a_program_whose_arguments_are_not_known_is_not_kept(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(program_key, "kept_arguments", lambda lowered: None)
+    assert start().num_cache_hits == 0
+    assert not list(folder.glob("*.program"))
 
 
 def test_surroundings_name_what_a_program_depends_on(monkeypatch: pytest.MonkeyPatch) -> None:

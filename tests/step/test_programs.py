@@ -1,5 +1,6 @@
 """Programs compile ahead of time; whatever compiles later is noticed."""
 
+import gc
 import os
 import threading
 import warnings
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jinfer.step.compiler_options import compiler_options
 from jinfer.step.programs import CompileGuard, Compiling, Program
 
 VECTOR_4 = jax.ShapeDtypeStruct((4,), jnp.float32)
@@ -48,6 +50,42 @@ def test_a_donated_argument_is_consumed() -> None:
     given.block_until_ready()
     program.compile()(given)
     assert given.is_deleted()
+
+
+@pytest.mark.parametrize(
+    ("flags", "want"),
+    [
+        ("", "rematerialization"),
+        ("--xla_disable_hlo_passes=dce,cse --xla_a=1", "dce,cse,rematerialization"),
+        ("--xla_disable_hlo_passes=dce --xla_disable_hlo_passes=cse", "cse,rematerialization"),
+    ],
+)
+def test_passes_that_the_user_leaves_out_stay_so(
+    flags: str, want: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    assert compiler_options("gpu") == (("xla_disable_hlo_passes", want),)
+    assert compiler_options("cpu") == compiler_options("tpu") == ()
+
+
+def test_several_passes_are_left_out_and_nothing_stays_behind() -> None:
+    def turned(a):
+        return a[::-1][::-1] + a[::-1][::-1]
+
+    def num_reversed(*options: tuple[str, str]) -> int:
+        program = Program(
+            name="p", function=turned, shapes=(VECTOR_4,), donate=(), compiler_options=options
+        )
+        return (program.compile().as_text() or "").count(" reverse(")
+
+    gc.collect()
+    live = jax.devices()[0].client.live_executables
+    num_live = len(live())
+    assert num_reversed() == 0
+    # A simplifier of any name would take them out; a list is read as several names.
+    assert num_reversed(("xla_disable_hlo_passes", "algsimp,rematerialization")) > 0
+    gc.collect()
+    assert len(live()) <= num_live
 
 
 def test_an_error_while_compiling_is_raised() -> None:
