@@ -478,7 +478,7 @@ def test_an_engine_that_is_not_made_in_the_end_frees_what_it_loaded(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     before = live_bytes()
-    monkeypatch.setattr("jinfer.pacing.Pacing.time_steps", lambda *_: 1 / 0)
+    monkeypatch.setattr("jinfer.pacing.Pacing.time_programs", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         LLM(**SMALL)
     assert live_bytes() == before
