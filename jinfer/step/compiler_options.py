@@ -6,15 +6,20 @@ import re
 Options = tuple[tuple[str, str], ...]  # XLA's names and values
 
 _DISABLED = "xla_disable_hlo_passes"
-# The pool fills a GPU's memory, so XLA may find it short, and compute a sixth of a step's kernels
-# twice to spare what the plan has set apart for them anyway.
-_DISABLED_ON = {"gpu": "rematerialization"}
+_FUSION_AUTOTUNER = "xla_gpu_experimental_enable_fusion_autotuner"
 
 
 def compiler_options(platform: str) -> Options:
-    """Passes that are left out on a platform: ours and the user's, whose flag an option hides."""
-    ours = _DISABLED_ON.get(platform)
-    if ours is None:
+    """Ours for a platform. An option hides the user's flag of its name, so theirs are in it."""
+    if platform != "gpu":
         return ()
-    asked = re.findall(rf"--{_DISABLED}=(\S+)", os.environ.get("XLA_FLAGS", ""))
-    return ((_DISABLED, ",".join([*asked[-1:], ours])),)  # of a flag given twice, the last counts
+    flags = os.environ.get("XLA_FLAGS", "")
+    disabled = re.findall(rf"--{_DISABLED}=(\S+)", flags)[-1:]  # of several, the last counts
+    # The pool fills a GPU's memory, so XLA may find it short, and compute a sixth of a step's
+    # kernels twice to spare what the plan has set apart for them anyway.
+    options = [(_DISABLED, ",".join([*disabled, "rematerialization"]))]
+    if _FUSION_AUTOTUNER not in flags:
+        # Since jax 0.11 each kernel that is no product is compiled alone, once per way to make it,
+        # and then again with all others: half as long again for each program.
+        options.append((_FUSION_AUTOTUNER, "False"))
+    return tuple(options)

@@ -53,18 +53,26 @@ def test_a_donated_argument_is_consumed() -> None:
 
 
 @pytest.mark.parametrize(
-    ("flags", "want"),
+    ("flags", "disabled", "autotuner"),
     [
-        ("", "rematerialization"),
-        ("--xla_disable_hlo_passes=dce,cse --xla_a=1", "dce,cse,rematerialization"),
-        ("--xla_disable_hlo_passes=dce --xla_disable_hlo_passes=cse", "cse,rematerialization"),
+        ("", "rematerialization", "False"),
+        ("--xla_disable_hlo_passes=dce,cse --xla_a=1", "dce,cse,rematerialization", "False"),
+        (
+            "--xla_disable_hlo_passes=dce --xla_disable_hlo_passes=cse",
+            "cse,rematerialization",
+            "False",
+        ),
+        ("--xla_gpu_experimental_enable_fusion_autotuner=true", "rematerialization", None),
     ],
 )
-def test_passes_that_the_user_leaves_out_stay_so(
-    flags: str, want: str, monkeypatch: pytest.MonkeyPatch
+def test_what_the_user_asks_of_xla_stays_so(
+    flags: str, disabled: str, autotuner: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XLA_FLAGS", flags)
-    assert compiler_options("gpu") == (("xla_disable_hlo_passes", want),)
+    options = dict(compiler_options("gpu"))
+    assert options.pop("xla_disable_hlo_passes") == disabled
+    assert options.pop("xla_gpu_experimental_enable_fusion_autotuner", None) == autotuner
+    assert not options
     assert compiler_options("cpu") == compiler_options("tpu") == ()
 
 
