@@ -1,13 +1,13 @@
 """The asyncio API: many callers, one engine loop in a thread of its own."""
 
 import asyncio
-import itertools
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from jinfer.errors import RequestError, shown
 from jinfer.llm import LLM, check_template_args
@@ -28,7 +28,6 @@ class AsyncLLM:
 
     def __init__(self, model: str | Path = DEFAULT_MODEL, **engine_args: Any) -> None:
         self._llm = LLM(model, **engine_args)
-        self._ids = itertools.count()
         self._wake = threading.Condition()
         self._commands: deque[Callable[[], None]] = deque()  # for the engine's thread to run
         self._streams: dict[str, _Stream] = {}  # only the engine's thread touches it
@@ -138,7 +137,7 @@ class AsyncLLM:
         request_id: str | None,
         priority: int = 0,
     ) -> AsyncIterator[RequestOutput]:
-        request_id = f"request-{next(self._ids)}" if request_id is None else request_id
+        request_id = f"request-{uuid4().hex}" if request_id is None else request_id
         _check_id(request_id)
         # Rendering and tokenizing take milliseconds: not on the event loop.
         request = await asyncio.to_thread(
@@ -181,7 +180,8 @@ class AsyncLLM:
             self._closing = True
             commands, self._commands = self._commands, deque()
         for command in commands:  # that came too late: their streams must hear of the end
-            command()
+            with suppress(Exception):  # of an engine that failed; nobody may miss that
+                command()
         for stream in self._streams.values():
             stream.fail(self._why_stopped())
 

@@ -63,6 +63,7 @@ class Engine:
         self.config = config
         self.model, self.plan = loaded.model, loaded.plan
         self.tokenizer, self.defaults = loaded.tokenizer, loaded.defaults
+        self.start_report = loaded.report
         self._shapes = {size: BucketShape.of(size, self.plan) for size in self.plan.token_buckets}
         self._decode_shapes = {n: DecodeShape.of(n, self.plan) for n in self.plan.decode_buckets}
         self._pacing = Pacing(config, self.plan)
@@ -219,6 +220,7 @@ class Engine:
     def dispatch(self) -> Dispatched | None:
         """The first half of a turn: sends the next step; returns the one before, to be read."""
         self.require_alive()
+        self._pacing.turn_begins()
         with self._one_turn():
             dispatched = self._dispatch()
             pending, self._pending = self._pending, dispatched
@@ -227,7 +229,9 @@ class Engine:
     def read(self, pending: Dispatched | None) -> list[RunningRequest]:
         """The second half: waits for what was dispatched before, and returns as `step` does."""
         with self._one_turn():
-            return self._read(pending) if pending is not None else []
+            advanced = self._read(pending) if pending is not None else []
+        self._pacing.turn_ends()
+        return advanced
 
     @contextmanager
     def _one_turn(self) -> Iterator[None]:
@@ -409,7 +413,8 @@ class Engine:
     def _retire(self, request: RunningRequest) -> None:
         request.metrics.finished_time = now = time.monotonic()
         if self._requests.pop(request.request_id, None) is not None:
-            reason = request.continuations[0].finish or Finish.ABORT  # what ran on is aborted next
+            # What ran on is aborted next.
+            reason = "error" if request.error else request.continuations[0].finish or Finish.ABORT
             self._metrics.finished(
                 str(reason), e2e_s=now - request.metrics.arrival_time, tpot_s=request.metrics.tpot_s
             )

@@ -2,7 +2,7 @@
 
 import inspect
 import itertools
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
@@ -58,6 +58,8 @@ class LLM:
         self.engine = Engine(config) if config.data_parallel_size == 1 else Replicas(config)
         self._renderer = ChatRenderer()
         self._ids = itertools.count()
+        self._is_turning = False  # the engine
+        self._left: deque[str] = deque()  # ids of requests that nobody waits for any more
 
     def __enter__(self) -> "LLM":
         return self
@@ -288,14 +290,32 @@ class LLM:
     ) -> Iterator[Iterator[list[RunningRequest]]]:
         """Queues the requests; whatever ends the block early, they leave the engine with it."""
         try:
-            with deferred():
+            with deferred(), self._turning():
                 for request in requests:
                     self.engine.add(request)
             yield self._steps(requests)
         finally:
-            with deferred():
-                for request in requests:
-                    self.engine.abort(request.request_id)
+            self._left.extend(request.request_id for request in requests)
+            if not self._is_turning:
+                with deferred(), self._turning():
+                    pass
+
+    @contextmanager
+    def _turning(self) -> Iterator[None]:
+        """The engine changes in here; requests that were left, even meanwhile, leave it at the end.
+
+        Python's garbage collector ends an abandoned stream wherever it happens to run, which may
+        be in the middle of a step, when the scheduler must not change.
+        """
+        self._is_turning = True
+        try:
+            yield
+        finally:
+            try:
+                while self._left:
+                    self.engine.abort(self._left.popleft())
+            finally:
+                self._is_turning = False
 
     def _steps(self, requests: Sequence[RunningRequest]) -> Iterator[list[RunningRequest]]:
         """Turns the loop until all are finished; yields those of them that each turn advanced.
@@ -309,7 +329,7 @@ class LLM:
             if oldest.finished:
                 advanced = [oldest]
             else:
-                with deferred():
+                with deferred(), self._turning():
                     advanced = self.engine.step()
             mine = [request for request in advanced if request in left]
             for request in mine:

@@ -12,6 +12,9 @@ from jinfer.model_runner import Runner
 from jinfer.schedule.pace import Pace
 from jinfer.step.pack import BucketShape, DecodeShape
 
+# Above this share of a dispatch's time spent outside the loop, by a caller who reads slowly or has
+# gone, the time is not the device's.
+_MAX_AWAY = 0.25
 _NUM_RUNS = 2  # of each step at the start: the first finds caches and pages of memory cold
 
 
@@ -29,6 +32,8 @@ class Pacing:
             step_cost_tokens=plan.step_cost_tokens,
         )
         self._read_s = 0.0  # of `time.monotonic()`, when the last dispatch was read
+        self._left_s: float | None = None  # likewise, when the last turn of the loop ended
+        self._away_s = 0.0  # between turns, since that dispatch was read
 
     def time_programs(
         self,
@@ -65,9 +70,18 @@ class Pacing:
         steps_s = pending.plan.num_steps * self.pace.times.predict(pending.num_places)
         return max(now, max(pending.start_s, self._read_s) + steps_s)
 
+    def turn_begins(self) -> None:
+        if self._left_s is not None:
+            self._away_s += time.monotonic() - self._left_s
+
+    def turn_ends(self) -> None:
+        self._left_s = time.monotonic()
+
     def was_read(self, dispatched: Dispatched, now: float) -> None:
         """The results of a dispatch, or of one of its steps, came at `now`."""
         # It began when it was sent or when the one before was done, whichever is later.
         begun_s, self._read_s = max(dispatched.start_s, self._read_s), now
-        if dispatched.plan.num_steps == 1:
-            self.pace.times.observe(dispatched.num_places, now - begun_s)
+        away_s, self._away_s = self._away_s, 0.0
+        elapsed_s = now - begun_s
+        if dispatched.plan.num_steps == 1 and away_s <= _MAX_AWAY * elapsed_s:
+            self.pace.times.observe(dispatched.num_places, elapsed_s)

@@ -40,7 +40,7 @@ from jinfer.step.kv_cache import allocate_pages, pages_shape
 from jinfer.step.pack import BucketShape, DecodeShape
 from jinfer.step.page_moves import PAGES_PER_MOVE, copy_pages, gather_pages, scatter_pages
 from jinfer.step.program_store import open_store
-from jinfer.step.programs import Compiling, Program
+from jinfer.step.programs import CompileReport, Compiling, Program
 from jinfer.step.slots import (
     ADMISSION_ROWS,
     RESTORED_TOKENS,
@@ -56,10 +56,24 @@ from jinfer.weights.folder import read_hf_config
 from jinfer.weights.generation_config import read_generation_config
 from jinfer.weights.hub import resolve_model
 from jinfer.weights.layout import Hold, hold_as, put_held
-from jinfer.weights.load import load_params, open_checked, param_shapes, read_model_config
+from jinfer.weights.load import (
+    LoadReport,
+    load_params,
+    open_checked,
+    param_shapes,
+    read_model_config,
+)
 from jinfer.weights.safetensors import open_checkpoint
 
 Compiled = dict[str, jax.stages.Compiled]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StartReport:
+    """What start-up did, in figures; its lines on stderr tell the same."""
+
+    weights: LoadReport | None  # None of random ones
+    programs: CompileReport
 
 
 @dataclass(kw_only=True)
@@ -72,6 +86,7 @@ class Loaded:
     plan: EnginePlan
     runner: ModelRunner
     min_restored_pages: int | None  # fewer are computed sooner than fetched; None: always sooner
+    report: StartReport
 
 
 def load(config: EngineConfig, devices: Sequence[jax.Device] | None = None) -> Loaded:
@@ -113,8 +128,8 @@ def load(config: EngineConfig, devices: Sequence[jax.Device] | None = None) -> L
         device_kind=placement.devices[0].device_kind,
     )
     require_served(plan, chip_share(held, plan.tensor_parallel_size))
-    say(_plan_line(plan))
-    say(_capacity_line(plan))
+    for line in (*_plan_lines(plan), _capacity_line(plan)):
+        say(line)
     if config.load_format != "dummy":
         if config.load_format == "safetensors":
             open_checkpoint(folder)  # refuses a folder of another kind
@@ -124,10 +139,10 @@ def load(config: EngineConfig, devices: Sequence[jax.Device] | None = None) -> L
     pages = slots = runner = None
     with _compiling(programs, placement.devices, config.progress) as compiling:
         hold = hold_as(plan.weight_layout, placement.sharding)
-        params = _load_weights(config, model, held, folder, plan, hold, say)
+        params, weights = _load_weights(config, model, held, folder, plan, hold, say)
         try:
-            compiled, report = compiling.result()
-            say(report)
+            compiled, made = compiling.result()
+            say(made)
             _require_same_plan(gather("plan", repr(plan)))  # and all are here, for collectives
             pages, slots = allocate_pages(state.pages), allocate_slots(plan, state.slots)
             runner = ModelRunner(
@@ -148,6 +163,7 @@ def load(config: EngineConfig, devices: Sequence[jax.Device] | None = None) -> L
                 plan=plan,
                 runner=runner,
                 min_restored_pages=min_restored_pages,
+                report=StartReport(weights=weights, programs=made),
             )
         except BaseException:
             # A notebook keeps the traceback, and that what it can see.
@@ -264,26 +280,28 @@ def _load_weights(
     plan: EnginePlan,
     hold: Hold,
     say: Any,
-) -> Params:
+) -> tuple[Params, LoadReport | None]:
     tree: dict[str, Any] = {"dtype": plan.dtype, "layer_loop": plan.layer_loop, "held": held}
     if config.load_format == "dummy":
-        params = dummy_params(model, **tree, seed=config.seed, hold=hold)
-        say(f"made {model.num_parameters:,} random parameters, {plan.dtype}")
-        return params
+        start_s = time.perf_counter()
+        params = jax.block_until_ready(dummy_params(model, **tree, seed=config.seed, hold=hold))
+        elapsed_s = time.perf_counter() - start_s
+        said = f"{model.num_parameters:,} random parameters, {plan.dtype}"
+        say(f"made {said}, in {elapsed_s:.1f} s")
+        return params, None
     params, report = load_params(folder, model, **tree, put=partial(put_held, hold=hold))
     say(report)
-    return params
+    return params, report
 
 
-def _plan_line(plan: EnginePlan) -> str:
+def _plan_lines(plan: EnginePlan) -> tuple[str, str]:
     sizes = ", ".join(map(str, plan.token_buckets))
     rows = ", ".join(map(str, plan.decode_buckets))
-    decodes = f", decodes of {rows} rows" if rows else ""
+    decodes = f", decodes of {rows} rows, up to {plan.max_decode_steps} at once" if rows else ""
     return (
         f"{plan.platform}, {plan.dtype}, {plan.attention} attention, {plan.layer_loop} layers, "
-        f"{plan.weight_layout} weights; "
-        f"{plan.max_slots} slots, steps of {sizes} tokens{decodes}, "
-        f"up to {plan.max_decode_steps} at once"
+        f"{plan.weight_layout} weights, {plan.max_slots} slots",
+        f"steps of {sizes} tokens{decodes}",
     )
 
 

@@ -245,3 +245,19 @@ async def test_an_engine_that_fails_tells_every_caller(monkeypatch: pytest.Monke
     with pytest.raises(RuntimeError, match=message):
         await run(llm, 1)
     await asyncio.to_thread(llm.close)
+
+
+async def test_a_reset_behind_a_step_that_fails_hides_it_from_nobody(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    llm = AsyncLLM(**SMALL)
+
+    def fail(*_: Any, **__: Any) -> None:
+        llm.reset_prefix_cache()  # in the queue while the step runs
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("jinfer.engine.pack", fail)
+    async with asyncio.timeout(60):
+        results = await asyncio.gather(*(run(llm, i) for i in range(3)), return_exceptions=True)
+    assert all("ZeroDivisionError" in str(result) for result in results), results
+    await asyncio.to_thread(llm.close)

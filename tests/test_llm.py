@@ -15,6 +15,7 @@ import pytest
 
 from jinfer import LLM, RequestError, SamplingParams
 from jinfer.running import Continuation
+from jinfer.schedule.scheduler import Scheduler
 
 # Two programs, the same in every module, so that they are compiled once.
 SMALL = {"max_num_seqs": 8, "max_num_batched_tokens": 8, "max_model_len": 128, "progress": False}
@@ -150,6 +151,25 @@ def test_leaving_a_stream_ends_its_request(llm: LLM) -> None:
         break
     gc.collect()
     assert not llm.engine.scheduler.has_work
+
+
+def test_a_stream_that_ends_inside_a_step_leaves_after_it(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Python's garbage collector may end one at any moment."""
+    wanted = [ids_of(output) for output in llm.generate(PROMPTS, greedy(8))]
+    abandoned = [llm.stream(PROMPTS[0], greedy(100))]
+    next(abandoned[0])
+    trim = Scheduler._trim
+
+    def collect(self: Scheduler, draft: Any) -> None:
+        if abandoned:
+            abandoned.pop().close()
+        trim(self, draft)
+
+    monkeypatch.setattr(Scheduler, "_trim", collect)
+    assert [ids_of(output) for output in llm.generate(PROMPTS, greedy(8))] == wanted
+    assert not abandoned and not llm.engine.scheduler.has_work
 
 
 def test_streams_in_turn_both_end(llm: LLM) -> None:

@@ -1,5 +1,6 @@
 """Targets of time in an engine: steps become smaller, tokens stay what they are."""
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from engine_runs import make_engine, run_jobs, tokens_of
 from random_checkpoint import write_llama_checkpoint
 
 from jinfer.request.params import SamplingParams
+from jinfer.request.prompt import Prompt
 from jinfer.schedule.plan import Chunk
 
 
@@ -63,3 +65,24 @@ def test_every_program_is_timed_and_leaves_no_trace(tmp_path: Path) -> None:
         outputs.append(run_jobs(engine, jobs))
         engine.close()
     assert list(map(tokens_of, outputs[0])) == list(map(tokens_of, outputs[1]))
+
+
+def test_a_slow_reader_does_not_count_as_the_device(tmp_path: Path) -> None:
+    write_llama_checkpoint(tmp_path, seed=1)
+    engine = make_engine(tmp_path, max_num_batched_tokens=64, ttft_target_ms=1e7)
+    observed_s = []
+    times = engine._pacing.pace.times
+    observe = times.observe
+    times.observe = lambda size, elapsed_s: (observed_s.append(elapsed_s), observe(size, elapsed_s))
+    params = SamplingParams(max_tokens=12, ignore_eos=True, seed=1)
+    request = engine.prepare("a", Prompt(None, (3, 4, 5)), params)
+    request.streams = True
+    engine.add(request)
+    for turn in range(6):
+        engine.step()
+        if turn >= 3:
+            time.sleep(0.5)
+    while engine.has_work:
+        engine.step()
+    assert len(observed_s) >= 6 and max(observed_s) < 0.5
+    engine.close()

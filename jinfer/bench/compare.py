@@ -25,8 +25,22 @@ class Compared:
     """Seconds of each way to answer the same jobs."""
 
     num_jobs: int
+    num_input_tokens: int
     num_output_tokens: int
-    median_s: dict[str, float]
+    turns_s: dict[str, list[float]]  # each way's, in their order
+
+    @property
+    def median_s(self) -> dict[str, float]:
+        return {name: statistics.median(times) for name, times in self.turns_s.items()}
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "num_prompts": self.num_jobs,
+            "num_input_tokens": self.num_input_tokens,
+            "num_output_tokens": self.num_output_tokens,
+            "s": self.median_s,
+            "turns_s": self.turns_s,
+        }
 
 
 def compare(runs: dict[str, Run], jobs: Sequence[Job], repeats: int) -> Compared:
@@ -39,8 +53,9 @@ def compare(runs: dict[str, Run], jobs: Sequence[Job], repeats: int) -> Compared
             elapsed_s[name].append(time.perf_counter() - start_s)
     return Compared(
         num_jobs=len(jobs),
+        num_input_tokens=sum(len(job.prompt_ids) for job in jobs),
         num_output_tokens=sum(job.num_output_tokens for job in jobs),
-        median_s={name: statistics.median(times[1:]) for name, times in elapsed_s.items()},
+        turns_s={name: times[1:] for name, times in elapsed_s.items()},
     )
 
 

@@ -27,6 +27,11 @@ def versions() -> dict[str, str | int]:
     return said
 
 
+def devices() -> dict[str, str | int]:
+    """For the JSON file too, where JAX has started the device anyway."""
+    return {"device": jax.devices()[0].device_kind, "num_devices": jax.device_count()}
+
+
 def machine_line(*, with_device: bool = True) -> str:
     """One line above a table.
 

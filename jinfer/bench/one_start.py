@@ -6,12 +6,15 @@ Prints one line of JSON, how long each part took. ENGINE_ARGUMENTS are JSON, key
 import json
 import sys
 import time
+from dataclasses import asdict
 
 BEGUN_S = time.perf_counter()
 
 from jinfer.bench.compile_log import CompileLog  # noqa: E402 - the time of importing counts
+from jinfer.bench.machine import devices  # noqa: E402
 from jinfer.bench.models import model_arguments  # noqa: E402
 from jinfer.llm import LLM  # noqa: E402
+from jinfer.replicas import Replicas  # noqa: E402
 from jinfer.request.params import SamplingParams  # noqa: E402
 
 IMPORTED_S = time.perf_counter()
@@ -27,10 +30,19 @@ def main() -> None:
             params = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True)
             llm.generate([[3, 4, 5, 6]], params, use_tqdm=False)
             answered_s = time.perf_counter()
+            engine = llm.engine.engines[0] if isinstance(llm.engine, Replicas) else llm.engine
+            report = engine.start_report
+            told = {**devices(), "plan": asdict(engine.plan)}
+    weights, programs = report.weights, report.programs
     figures = {
+        **told,
         "import_s": IMPORTED_S - BEGUN_S,
         "engine_s": ready_s - start_s,
         "first_token_s": answered_s - ready_s,
+        "weights_s": weights and weights.elapsed_s,
+        "weights_bytes": weights and weights.file_bytes,
+        "programs_s": programs.elapsed_s,
+        "program_s": dict(programs.program_s),
         **log.figures(),
     }
     print(json.dumps(figures))

@@ -2,18 +2,32 @@
 
 from collections.abc import Sequence
 from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 
 from jinfer.bench.runner import Recording
 
 
-def require_matplotlib() -> None:
-    """Raises ValueError where there is none, before anything is measured."""
+def require_matplotlib(path: str) -> None:
+    """Raises ValueError, before anything is measured, where there is none or it can't draw this.
+
+    Args:
+      path: of the picture; its ending says the format.
+    """
     if find_spec("matplotlib") is None:
         raise ValueError(
             "--plot needs matplotlib; got an environment without it. "
             'Do: pip install "jinfer[bench]".'
+        )
+    from matplotlib.backend_bases import (  # pyright: ignore[reportMissingImports]
+        FigureCanvasBase,
+    )
+
+    endings = FigureCanvasBase.get_supported_filetypes()
+    if Path(path).suffix.lstrip(".").lower() not in endings:
+        raise ValueError(
+            f"--plot draws {', '.join(sorted(endings))}; got {path!r}. Name such a file."
         )
 
 

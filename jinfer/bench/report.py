@@ -10,7 +10,7 @@ import numpy as np
 from jinfer.bench.ceilings import Ceilings
 from jinfer.bench.goals import Goals
 from jinfer.bench.runner import Recording
-from jinfer.bench.table import figure, percent, table
+from jinfer.bench.table import amount, figure, percent, table
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -172,10 +172,10 @@ def report_text(report: Report) -> str:
         ("from prefix cache", f"{report.num_cached_tokens:,}", "prompt tokens"),
     ]
     if limits_ms := report.goals.limits_ms:
-        said = ", ".join(f"{name} {figure(ms)} ms" for name, ms in limits_ms.items())
+        said = ", ".join(f"{name} {figure(ms)}" for name, ms in limits_ms.items())
         rate = figure(rates["good_requests_per_s"])
         share = percent(report.num_good / max(1, report.num_requests))
-        lines.append(("goodput", share, f"of requests within {said}; {rate} a second"))
+        lines += [("goodput", share, f"of requests within {said} ms"), ("", rate, "a second")]
     name_width = max(len(name) for name, _, _ in lines)
     value_width = max(len(value) for _, value, _ in lines)
     shares = "\n".join(
@@ -183,12 +183,14 @@ def report_text(report: Report) -> str:
         for name, value, said in lines
     )
     roofline = (
-        f"roofline: {report.num_steps:,} steps had to move {figure(r.num_bytes / 1e9)} GB and to "
-        f"compute {figure(r.num_flops / 1e12)} TFLOP,\nat least {figure(r.bound_s)} s at the "
+        f"roofline: {report.num_steps:,} steps had to move {amount(r.num_bytes, 'B')} and to "
+        f"compute {amount(r.num_flops, 'FLOP')},\nat least {figure(r.bound_s)} s at the "
         f"rates measured beside them; took {figure(r.took_s)} s: {percent(r.share)} reached\n"
         f"at the rate of reading alone at least {figure(r.read_bound_s)} s: "
         f"{percent(r.read_share)} reached\n"
         f"at best: {r.ceilings}"
     )
     header = ("ms", "mean", "median", "p99")
-    return f"{speed}\n\n{table(header, times)}\n\n{shares}\n\n{roofline}\n"
+    gaps = report.spreads["ITL"]
+    bursts = "" if gaps is None or gaps.median else "tokens of one dispatch come together: ITL 0\n"
+    return f"{speed}\n\n{table(header, times)}\n{bursts}\n{shares}\n\n{roofline}\n"

@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from jinfer.bench.table import table
+from jinfer.bench.table import figure, table
 
-Figures = dict[str, float]
+Figures = dict[str, Any]  # as one_start prints them, and `total_s`
 
 
 def measure_startup(
@@ -54,17 +54,37 @@ def _last_line(text: str) -> str:
 
 _ROWS = (
     ("import jinfer and JAX", "import_s"),
-    ("weights, plan, programs", "engine_s"),
+    ("engine, all that it does", "engine_s"),
+    ("  of it weights", "weights_s"),
+    ("  beside them programs", "programs_s"),
     ("first token", "first_token_s"),
     ("process, from start to end", "total_s"),
 )
 
 
 def startup_text(figures: Mapping[str, Figures]) -> str:
-    """The table: seconds, and where the programs came from."""
+    """The table: seconds of each part and of each program, and where the programs came from."""
     columns = list(figures.values())
-    rows = [(said, *(f"{each[key]:.2f}" for each in columns)) for said, key in _ROWS]
-    rows.append(("programs compiled", *(f"{each['num_compiled']:.0f}" for each in columns)))
-    rows.append(("programs read from disk", *(f"{each['num_read']:.0f}" for each in columns)))
-    rows.append(("in them, s over all threads", *(f"{each['compile_s']:.2f}" for each in columns)))
+
+    def row(said: str, cell: Callable[[Figures], str]) -> tuple[str, ...]:
+        return (said, *map(cell, columns))
+
+    rows = [row(said, lambda each, key=key: _seconds(each[key])) for said, key in _ROWS]
+    rows.append(row("weights, GB/s", _load_rate))
+    rows.append(row("programs compiled", lambda each: f"{each['num_compiled']:.0f}"))
+    rows.append(row("programs read from disk", lambda each: f"{each['num_read']:.0f}"))
+    rows += [
+        row(f"  {name}", lambda each, name=name: _seconds(each["program_s"].get(name)))
+        for name in columns[0]["program_s"]
+    ]
     return table(("seconds", *figures), rows)
+
+
+def _seconds(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _load_rate(figures: Figures) -> str:
+    if figures["weights_s"] is None:  # random ones
+        return "-"
+    return figure(figures["weights_bytes"] / 1e9 / figures["weights_s"])

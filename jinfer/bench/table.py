@@ -57,6 +57,14 @@ def figure(value: float) -> str:
     return f"{value:,.{decimals}f}"
 
 
+def amount(value: float, unit: str) -> str:
+    """In thousands, millions, ... of a unit: "42.9 GB"."""
+    for size, letter in ((1e12, "T"), (1e9, "G")):
+        if value >= size:
+            return f"{figure(value / size)} {letter}{unit}"
+    return f"{figure(value / 1e6)} M{unit}"
+
+
 def percent(share: float) -> str:
     """ "12.3 %" """
     return f"{share * 100:,.1f} %"

@@ -58,7 +58,7 @@ def read_trace(path: str | Path, num_jobs: int, scale: float) -> tuple[Lengths, 
                 lengths.append((_scaled(num_input, scale), _scaled(num_output, scale)))
                 # Seven digits of a second: one more than datetime reads.
                 moments.append(datetime.fromisoformat(moment[:26]).timestamp())
-    except (OSError, KeyError, ValueError) as error:
+    except (OSError, KeyError, TypeError, ValueError) as error:  # TypeError: a row is cut short
         raise ValueError(
             f"--trace must be a CSV file with the columns {', '.join(_COLUMNS)}; got "
             f"{str(path)!r}: {error}. Name one of the Azure LLM inference traces."

@@ -37,7 +37,14 @@ compiled programs, and warm, with what the first left there. With --target nothi
 programs of the engine are compiled for that chip, which need not be here, and found again where
 they were kept.
 """
-_WORKLOADS = ("fixed", "sharegpt", "trace", "shared-prefix")
+# What says how long the requests of each workload are, and what it is where nobody says it.
+LENGTHS_OF = {
+    "fixed": ("input_tokens", "output_tokens"),
+    "sharegpt": (),
+    "trace": ("scale",),
+    "shared-prefix": ("input_tokens", "output_tokens", "shared_tokens"),
+}
+LENGTH_DEFAULTS = {"input_tokens": 128, "output_tokens": 128, "shared_tokens": 96, "scale": 1.0}
 
 
 def add_bench(parser: Any, formatter: Any, add_engine: Callable[[Any], None]) -> dict[str, Any]:
@@ -114,17 +121,17 @@ def _add_workload(parser: Any) -> None:
     count = {"metavar": "N", "type": _positive}
     add(
         "workload",
-        choices=_WORKLOADS,
+        choices=tuple(LENGTHS_OF),
         default="fixed",
         metavar="NAME",
         help="fixed lengths (default), sharegpt (log-normal, its means), trace, shared-prefix",
     )
     add("num-prompts", **count, nargs="+", default=[64], help="requests; several: one run each")
-    add("input-tokens", **count, default=128, help="of fixed and shared-prefix; default: 128")
-    add("output-tokens", **count, default=128, help="of fixed and shared-prefix; default: 128")
-    add("shared-tokens", **count, default=96, help="of the input, shared by all; default: 96")
+    add("input-tokens", **count, help="of fixed and shared-prefix; default: 128")
+    add("output-tokens", **count, help="of fixed and shared-prefix; default: 128")
+    add("shared-tokens", **count, help="of shared-prefix, in all prompts; default: 96")
     add("trace", metavar="FILE", help="a CSV of the Azure LLM inference traces")
-    add("scale", metavar="X", type=float, default=1.0, help="factor on a trace's lengths")
+    add("scale", metavar="X", type=float, help="factor on a trace's lengths; default: 1")
     add("seed", metavar="N", type=int, default=0, help="of lengths, prompts, arrivals; default: 0")
 
 

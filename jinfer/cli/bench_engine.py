@@ -1,7 +1,9 @@
 """`jinfer bench latency`, `throughput` and `serve`: one engine, several ways to ask it."""
 
+import math
 from argparse import Namespace
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
@@ -13,7 +15,7 @@ import numpy as np
 from jinfer.bench.ceilings import Ceilings, measure_ceilings
 from jinfer.bench.compare import compare, compared_text, transformers_runs
 from jinfer.bench.goals import Goals
-from jinfer.bench.machine import machine_line, versions
+from jinfer.bench.machine import devices, machine_line, versions
 from jinfer.bench.models import SHAPES, model_arguments
 from jinfer.bench.plot import plot, require_matplotlib
 from jinfer.bench.report import make_report, report_text
@@ -27,7 +29,8 @@ from jinfer.bench.workload import (
     sharegpt_lengths,
 )
 from jinfer.cli.arguments import engine_args
-from jinfer.cli.profile import profiled
+from jinfer.cli.bench_arguments import LENGTH_DEFAULTS, LENGTHS_OF
+from jinfer.cli.profile import profiled, require_profile_folder
 from jinfer.cli.screen import counted, note, show
 from jinfer.config import EngineConfig
 from jinfer.llm import LLM
@@ -59,6 +62,7 @@ def run(args: Namespace) -> dict[str, Any]:
             runs = [
                 (said, _record(args, llm, batches, beside)) for said, batches in _plans(args, llm)
             ]
+            told = _told(args, llm)
         if is_steady:
             last = measure()
             runs = [(said, [(r, c.faster(last)) for r, c in recorded]) for said, recorded in runs]
@@ -68,7 +72,7 @@ def run(args: Namespace) -> dict[str, Any]:
     if args.plot is not None:
         said, recorded = runs[-1]
         plot([recording for recording, _ in recorded], args.plot, title=f"{args.benchmark}: {said}")
-    return {"benchmark": args.benchmark, "model": args.model, **versions(), "runs": reports}
+    return {**told, "runs": reports}
 
 
 def _say(args: Namespace) -> Callable[[str], object]:
@@ -88,7 +92,8 @@ def _asks_goals(args: Namespace) -> bool:
 
 def _check(args: Namespace) -> None:
     if args.plot is not None:
-        require_matplotlib()
+        require_matplotlib(args.plot)
+    require_profile_folder(args.profile)
     if _asks_goals(args):
         Goals.parse(args.goodput)  # refused now, not after the run
     if args.benchmark == "latency":
@@ -98,12 +103,40 @@ def _check(args: Namespace) -> None:
             "--workload trace and --trace FILE go together; "
             f"got --workload {args.workload}, --trace {args.trace}. Give both or neither."
         )
-    if args.scale <= 0:
+    _settle_lengths(args)
+    if not 0 < args.scale < math.inf:
         raise ValueError(f"--scale must be above 0; got {args.scale}. Choose such a factor.")
     if args.benchmark == "throughput":
         _check_compare(args)
-    if args.benchmark == "serve" and args.rate is not None and args.rate <= 0:
+    if args.benchmark == "serve" and args.rate is not None and not 0 < args.rate < math.inf:
         raise ValueError(f"--rate must be above 0; got {args.rate}. Choose such a rate.")
+    if args.plot is not None and len(args.num_prompts) > 1:
+        raise ValueError(
+            f"--plot draws one run; got --num-prompts {' '.join(map(str, args.num_prompts))}. "
+            "Give one number."
+        )
+    if args.trace is not None:  # refused now, not once the engine stands
+        read_trace(args.trace, max(args.num_prompts), args.scale)
+
+
+def _settle_lengths(args: Namespace) -> None:
+    """Fills in what was left out, and refuses what the workload would ignore."""
+    used = LENGTHS_OF[args.workload]
+    for name, default in LENGTH_DEFAULTS.items():
+        value = getattr(args, name)
+        if value is None:
+            setattr(args, name, default)
+        elif name not in used:
+            flag = f"--{name.replace('_', '-')}"
+            raise ValueError(
+                f"{flag} does nothing with --workload {args.workload}; got {flag} {value}. Drop it."
+            )
+    if args.workload == "shared-prefix" and args.shared_tokens >= args.input_tokens:
+        raise ValueError(
+            "--shared-tokens must be below --input-tokens, or all prompts are one; got "
+            f"--shared-tokens {args.shared_tokens}, --input-tokens {args.input_tokens}. "
+            "Choose fewer."
+        )
 
 
 def _check_compare(args: Namespace) -> None:
@@ -194,14 +227,14 @@ def _record(
 ) -> list[tuple[Recording, Ceilings]]:
     """Runs the batches one after the other, each with what the device could do beside it.
 
-    Of several batches the first is only to warm up. What is measured before and after a run may
-    differ; the run is held against the better.
+    Of several batches the first is only to warm up; for one alone, its first job does that. What
+    is measured before and after a run may differ; the run is held against the better.
     """
     streams = args.benchmark == "serve" or getattr(args, "stream", False)
     first, *others = batches
-    if others:
-        run_jobs(llm, first, streams=streams)
-        batches = others
+    run_jobs(llm, first if others else [replace(first[0], arrival_s=0.0)], streams=streams)
+    llm.reset_prefix_cache()
+    batches = others or batches
     _say(args)(f"running {sum(map(len, batches))} requests")
     # What is measured between runs would fill a profile.
     between = cache(measure) if args.profile else measure
@@ -234,17 +267,32 @@ def _compare(args: Namespace, asked: dict[str, Any]) -> dict[str, Any]:
         transformers_runs(folder, dummy=dummy, dtype=llm.engine.plan.dtype) as theirs,
     ):
         runs: dict[str, Callable[[Sequence[Job]], object]] = {
-            "jinfer": lambda jobs: run_jobs(llm, jobs, streams=False),
+            "jinfer": partial(_run_uncached, llm),
             **theirs,
         }
         rows, repeats = [], args.repeats or COMPARED_TURNS
-        show(f"{machine_line()}\n{_model_line(args, llm)}\n")
+        show(f"{machine_line()}\n{_model_line(args, llm)}\n\n")
         for said, [jobs] in _plans(args, llm):
-            _say(args)(said)
+            show(f"{said}\n")
             rows.append(compare(runs, jobs, repeats))
-        show(f"\n{said}\n\n{compared_text(rows, repeats)}")
-    figures = [
-        {"num_prompts": r.num_jobs, "num_output_tokens": r.num_output_tokens, "s": r.median_s}
-        for r in rows
-    ]
-    return {"benchmark": "throughput", "model": args.model, **versions(), "compared": figures}
+        show(f"\n{compared_text(rows, repeats)}")
+        told = _told(args, llm)
+    return {**told, "compared": [row.as_json() for row in rows]}
+
+
+def _run_uncached(llm: LLM, jobs: Sequence[Job]) -> None:
+    """The others compute every turn's prompts anew, so this does too."""
+    llm.reset_prefix_cache()
+    run_jobs(llm, jobs, streams=False)
+
+
+def _told(args: Namespace, llm: LLM) -> dict[str, Any]:
+    """What the figures of a JSON file belong to."""
+    return {
+        "benchmark": args.benchmark,
+        "model": args.model,
+        **versions(),
+        **devices(),
+        "arguments": vars(args),
+        "plan": asdict(llm.engine.plan),
+    }

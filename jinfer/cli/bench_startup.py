@@ -28,7 +28,8 @@ def run(args: Namespace) -> dict[str, Any]:
         return _ahead(args, say)
     figures = measure_startup(args.model, engine_args(args), say)
     # The device belonged to the starts; this process never opens it.
-    show(f"{machine_line(with_device=False)}\n{args.model}\n\n{startup_text(figures)}\n")
+    device = figures["cold"]["device"]
+    show(f"{device}; {machine_line(with_device=False)}\n{args.model}\n\n{startup_text(figures)}\n")
     return {"benchmark": "startup", "model": args.model, **versions(), **figures}
 
 

@@ -1,7 +1,9 @@
 """Traces of what the device does, for the viewers of `jax.profiler`."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import jax
 
@@ -10,8 +12,9 @@ import jax
 def profiled(folder: str | None) -> Iterator[None]:
     """Writes a trace of the block to `folder`; None = none.
 
-    The parts of a step carry their names there, such as "paged_attention" and "sample". Open it
-    with XProf (`pip install xprof`) or at ui.perfetto.dev.
+    Each program has its name there ("decode_of_32_rows"), and the parts of a step theirs: "embed",
+    "attention", "paged_attention" in it, "mlp", "logits", "sample", "logprobs". Open it with XProf
+    (`pip install xprof`) or at ui.perfetto.dev.
 
     Raises:
       ValueError: the folder cannot be written.
@@ -19,6 +22,7 @@ def profiled(folder: str | None) -> Iterator[None]:
     if folder is None:
         yield
         return
+    require_profile_folder(folder)
     jax.profiler.start_trace(folder)
     try:
         yield
@@ -26,10 +30,24 @@ def profiled(folder: str | None) -> Iterator[None]:
         _stop(folder)
 
 
+def require_profile_folder(folder: str | None) -> None:
+    """Raises ValueError, before anything runs, where no trace can be written; makes the folder."""
+    if folder is None:
+        return
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError("no permission to write there")
+    except OSError as error:
+        raise ValueError(_unwritable(folder, error)) from None
+
+
 def _stop(folder: str) -> None:
     try:
         jax.profiler.stop_trace()
     except RuntimeError as error:
-        raise ValueError(
-            f"--profile needs a folder that can be written; got {folder!r}: {error}. Name another."
-        ) from None
+        raise ValueError(_unwritable(folder, error)) from None
+
+
+def _unwritable(folder: str, error: Exception) -> str:
+    return f"--profile needs a folder that can be written; got {folder!r}: {error}. Name another."

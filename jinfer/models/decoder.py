@@ -68,11 +68,13 @@ class Block(nnx.Module):
         layer: Any,
     ) -> tuple[Float[Array, "T D"], Cache]:
         eps = self.config.rms_eps
-        normed_TD = rms_norm(hidden_TD, self.attn_norm_D[...], eps=eps)
-        mixed_TD, cache = self._attention(normed_TD, rope, attend, cache, layer)
-        hidden_TD = hidden_TD + mixed_TD
-        normed_TD = rms_norm(hidden_TD, self.mlp_norm_D[...], eps=eps)
-        return hidden_TD + self._mlp(normed_TD), cache
+        with jax.named_scope("attention"):
+            normed_TD = rms_norm(hidden_TD, self.attn_norm_D[...], eps=eps)
+            mixed_TD, cache = self._attention(normed_TD, rope, attend, cache, layer)
+            hidden_TD = hidden_TD + mixed_TD
+        with jax.named_scope("mlp"):
+            normed_TD = rms_norm(hidden_TD, self.mlp_norm_D[...], eps=eps)
+            return hidden_TD + self._mlp(normed_TD), cache
 
     def _attention(
         self, normed_TD: Array, rope: tuple[Array, Array], attend: Attend, cache: Cache, layer: Any
@@ -167,7 +169,8 @@ class Decoder:
         cache: Cache,
     ) -> tuple[Float[Array, "T D"], Cache]:
         """Runs every layer and returns the last one's output, before the final norm."""
-        hidden_TD = self._ends(params).embed(token_T)
+        with jax.named_scope("embed"):
+            hidden_TD = self._ends(params).embed(token_T)
         rope = rope_tables(position_T, self.config)
 
         def run(carry: tuple[Array, Cache], block: Params, layer: Any) -> tuple[Array, Cache]:
@@ -191,7 +194,8 @@ class Decoder:
         return carry
 
     def logits(self, params: Params, hidden_RD: Float[Array, "R D"]) -> Float[Array, "R V"]:
-        return self._ends(params).logits(hidden_RD)
+        with jax.named_scope("logits"):
+            return self._ends(params).logits(hidden_RD)
 
     def _ends(self, params: Params) -> Ends:
         own = {name: params[name] for name in self.ends_shapes}

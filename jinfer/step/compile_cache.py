@@ -13,7 +13,8 @@ def use_compilation_cache(folder: str | Path | None) -> None:
 
     An engine's own programs go into a folder inside it; see `jinfer.step.program_store`.
 
-    A folder that the user's own JAX configuration names already is kept when `folder` is None.
+    A folder that the user's own JAX configuration names already is kept when `folder` is None;
+    what goes into it is then decided here all the same.
 
     Args:
       folder: created when missing; None = jinfer's place in the user's cache directory.
@@ -22,6 +23,9 @@ def use_compilation_cache(folder: str | Path | None) -> None:
       ValueError: the folder that was asked for cannot be made.
     """
     current: str | None = jax.config.values["jax_compilation_cache_dir"]
+    # By default programs that compile in under a second are not kept; together they are most of it.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     if folder is None and current:
         return
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
@@ -42,6 +46,3 @@ def use_compilation_cache(folder: str | Path | None) -> None:
     if current != str(path):
         jax.config.update("jax_compilation_cache_dir", str(path))
         compilation_cache.reset_cache()  # JAX settles on a folder, or on none, at its first compile
-    # By default programs that compile in under a second are not kept; together they are most of it.
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

@@ -43,7 +43,8 @@ class Program:
     def lower(self) -> jax.stages.Lowered:
         # A new function to JAX, which else may hand out what it once read from its cache: a program
         # that was read, not compiled, cannot be stored, and JAX tells only when it reads it.
-        function = partial(self.function)
+        function: Any = partial(self.function)
+        function.__name__ = self.name.replace(" ", "_")  # in profiles and in what XLA dumps
         # With keep_unused=True, JAX 0.11 would hold what is compiled until its caches are cleared.
         return jax.jit(function, donate_argnums=self.donate).lower(*self.shapes)
 

@@ -96,7 +96,8 @@ def _read(
         token_R = jnp.where(batch.draws_R, drawn_R, batch.target_R)
     slots = record_drawn(slots, batch.read_slot_R, token_R, batch.draws_R, shards)
     wants_R = batch.wants_logprobs_R
-    logprobs = read_logprobs(
-        logits_RV, token_R, wants_R, max_logprobs, wants_token_R=wants_R, shards=shards
-    )
+    with jax.named_scope("logprobs"):
+        logprobs = read_logprobs(
+            logits_RV, token_R, wants_R, max_logprobs, wants_token_R=wants_R, shards=shards
+        )
     return slots, StepOutput(token_R=token_R, logprobs=logprobs)

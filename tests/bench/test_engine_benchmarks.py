@@ -2,7 +2,8 @@
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 
 from jinfer.bench.ceilings import Ceilings
 from jinfer.bench.plot import require_matplotlib
+from jinfer.bench.runner import Recording, run_jobs
 from jinfer.bench.table import WIDTH
 from jinfer.cli import bench_engine, main
 
@@ -56,6 +58,8 @@ def test_latency(bench: Bench) -> None:
     [run] = figures["runs"]
     check_run(run, num_requests=4, num_input=32, num_output=24)
     assert "batch of 2, 2 times; 16 tokens in, 12 out" in out and "roofline: " in out
+    assert figures["device"] == "cpu" and figures["plan"]["max_slots"] == 4
+    assert figures["arguments"]["batch_size"] == 2 and figures["arguments"]["seed"] == 0
 
 
 def test_every_run_is_held_against_the_rates_beside_it(
@@ -87,6 +91,7 @@ def test_throughput(bench: Bench) -> None:
     few, many = figures["runs"]
     check_run(few, num_requests=2, num_input=80, num_output=10)
     check_run(many, num_requests=6, num_input=240, num_output=30)
+    assert few["num_cached_tokens"] == 32  # the second's; the first computes what is shared
     assert many["num_cached_tokens"] >= 5 * 32  # all but the first
     assert "shared-prefix, 6 requests, all at the start" in out
 
@@ -113,7 +118,8 @@ def test_startup(bench: Bench) -> None:
     cold, warm = figures["cold"], figures["warm"]
     assert cold["num_read"] == 0 < cold["num_compiled"]
     assert warm["num_compiled"] == 0 and warm["num_read"] == cold["num_compiled"]
-    assert "programs read from disk" in out
+    assert set(cold["program_s"]) == set(warm["program_s"]) and "step of 8 tokens" in out
+    assert cold["weights_bytes"] > 0 and out.startswith("cpu; ")
 
 
 @pytest.mark.slow
@@ -135,10 +141,21 @@ def test_startup_for_a_chip_that_is_not_here(bench: Bench) -> None:
         ("serve --trace a.csv", "go together; got --workload fixed, --trace a.csv"),
         ("throughput --repeats 2", "--repeats does nothing without --compare; got --repeats 2"),
         ("throughput --compare --profile a", "--profile does nothing with --compare"),
-        ("throughput --scale 0", r"--scale must be above 0; got 0.0"),
+        ("throughput --workload trace --trace a --scale 0", r"--scale must be above 0; got 0.0"),
+        ("serve --workload trace --trace a --scale inf", r"--scale must be above 0; got inf"),
+        ("throughput --workload trace --trace /no/such", "--trace must be a CSV file"),
+        ("throughput --scale 2", "--scale does nothing with --workload fixed; got --scale 2.0"),
+        ("serve --shared-tokens 8", "--shared-tokens does nothing with --workload fixed"),
+        ("serve --workload sharegpt --input-tokens 8", "--input-tokens does nothing with"),
+        (
+            "throughput --workload shared-prefix --shared-tokens 8 --input-tokens 8",
+            "--shared-tokens must be below --input-tokens",
+        ),
         ("throughput --workload poem", "invalid choice: 'poem'"),
         ("serve --goodput ttft=5", "--goodput takes ttft, tpot and e2el"),
         ("serve --rate -1", r"--rate must be above 0; got -1.0"),
+        ("serve --rate nan", r"--rate must be above 0; got nan"),
+        ("latency --profile /proc/trace", "needs a folder that can be written; got '/proc/trace'"),
         ("latency --batch-size 0", "a number from 1 on; got '0'"),
         ("startup --compilation-cache /x", "startup makes a folder of its own"),
         ("startup --target v99", "got 'v99'. Choose one of these."),
@@ -160,7 +177,7 @@ def test_bad_input(
 def test_what_is_not_installed_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("jinfer.bench.plot.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"needs matplotlib; got .* pip install"):
-        require_matplotlib()
+        require_matplotlib("a.png")
     monkeypatch.setitem(sys.modules, "torch", None)
     with (
         pytest.raises(ValueError, match=r"--compare needs torch and transformers; got .*"),
@@ -175,6 +192,38 @@ def test_plot(bench: Bench, tmp_path: Path) -> None:
     picture = tmp_path / "picture.png"
     bench("throughput", *words, "--plot", str(picture), *SMALL)
     assert picture.read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match=r"--plot draws .*png.*; got 'a\.txt'"):
+        require_matplotlib("a.txt")
+
+
+def test_a_plot_is_of_one_run(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib", reason='no matplotlib here; pip install "jinfer[bench]"')
+    assert main("bench throughput --num-prompts 1 4 --plot a.png".split()) == 2
+    assert "--plot draws one run; got --num-prompts 1 4" in capsys.readouterr().err
+
+
+def test_no_turn_of_a_comparison_finds_what_an_earlier_one_computed(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cached = []
+
+    @contextmanager
+    def none(*_: Any, **__: Any) -> Iterator[dict[str, Any]]:
+        yield {}
+
+    def run(*args: Any, **keywords: Any) -> Recording:
+        recording = run_jobs(*args, **keywords)
+        cached.append(recording.num_cached_tokens)
+        return recording
+
+    monkeypatch.setattr(bench_engine, "transformers_runs", none)
+    monkeypatch.setattr(bench_engine, "run_jobs", run)
+    words = ["--num-prompts", "2", "--input-tokens", "40", "--output-tokens", "2"]
+    out, figures = bench("throughput", "--compare", *words, *SMALL)
+    assert cached == [0] * 4
+    [row] = figures["compared"]
+    assert row["num_input_tokens"] == 80 and len(row["turns_s"]["jinfer"]) == 3
+    assert "fixed, 2 requests" in out
 
 
 @pytest.mark.agreement

@@ -142,7 +142,7 @@ def test_goodput_counts_who_met_every_goal() -> None:
         assert report.rates()["good_requests_per_s"] == num_good / 4
         assert ("goodput" in report_text(report)) == bool(words)
     report = make_report([(recording(), CEILINGS)], Goals.parse(["ttft:1000", "tpot:800"]))
-    said = "of requests within TTFT 1,000 ms, TPOT 800 ms; 0.250 a second"
+    said = "of requests within TTFT 1,000, TPOT 800 ms\n                    0.250  a second"
     assert f"goodput            50.0 %  {said}" in report_text(report)
     assert report.as_json()["goals_ms"] == {"TTFT": 1000, "TPOT": 800}
 
@@ -155,11 +155,25 @@ def test_goals_that_are_none(words: list[str]) -> None:
 
 def test_report_reads_well() -> None:
     text = report_text(make_report([(recording(), CEILINGS)]))
+    assert "2 steps had to move 1.10 GB and to compute 6.00 GFLOP," in text
+    assert "ITL 0" not in text
     assert max(map(len, text.splitlines())) <= WIDTH
     assert "at least 1.50 s at the rates measured beside them; took 3.00 s: 50.0 % reached" in text
     assert "at the rate of reading alone at least 2.50 s: 83.3 % reached" in text
     assert "waited for host    25.0 %  of the time with requests" in text
     assert "from prefix cache   1,234  prompt tokens" in text
+    goals = Goals.parse(["ttft:60000", "tpot:60000", "e2el:60000"])
+    text = report_text(make_report([(recording(), CEILINGS)], goals))
+    assert max(map(len, text.splitlines())) <= WIDTH
+
+
+def test_tokens_that_come_together_are_told() -> None:
+    burst = recording()
+    for one in burst.served:
+        one.token_s = [1.0] * 4
+    assert "tokens of one dispatch come together: ITL 0" in report_text(
+        make_report([(burst, CEILINGS)])
+    )
 
 
 def test_two_recordings_add_up() -> None:
@@ -175,8 +189,11 @@ def test_comparison_takes_turns_and_drops_the_first() -> None:
     runs = {name: lambda jobs, name=name: turns.append(name) for name in ("jinfer", "other")}
     row = compare(runs, [Job(prompt_ids=(3, 4), num_output_tokens=7)] * 2, repeats=2)
     assert turns == ["jinfer", "other"] * 3
-    assert row.num_jobs == 2 and row.num_output_tokens == 14
-    told = Compared(num_jobs=8, num_output_tokens=100, median_s={"jinfer": 0.5, "other": 2.0})
+    assert row.num_jobs == 2 and row.num_input_tokens == 4 and row.num_output_tokens == 14
+    assert [len(times) for times in row.turns_s.values()] == [2, 2]
+    turns_s = {"jinfer": [0.5, 9.0, 0.4], "other": [2.0, 1.0, 2.5]}
+    told = Compared(num_jobs=8, num_input_tokens=64, num_output_tokens=100, turns_s=turns_s)
+    assert told.as_json()["s"] == {"jinfer": 0.5, "other": 2.0}
     assert compared_text([told], 3).splitlines()[:2] == [
         "prompts  jinfer  other  ratio",
         "8           200   50.0   4.00",
@@ -184,8 +201,30 @@ def test_comparison_takes_turns_and_drops_the_first() -> None:
 
 
 def test_startup_table() -> None:
-    cold = {"import_s": 1.0, "engine_s": 20.5, "first_token_s": 0.1, "total_s": 22.0}
-    counts = {"num_compiled": 9.0, "num_read": 0.0, "compile_s": 30.0}
-    text = startup_text({"cold": {**cold, **counts}, "warm": {**cold, **counts, "engine_s": 2.0}})
-    assert "weights, plan, programs      20.50   2.00" in text
-    assert "programs compiled                9      9" in text
+    cold = {
+        "import_s": 1.0,
+        "engine_s": 20.5,
+        "weights_s": 4.0,
+        "weights_bytes": 2_000_000_000,
+        "programs_s": 20.0,
+        "program_s": {"step of 512 tokens": 15.25, "decode of 8 rows": 5.5},
+        "first_token_s": 0.1,
+        "total_s": 22.0,
+        "num_compiled": 2,
+        "num_read": 0,
+    }
+    text = startup_text({"cold": cold, "random": {**cold, "engine_s": 2.0, "weights_s": None}})
+    assert text.splitlines() == [
+        "seconds                      cold  random",
+        "import jinfer and JAX        1.00    1.00",
+        "engine, all that it does    20.50    2.00",
+        "  of it weights              4.00       -",
+        "  beside them programs      20.00   20.00",
+        "first token                  0.10    0.10",
+        "process, from start to end  22.00   22.00",
+        "weights, GB/s               0.500       -",
+        "programs compiled               2       2",
+        "programs read from disk         0       0",
+        "  step of 512 tokens        15.25   15.25",
+        "  decode of 8 rows           5.50    5.50",
+    ]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from jinfer.bench.table import WIDTH, figure, percent, table
+from jinfer.bench.table import WIDTH, amount, figure, percent, table
 
 
 def test_columns_line_up() -> None:
@@ -38,6 +38,10 @@ def test_a_reason_stands_for_the_figures_and_goes_on_below() -> None:
 )
 def test_figures_have_three_digits(value: float, said: str) -> None:
     assert figure(value) == said
+
+
+def test_amounts() -> None:
+    assert [amount(v, "B") for v in (2.5e12, 42.9e9, 1.25e6)] == ["2.50 TB", "42.9 GB", "1.25 MB"]
 
 
 def test_percent() -> None:

@@ -84,6 +84,7 @@ def test_a_trace_keeps_its_times_and_is_scaled(tmp_path: Path) -> None:
     [
         ("a,b\n1,2\n", "must be a CSV file with the columns TIMESTAMP"),
         (HEADER + "now,1,2\n", "must be a CSV file"),
+        (HEADER + "2023-11-16 18:15:46.6805900,374\n", "must be a CSV file"),
         (HEADER, "must hold requests; got none"),
     ],
 )
