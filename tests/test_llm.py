@@ -13,9 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jinfer.engine
 from jinfer import LLM, RequestError, SamplingParams
+from jinfer.engine import STEPS_WITH_STOP_STRINGS
 from jinfer.running import Continuation
-from jinfer.schedule.scheduler import Scheduler
+from jinfer.schedule.scheduler import STEPS_WHILE_WAITING, Scheduler
 
 # Two programs, the same in every module, so that they are compiled once.
 SMALL = {"max_num_seqs": 8, "max_num_batched_tokens": 8, "max_model_len": 128, "progress": False}
@@ -170,6 +172,35 @@ def test_a_stream_that_ends_inside_a_step_leaves_after_it(
     monkeypatch.setattr(Scheduler, "_trim", collect)
     assert [ids_of(output) for output in llm.generate(PROMPTS, greedy(8))] == wanted
     assert not abandoned and not llm.engine.scheduler.has_work
+
+
+def test_a_dispatch_is_long_unless_the_host_must_look(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[tuple[int, int]] = []  # of each dispatch that decodes: who waited, and how many
+    pack_decode = jinfer.engine.pack_decode
+
+    def note(plan: Any, *args: Any, **keywords: Any) -> Any:
+        steps.append((llm.engine.scheduler.num_waiting, plan.num_steps))
+        return pack_decode(plan, *args, **keywords)
+
+    def most(params: SamplingParams) -> int:
+        steps.clear()
+        llm.generate(PROMPTS[0], params)
+        return max(num_steps for _, num_steps in steps)
+
+    monkeypatch.setattr(jinfer.engine, "pack_decode", note)
+    assert most(greedy(60)) > STEPS_WITH_STOP_STRINGS
+    assert most(greedy(60, stop=["not in the answer"])) == STEPS_WITH_STOP_STRINGS
+    steps.clear()
+    list(llm.stream(PROMPTS[0], greedy(10)))
+    assert {num_steps for _, num_steps in steps} == {1}
+    steps.clear()
+    num_slots = llm.engine.plan.max_slots
+    llm.generate([[5]] * (num_slots + 1), [greedy(20)] * num_slots + [greedy(60)])
+    waited = {num_steps for num_waiting, num_steps in steps if num_waiting}
+    assert waited and max(waited) == STEPS_WHILE_WAITING
+    assert max(steps)[1] <= max(num_steps for num_waiting, num_steps in steps if not num_waiting)
 
 
 def test_streams_in_turn_both_end(llm: LLM) -> None:
@@ -401,6 +432,7 @@ def test_a_failure_inside_one_request_ends_that_one_only(
     assert isinstance(failed.error, UnicodeError) and failed.finished
     assert failed.outputs[0].finish_reason == "error" and ids_of(failed) == wanted[1][:2]
     assert failed.metrics.e2e_s is not None
+    assert llm.metrics().num_finished["error"] >= 1 and "abort" not in str(failed.outputs[0])
     with pytest.raises(UnicodeError, match="the detokenizer broke"):
         llm.generate([[5], [6], [7]], GREEDY)
     with pytest.raises(UnicodeError, match="the detokenizer broke"):

@@ -44,8 +44,13 @@ def test_programs_are_kept_although_jax_went_without(tmp_path: Path) -> None:
 
 
 def test_the_users_own_folder_is_kept(suite_cache: str) -> None:
+    settings = "jax_persistent_cache_min_compile_time_secs"
+    before = jax.config.values[settings]
+    jax.config.update(settings, 1.0)  # JAX's own
     use_compilation_cache(None)
     assert jax.config.jax_compilation_cache_dir == suite_cache
+    assert jax.config.values[settings] == 0.0  # short programs are kept there as well
+    jax.config.update(settings, before)
 
 
 def test_a_folder_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,19 +2,34 @@
 
 import gc
 import os
+import re
 import threading
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import CancelledError
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from aot_programs import LLAMA_3_8B, programs_for
 
+from jinfer.config import EngineConfig
+from jinfer.resolve import resolve_plan
 from jinfer.step.compiler_options import compiler_options
 from jinfer.step.programs import CompileGuard, Compiling, Program
 
+TINY = replace(
+    LLAMA_3_8B,
+    vocab_size=128,
+    width=32,
+    mlp_width=48,
+    num_layers=2,
+    num_q_heads=4,
+    num_kv_heads=2,
+    head_width=8,
+)
 VECTOR_4 = jax.ShapeDtypeStruct((4,), jnp.float32)
 
 
@@ -163,3 +178,19 @@ def test_a_closed_guard_hears_nothing() -> None:
 def test_an_unknown_action_is_refused() -> None:
     with pytest.raises(ValueError, match="late_compile must be 'warn' or 'error'; got 'ignore'"):
         CompileGuard("ignore")
+
+
+def test_programs_and_the_parts_of_a_step_have_names_in_profiles() -> None:
+    plan = resolve_plan(
+        EngineConfig(model="-", max_num_seqs=4, max_num_batched_tokens=16),
+        TINY,
+        platform="cpu",
+        free_bytes=1 << 24,
+    )
+    programs = {program.name: program for program in programs_for(jax.devices()[:1], TINY, plan)}
+    step = programs["step of 16 tokens"].lower().as_text(debug_info=True)
+    decode = programs["decode of 4 rows"].lower().as_text(debug_info=True)
+    assert "@jit_step_of_16_tokens" in step and "@jit_decode_of_4_rows" in decode
+    parts = "embed", "attention", "paged_attention", "mlp", "logits", "sample", "logprobs"
+    for part in parts:
+        assert re.search(f'["/]{part}/', step) and re.search(f'["/]{part}/', decode), part
