@@ -57,6 +57,8 @@ _ROWS = (
     ("engine, all that it does", "engine_s"),
     ("  of it weights", "weights_s"),
     ("  beside them programs", "programs_s"),
+)
+_ROWS_BELOW = (
     ("first token", "first_token_s"),
     ("process, from start to end", "total_s"),
 )
@@ -69,14 +71,18 @@ def startup_text(figures: Mapping[str, Figures]) -> str:
     def row(said: str, cell: Callable[[Figures], str]) -> tuple[str, ...]:
         return (said, *map(cell, columns))
 
-    rows = [row(said, lambda each, key=key: _seconds(each[key])) for said, key in _ROWS]
+    def seconds(said: str, key: str) -> tuple[str, ...]:
+        return row(said, lambda each: _seconds(each[key]))
+
+    rows = [seconds(said, key) for said, key in _ROWS]
+    rows += [
+        row(f"    {name}", lambda each, name=name: _seconds(each["program_s"].get(name)))
+        for name in columns[0]["program_s"]
+    ]
+    rows += [seconds(said, key) for said, key in _ROWS_BELOW]
     rows.append(row("weights, GB/s", _load_rate))
     rows.append(row("programs compiled", lambda each: f"{each['num_compiled']:.0f}"))
     rows.append(row("programs read from disk", lambda each: f"{each['num_read']:.0f}"))
-    rows += [
-        row(f"  {name}", lambda each, name=name: _seconds(each["program_s"].get(name)))
-        for name in columns[0]["program_s"]
-    ]
     return table(("seconds", *figures), rows)
 
 

@@ -220,11 +220,11 @@ def test_startup_table() -> None:
         "engine, all that it does    20.50    2.00",
         "  of it weights              4.00       -",
         "  beside them programs      20.00   20.00",
+        "    step of 512 tokens      15.25   15.25",
+        "    decode of 8 rows         5.50    5.50",
         "first token                  0.10    0.10",
         "process, from start to end  22.00   22.00",
         "weights, GB/s               0.500       -",
         "programs compiled               2       2",
         "programs read from disk         0       0",
-        "  step of 512 tokens        15.25   15.25",
-        "  decode of 8 rows           5.50    5.50",
     ]
