@@ -64,7 +64,7 @@ class AsyncLLM:
         Args:
           prompt: text, token ids, or a dict as in `LLM.generate`.
           sampling_params: None = as the checkpoint suggests.
-          request_id: unique among the running ones; None = a number.
+          request_id: unique among the running ones; None = a random one.
           priority: of two that wait, the lower begins first.
 
         Raises:

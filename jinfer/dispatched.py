@@ -21,6 +21,11 @@ class Dispatched:
     num_places: int  # tokens or rows of its program, padding included; in each of its steps
     start_s: float  # of `time.monotonic()`, when it was sent
 
+    @property
+    def is_done(self) -> bool:
+        """Whether reading would not wait."""
+        return all(array.is_ready() for array in jax.tree.leaves(self.output))
+
     def read(self) -> Iterator[tuple[StepOutput, list[tuple[Chunk, range]]]]:
         """Waits, and yields each step's output with its chunks and their readouts."""
         output = jax.device_get(self.output)  # the wait

@@ -220,7 +220,7 @@ class Engine:
     def dispatch(self) -> Dispatched | None:
         """The first half of a turn: sends the next step; returns the one before, to be read."""
         self.require_alive()
-        self._pacing.turn_begins()
+        self._pacing.turn_begins(self._pending)
         with self._one_turn():
             dispatched = self._dispatch()
             pending, self._pending = self._pending, dispatched
@@ -347,9 +347,10 @@ class Engine:
 
     def _read(self, dispatched: Dispatched) -> list[RunningRequest]:
         advanced: dict[str, RunningRequest] = {}
+        was_done = dispatched.is_done
         for output, chunks in dispatched.read():
             now = time.monotonic()
-            self._pacing.was_read(dispatched, now)
+            self._pacing.was_read(dispatched, now, was_done=was_done)
             if self.observer is not None:
                 self.observer.read([chunk for chunk, _ in chunks], dispatched.num_places)
             for chunk, readouts in chunks:

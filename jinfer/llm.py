@@ -70,11 +70,13 @@ class LLM:
     def close(self) -> None:
         """Frees the device memory. Idempotent; the object cannot be used afterwards."""
         self._renderer.close()
-        self.engine.close()
+        with self._turning():
+            self.engine.close()
 
     def reset_prefix_cache(self) -> None:
         """Forgets every cached prefix, so that the next prompts are computed whole."""
-        self.engine.reset_prefix_cache()
+        with self._turning():
+            self.engine.reset_prefix_cache()
 
     def metrics(self) -> MetricsSnapshot:
         """What runs and waits now, and counts and times since the start; cheap, always on."""
@@ -296,13 +298,12 @@ class LLM:
             yield self._steps(requests)
         finally:
             self._left.extend(request.request_id for request in requests)
-            if not self._is_turning:
-                with deferred(), self._turning():
-                    pass
+            with deferred():
+                self._let_go()
 
     @contextmanager
     def _turning(self) -> Iterator[None]:
-        """The engine changes in here; requests that were left, even meanwhile, leave it at the end.
+        """The engine changes in here, and no request leaves it meanwhile, but at the end.
 
         Python's garbage collector ends an abandoned stream wherever it happens to run, which may
         be in the middle of a step, when the scheduler must not change.
@@ -311,9 +312,15 @@ class LLM:
         try:
             yield
         finally:
+            self._is_turning = False
+            self._let_go()
+
+    def _let_go(self) -> None:
+        """Requests that were left leave the engine, unless it is changing: then they do after."""
+        while self._left and not self._is_turning:
+            self._is_turning = True
             try:
-                while self._left:
-                    self.engine.abort(self._left.popleft())
+                self.engine.abort(self._left.popleft())
             finally:
                 self._is_turning = False
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence as Seq
 from dataclasses import replace
 
-from jinfer.errors import RequestError
+from jinfer.errors import RequestError, without_frames
 from jinfer.request.detokenizer import Detokenizer
 from jinfer.request.output import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from jinfer.request.params import SamplingParams
@@ -93,7 +93,7 @@ class RunningRequest:
 
     def fail(self, error: Exception) -> None:
         """Ends the request with an error; what was generated so far remains readable."""
-        self.error = error
+        self.error = without_frames(error)
         for continuation in self.unfinished:
             continuation.finish = Finish.ERROR
 

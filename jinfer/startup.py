@@ -70,8 +70,9 @@ Compiled = dict[str, jax.stages.Compiled]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StartReport:
-    """What start-up did, in figures; its lines on stderr tell the same."""
+    """What start-up did, in figures."""
 
+    weights_s: float  # reading or making them
     weights: LoadReport | None  # None of random ones
     programs: CompileReport
 
@@ -139,7 +140,9 @@ def load(config: EngineConfig, devices: Sequence[jax.Device] | None = None) -> L
     pages = slots = runner = None
     with _compiling(programs, placement.devices, config.progress) as compiling:
         hold = hold_as(plan.weight_layout, placement.sharding)
+        start_s = time.perf_counter()
         params, weights = _load_weights(config, model, held, folder, plan, hold, say)
+        weights_s = time.perf_counter() - start_s
         try:
             compiled, made = compiling.result()
             say(made)
@@ -163,7 +166,7 @@ def load(config: EngineConfig, devices: Sequence[jax.Device] | None = None) -> L
                 plan=plan,
                 runner=runner,
                 min_restored_pages=min_restored_pages,
-                report=StartReport(weights=weights, programs=made),
+                report=StartReport(weights_s=weights_s, weights=weights, programs=made),
             )
         except BaseException:
             # A notebook keeps the traceback, and that what it can see.

@@ -200,7 +200,8 @@ def test_a_dispatch_is_long_unless_the_host_must_look(
     llm.generate([[5]] * (num_slots + 1), [greedy(20)] * num_slots + [greedy(60)])
     waited = {num_steps for num_waiting, num_steps in steps if num_waiting}
     assert waited and max(waited) == STEPS_WHILE_WAITING
-    assert max(steps)[1] <= max(num_steps for num_waiting, num_steps in steps if not num_waiting)
+    alone = max(num_steps for num_waiting, num_steps in steps if not num_waiting)
+    assert alone > STEPS_WHILE_WAITING
 
 
 def test_streams_in_turn_both_end(llm: LLM) -> None:
@@ -432,7 +433,9 @@ def test_a_failure_inside_one_request_ends_that_one_only(
     assert isinstance(failed.error, UnicodeError) and failed.finished
     assert failed.outputs[0].finish_reason == "error" and ids_of(failed) == wanted[1][:2]
     assert failed.metrics.e2e_s is not None
-    assert llm.metrics().num_finished["error"] >= 1 and "abort" not in str(failed.outputs[0])
+    # Frames would keep a step's arrays on the device for as long as somebody keeps the output.
+    assert failed.error.__traceback__ is None
+    assert "detokenizer broke" in failed.error.__notes__[0]
     with pytest.raises(UnicodeError, match="the detokenizer broke"):
         llm.generate([[5], [6], [7]], GREEDY)
     with pytest.raises(UnicodeError, match="the detokenizer broke"):
@@ -441,6 +444,25 @@ def test_a_failure_inside_one_request_ends_that_one_only(
     assert completed[0].error is None and completed[1].error is not None
     with pytest.raises(UnicodeError, match="the detokenizer broke"):
         dict(llm.as_completed([[5], [6]], GREEDY))
+
+
+def test_a_request_whose_second_output_fails_counts_as_an_error(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    accept = Continuation._accept_token
+
+    def fail(self: Continuation, token_id: int) -> None:
+        if self.sequence.index == 1 and len(self.sequence.output_ids) == 3:
+            raise UnicodeError("the detokenizer broke")
+        accept(self, token_id)
+
+    monkeypatch.setattr(Continuation, "_accept_token", fail)
+    before = llm.metrics().num_finished
+    [output] = llm.generate([[5]], greedy(3, n=2), on_error="return")
+    after = llm.metrics().num_finished
+    assert output.error is not None and output.outputs[0].finish_reason == "length"
+    assert after["error"] == before.get("error", 0) + 1
+    assert after.get("length") == before.get("length")
 
 
 def test_ctrl_c_in_the_middle_leaves_a_whole_engine(llm: LLM) -> None:

@@ -30,19 +30,21 @@ def main() -> None:
             params = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True)
             llm.generate([[3, 4, 5, 6]], params, use_tqdm=False)
             answered_s = time.perf_counter()
-            engine = llm.engine.engines[0] if isinstance(llm.engine, Replicas) else llm.engine
-            report = engine.start_report
-            told = {**devices(), "plan": asdict(engine.plan)}
-    weights, programs = report.weights, report.programs
+            engines = llm.engine.engines if isinstance(llm.engine, Replicas) else [llm.engine]
+            reports = [engine.start_report for engine in engines]
+            told = {**devices(), "plan": asdict(engines[0].plan)}
+    loads = [report.weights for report in reports]
+    programs = [report.programs for report in reports]
+    names = programs[0].program_s
     figures = {
         **told,
         "import_s": IMPORTED_S - BEGUN_S,
         "engine_s": ready_s - start_s,
         "first_token_s": answered_s - ready_s,
-        "weights_s": weights and weights.elapsed_s,
-        "weights_bytes": weights and weights.file_bytes,
-        "programs_s": programs.elapsed_s,
-        "program_s": dict(programs.program_s),
+        "weights_s": sum(report.weights_s for report in reports),
+        "weights_bytes": sum(load.file_bytes for load in loads if load is not None),
+        "programs_s": sum(each.elapsed_s for each in programs),
+        "program_s": {name: sum(each.program_s[name] for each in programs) for name in names},
         **log.figures(),
     }
     print(json.dumps(figures))

@@ -91,6 +91,6 @@ def _seconds(value: float | None) -> str:
 
 
 def _load_rate(figures: Figures) -> str:
-    if figures["weights_s"] is None:  # random ones
+    if not figures["weights_bytes"]:  # random ones
         return "-"
     return figure(figures["weights_bytes"] / 1e9 / figures["weights_s"])

@@ -58,7 +58,7 @@ def figure(value: float) -> str:
 
 
 def amount(value: float, unit: str) -> str:
-    """In thousands, millions, ... of a unit: "42.9 GB"."""
+    """In millions of a unit, or thousands or millions of these: "42.9 GB"."""
     for size, letter in ((1e12, "T"), (1e9, "G")):
         if value >= size:
             return f"{figure(value / size)} {letter}{unit}"

@@ -93,40 +93,45 @@ def _asks_goals(args: Namespace) -> bool:
 def _check(args: Namespace) -> None:
     if args.plot is not None:
         require_matplotlib(args.plot)
-    require_profile_folder(args.profile)
     if _asks_goals(args):
         Goals.parse(args.goodput)  # refused now, not after the run
-    if args.benchmark == "latency":
-        return
+    if args.benchmark != "latency":
+        _check_workload(args)
+    require_profile_folder(args.profile)  # which makes it
+
+
+def _check_workload(args: Namespace) -> None:
     if (args.workload == "trace") != (args.trace is not None):
         raise ValueError(
             "--workload trace and --trace FILE go together; "
             f"got --workload {args.workload}, --trace {args.trace}. Give both or neither."
         )
     _settle_lengths(args)
-    if not 0 < args.scale < math.inf:
-        raise ValueError(f"--scale must be above 0; got {args.scale}. Choose such a factor.")
+    if args.workload == "trace" and not 0 < args.scale < math.inf:
+        raise ValueError(
+            f"--scale must be above 0 and finite; got {args.scale}. Choose such a factor."
+        )
     if args.benchmark == "throughput":
         _check_compare(args)
     if args.benchmark == "serve" and args.rate is not None and not 0 < args.rate < math.inf:
-        raise ValueError(f"--rate must be above 0; got {args.rate}. Choose such a rate.")
+        raise ValueError(f"--rate must be above 0 and finite; got {args.rate}. Choose such a rate.")
     if args.plot is not None and len(args.num_prompts) > 1:
         raise ValueError(
             f"--plot draws one run; got --num-prompts {' '.join(map(str, args.num_prompts))}. "
             "Give one number."
         )
-    if args.trace is not None:  # refused now, not once the engine stands
+    if args.workload == "trace":  # refused now, not once the engine stands
         read_trace(args.trace, max(args.num_prompts), args.scale)
 
 
 def _settle_lengths(args: Namespace) -> None:
-    """Fills in what was left out, and refuses what the workload would ignore."""
+    """Fills in what the workload takes and nobody said, and refuses what it would ignore."""
     used = LENGTHS_OF[args.workload]
     for name, default in LENGTH_DEFAULTS.items():
         value = getattr(args, name)
-        if value is None:
+        if value is None and name in used:
             setattr(args, name, default)
-        elif name not in used:
+        elif value is not None and name not in used:
             flag = f"--{name.replace('_', '-')}"
             raise ValueError(
                 f"{flag} does nothing with --workload {args.workload}; got {flag} {value}. Drop it."

@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from jinfer.cli.arguments import engine_args, sampling_args
-from jinfer.cli.profile import profiled
+from jinfer.cli.profile import profiled, require_profile_folder
 from jinfer.cli.prompts import read_prompts
 from jinfer.cli.screen import counted, milliseconds, note, show
 from jinfer.errors import RequestError
@@ -34,6 +34,7 @@ def generate(args: Namespace) -> int:
     params = SamplingParams(**chosen)  # a slip is told before the model is loaded
     if not args.json:
         _refuse_unshown(args, params)
+    require_profile_folder(args.profile)
     asked = {**made_to_measure(prompts, params.n, args), **engine_args(args)}
     with LLM(args.model, **asked) as llm:
         params = replace(llm.get_default_sampling_params(), **chosen)

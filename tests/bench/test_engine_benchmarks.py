@@ -141,8 +141,14 @@ def test_startup_for_a_chip_that_is_not_here(bench: Bench) -> None:
         ("serve --trace a.csv", "go together; got --workload fixed, --trace a.csv"),
         ("throughput --repeats 2", "--repeats does nothing without --compare; got --repeats 2"),
         ("throughput --compare --profile a", "--profile does nothing with --compare"),
-        ("throughput --workload trace --trace a --scale 0", r"--scale must be above 0; got 0.0"),
-        ("serve --workload trace --trace a --scale inf", r"--scale must be above 0; got inf"),
+        (
+            "throughput --workload trace --trace a --scale 0",
+            r"--scale must be above 0 and finite; got 0.0",
+        ),
+        (
+            "serve --workload trace --trace a --scale inf",
+            r"--scale must be above 0 and finite; got inf",
+        ),
         ("throughput --workload trace --trace /no/such", "--trace must be a CSV file"),
         ("throughput --scale 2", "--scale does nothing with --workload fixed; got --scale 2.0"),
         ("serve --shared-tokens 8", "--shared-tokens does nothing with --workload fixed"),
@@ -153,8 +159,8 @@ def test_startup_for_a_chip_that_is_not_here(bench: Bench) -> None:
         ),
         ("throughput --workload poem", "invalid choice: 'poem'"),
         ("serve --goodput ttft=5", "--goodput takes ttft, tpot and e2el"),
-        ("serve --rate -1", r"--rate must be above 0; got -1.0"),
-        ("serve --rate nan", r"--rate must be above 0; got nan"),
+        ("serve --rate -1", r"--rate must be above 0 and finite; got -1.0"),
+        ("serve --rate nan", r"--rate must be above 0 and finite; got nan"),
         ("latency --profile /proc/trace", "needs a folder that can be written; got '/proc/trace'"),
         ("latency --batch-size 0", "a number from 1 on; got '0'"),
         ("startup --compilation-cache /x", "startup makes a folder of its own"),
@@ -168,10 +174,13 @@ def test_bad_input(
     message: str,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
     monkeypatch.setattr(bench_engine, "measure_ceilings", lambda platform, dtype: CEILINGS)
+    monkeypatch.chdir(tmp_path)
     assert main(["bench", *words.split()]) == 2
     assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_is_not_installed_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -213,12 +213,12 @@ def test_startup_table() -> None:
         "num_compiled": 2,
         "num_read": 0,
     }
-    text = startup_text({"cold": cold, "random": {**cold, "engine_s": 2.0, "weights_s": None}})
+    text = startup_text({"cold": cold, "random": {**cold, "engine_s": 2.0, "weights_bytes": 0}})
     assert text.splitlines() == [
         "seconds                      cold  random",
         "import jinfer and JAX        1.00    1.00",
         "engine, all that it does    20.50    2.00",
-        "  of it weights              4.00       -",
+        "  of it weights              4.00    4.00",
         "  beside them programs      20.00   20.00",
         "    step of 512 tokens      15.25   15.25",
         "    decode of 8 rows         5.50    5.50",
