@@ -119,16 +119,7 @@ def load(config: EngineConfig, devices: Sequence[jax.Device] | None = None) -> L
     placement = Placement(make_mesh(devices or jax.devices(), config.tensor_parallel_size))
     _require_every_process(placement)
     held = held_model(model, config.tensor_parallel_size)
-    # What is measured here may be more elsewhere, or less; the plan has to be the same.
-    free_bytes = min(map(int, gather("free bytes", str(free_bytes_each(placement.local_devices)))))
-    plan = resolve_plan(
-        config,
-        model,
-        platform=platform,
-        free_bytes=_room_beside_weights(config, held, platform, free_bytes),
-        device_kind=placement.devices[0].device_kind,
-    )
-    require_served(plan, chip_share(held, plan.tensor_parallel_size))
+    plan = _plan_for(config, model, held, placement, platform)
     for line in (*_plan_lines(plan), _capacity_line(plan)):
         say(line)
     if config.load_format != "dummy":
@@ -142,8 +133,9 @@ def load(config: EngineConfig, devices: Sequence[jax.Device] | None = None) -> L
         hold = hold_as(plan.weight_layout, placement.sharding)
         start_s = time.perf_counter()
         params, weights = _load_weights(config, model, held, folder, plan, hold, say)
-        weights_s = time.perf_counter() - start_s
         try:
+            jax.block_until_ready(params)
+            weights_s = time.perf_counter() - start_s
             compiled, made = compiling.result()
             say(made)
             _require_same_plan(gather("plan", repr(plan)))  # and all are here, for collectives
@@ -271,6 +263,27 @@ def _room_beside_weights(
     return free_bytes - weight_bytes
 
 
+def _plan_for(
+    config: EngineConfig,
+    model: ModelConfig,
+    held: ModelConfig,
+    placement: Placement,
+    platform: str,
+) -> EnginePlan:
+    """What the devices have room for; refused where the attention does not serve it."""
+    # What is measured here may be more elsewhere, or less; the plan has to be the same.
+    free_bytes = min(map(int, gather("free bytes", str(free_bytes_each(placement.local_devices)))))
+    plan = resolve_plan(
+        config,
+        model,
+        platform=platform,
+        free_bytes=_room_beside_weights(config, held, platform, free_bytes),
+        device_kind=placement.devices[0].device_kind,
+    )
+    require_served(plan, chip_share(held, plan.tensor_parallel_size))
+    return plan
+
+
 def _folder_of(name: str | Path) -> Path:
     return find_shipped(name) or resolve_model(name)
 
@@ -286,11 +299,8 @@ def _load_weights(
 ) -> tuple[Params, LoadReport | None]:
     tree: dict[str, Any] = {"dtype": plan.dtype, "layer_loop": plan.layer_loop, "held": held}
     if config.load_format == "dummy":
-        start_s = time.perf_counter()
-        params = jax.block_until_ready(dummy_params(model, **tree, seed=config.seed, hold=hold))
-        elapsed_s = time.perf_counter() - start_s
-        said = f"{model.num_parameters:,} random parameters, {plan.dtype}"
-        say(f"made {said}, in {elapsed_s:.1f} s")
+        params = dummy_params(model, **tree, seed=config.seed, hold=hold)
+        say(f"made {model.num_parameters:,} random parameters, {plan.dtype}")
         return params, None
     params, report = load_params(folder, model, **tree, put=partial(put_held, hold=hold))
     say(report)
