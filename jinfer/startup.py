@@ -323,8 +323,8 @@ def _capacity_line(plan: EnginePlan) -> str:
     concurrency = min(plan.max_slots, plan.kv_capacity / plan.max_model_len)
     return (
         f"KV cache {pool_gib:.2f} GiB of {plan.kv_dtype}: {plan.kv_capacity:,} tokens in "
-        f"{plan.num_pages - 1:,} pages of {plan.page_size}; {concurrency:.1f} sequences of "
-        f"{plan.max_model_len:,} tokens at once"
+        f"{plan.num_pages - 1:,} pages of {plan.page_size}, {concurrency:.1f} times "
+        f"{plan.max_model_len:,}"
     )
 
 

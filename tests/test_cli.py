@@ -341,15 +341,19 @@ def test_json(run: Callable[..., Ran]) -> None:
     "command",
     [
         ["generate", "The king", "--max-tokens", "3", *SMALL],
+        ["chat", "--max-tokens", "3", *SMALL],
         ["bench", "serve", *"--num-prompts 2 --input-tokens 8 --output-tokens 3".split(), *SMALL],
+        ["bench", "kernels", *"--cases decode_16* --implementation xla --repeats 1".split()],
     ],
-    ids=lambda command: command[0],
+    ids=lambda command: " ".join(command[:2]),
 )
 def test_profile(command: list[str], tmp_path: Path) -> None:
     # In a process of its own: once the TPU compiler has been loaded, JAX cannot trace any more.
     program = ["-c", "import sys; from jinfer.cli import main; sys.exit(main())"]
     words = [*command, "--profile", str(tmp_path / "trace")]
-    ran = subprocess.run([sys.executable, *program, *words], capture_output=True, text=True)
+    ran = subprocess.run(
+        [sys.executable, *program, *words], input="Hello.\n", capture_output=True, text=True
+    )
     assert ran.returncode == 0, ran.stderr
     assert list((tmp_path / "trace").rglob("*.xplane.pb"))
 

@@ -59,9 +59,10 @@ def compare(runs: dict[str, Run], jobs: Sequence[Job], repeats: int) -> Compared
     )
 
 
-def compared_text(rows: Sequence[Compared], repeats: int) -> str:
+def compared_text(rows: Sequence[Compared]) -> str:
     """Output tokens per second of each way, and how many times as fast the first is."""
     first, *others = rows[0].median_s
+    repeats = len(rows[0].turns_s[first])
     header = ["prompts", first]
     for name in others:
         header += [name, "ratio"]
@@ -76,6 +77,19 @@ def compared_text(rows: Sequence[Compared], repeats: int) -> str:
     return f"{table(header, lines)}\n\n{said}\n"
 
 
+def require_transformers() -> tuple[Any, Any]:
+    """torch and transformers, imported; raises ValueError where one of them is not installed."""
+    try:
+        import torch  # pyright: ignore[reportMissingImports]
+        import transformers  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise ValueError(
+            f"--compare needs torch and transformers; got {error}. "
+            'Do: pip install "jinfer[agreement]".'
+        ) from None
+    return torch, transformers
+
+
 @contextmanager
 def transformers_runs(folder: Path, *, dummy: bool, dtype: str) -> Iterator[dict[str, Run]]:
     """The ways of transformers, on as many threads as there are processors.
@@ -88,14 +102,7 @@ def transformers_runs(folder: Path, *, dummy: bool, dtype: str) -> Iterator[dict
     Raises:
       ValueError: torch or transformers is not installed.
     """
-    try:
-        import torch  # pyright: ignore[reportMissingImports]
-        import transformers  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
-        raise ValueError(
-            f"--compare needs torch and transformers; got {error}. "
-            'Do: pip install "jinfer[agreement]".'
-        ) from None
+    torch, transformers = require_transformers()
     loader, torch_dtype = transformers.AutoModelForCausalLM, getattr(torch, dtype)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

@@ -64,6 +64,15 @@ class Recording:
     num_cached_tokens: int
 
 
+def require_one_replica(data_parallel_size: int) -> None:
+    """Raises NotImplementedError for replicas: what is watched is one engine's steps."""
+    if data_parallel_size > 1:
+        raise NotImplementedError(
+            "a benchmark watches the steps of one replica; got data_parallel_size="
+            f"{data_parallel_size}. Leave it out."
+        )
+
+
 def run_jobs(llm: LLM, jobs: Sequence[Job], *, streams: bool) -> Recording:
     """Sends each job when it arrives and turns the engine's loop until all are answered.
 
@@ -73,11 +82,8 @@ def run_jobs(llm: LLM, jobs: Sequence[Job], *, streams: bool) -> Recording:
       streams: tokens are wanted one by one, as by the users of a service.
     """
     engine = llm.engine
-    if isinstance(engine, Replicas):
-        raise NotImplementedError(
-            "a benchmark watches the steps of one replica; got data_parallel_size="
-            f"{engine.config.data_parallel_size}. Leave it out."
-        )
+    require_one_replica(engine.config.data_parallel_size)
+    assert not isinstance(engine, Replicas)
     plan = engine.plan
     size = plan.tensor_parallel_size
     costs = Costs.of(  # of one chip, whose ceilings are measured

@@ -149,7 +149,6 @@ def _add_generate(parser: _Parser) -> None:
     parser.add_argument("prompts", nargs="*", metavar="PROMPT", help='text; "-" = standard input')
     parser.add_argument("--file", metavar="FILE", help="read prompts from a file")
     parser.add_argument("--json", action="store_true", help=_JSON)
-    parser.add_argument("--profile", metavar="FOLDER", help="write a trace for jax.profiler")
     _add_model(parser)
     report = partial(_add, parser.add_argument_group("what comes back"))
     report("n", type=int, metavar="N", help="outputs per prompt")
@@ -194,6 +193,7 @@ def _add_model(parser: _Parser) -> None:
         metavar="MODEL",
         help=f"a folder, a hub name org/name, or a shipped model (default: {DEFAULT_MODEL})",
     )
+    parser.add_argument("--profile", metavar="FOLDER", help="write a trace for jax.profiler")
     parser.add_argument("-q", "--quiet", action="store_true", help="only text and errors")
 
 

@@ -77,18 +77,19 @@ def add_bench(parser: Any, formatter: Any, add_engine: Callable[[Any], None]) ->
             allow_abbrev=False,
         )
         add_flags(command)
-        _add_report(command, plots=name not in ("kernels", "startup"))
+        _add_report(command, plots=name not in ("kernels", "startup"), profiles=name != "startup")
         if name != "kernels":
             add_engine(command)
         commands[f"bench {name}"] = command
     return commands
 
 
-def _add_report(parser: Any, *, plots: bool) -> None:
+def _add_report(parser: Any, *, plots: bool, profiles: bool) -> None:
     add = partial(_flag, parser.add_argument_group("report"))
     add("json", metavar="FILE", help="write every figure to this file")
     if plots:
         add("plot", metavar="FILE", help="draw times and rates (needs matplotlib)")
+    if profiles:
         add("profile", metavar="FOLDER", help="write a trace for jax.profiler's viewers")
 
 

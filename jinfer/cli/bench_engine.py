@@ -2,8 +2,9 @@
 
 import math
 from argparse import Namespace
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
@@ -13,13 +14,20 @@ import jax
 import numpy as np
 
 from jinfer.bench.ceilings import Ceilings, measure_ceilings
-from jinfer.bench.compare import compare, compared_text, transformers_runs
+from jinfer.bench.compare import (
+    Compared,
+    Run,
+    compare,
+    compared_text,
+    require_transformers,
+    transformers_runs,
+)
 from jinfer.bench.goals import Goals
 from jinfer.bench.machine import devices, machine_line, versions
 from jinfer.bench.models import SHAPES, model_arguments
 from jinfer.bench.plot import plot, require_matplotlib
 from jinfer.bench.report import make_report, report_text
-from jinfer.bench.runner import Recording, run_jobs
+from jinfer.bench.runner import Recording, require_one_replica, run_jobs
 from jinfer.bench.workload import (
     Job,
     fitted,
@@ -40,6 +48,16 @@ from jinfer.weights.hub import resolve_model
 
 COMPARED_TURNS = 3
 Plans = list[tuple[str, list[list[Job]]]]  # what is said of each run, and its batches, in turn
+Recorded = list[tuple[Recording, Ceilings]]  # each beside what the device could do
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Measured:
+    """One plan, run."""
+
+    said: str
+    recorded: Recorded
+    compared: Compared | None  # None: nobody was to be compared with
 
 
 def run(args: Namespace) -> dict[str, Any]:
@@ -48,8 +66,7 @@ def run(args: Namespace) -> dict[str, Any]:
     platform = platform_of(jax.devices()[0])
     with model_arguments(args.model) as keywords:
         asked = {"late_compile": "error", **keywords, **_sizes(args), **engine_args(args)}
-        if getattr(args, "compare", False):
-            return _compare(args, asked)
+        require_one_replica(asked.get("data_parallel_size", 1))
         measure = partial(measure_ceilings, platform, _product_dtype(args, platform))
         # Other work slows a CPU down from minute to minute, so it is measured beside every run; an
         # engine leaves an accelerator no memory for that, which is measured before it and after.
@@ -57,22 +74,30 @@ def run(args: Namespace) -> dict[str, Any]:
         beside = cache(measure) if is_steady else measure
         if is_steady:
             beside()
-        with LLM(**asked) as llm:
+        with LLM(**asked) as llm, _others(args, asked, llm) as others:
             model_line = _model_line(args, llm)
             runs = [
-                (said, _record(args, llm, batches, beside)) for said, batches in _plans(args, llm)
+                _run_plan(args, llm, others, said, batches, beside)
+                for said, batches in _plans(args, llm)
             ]
             told = _told(args, llm)
         if is_steady:
             last = measure()
-            runs = [(said, [(r, c.faster(last)) for r, c in recorded]) for said, recorded in runs]
+            runs = [
+                replace(run, recorded=[(r, ceilings.faster(last)) for r, ceilings in run.recorded])
+                for run in runs
+            ]
     show(f"{machine_line()}\n{model_line}\n")
     goals = Goals.parse(args.goodput) if _asks_goals(args) else Goals.of_engine(llm.engine.config)
-    reports = [_report(said, recorded, goals) for said, recorded in runs]
+    told["runs"] = [_report(run, goals) for run in runs]
+    if compared := [run.compared for run in runs if run.compared]:
+        show(f"\n{compared_text(compared)}")
+        told["compared"] = [row.as_json() for row in compared]
     if args.plot is not None:
-        said, recorded = runs[-1]
-        plot([recording for recording, _ in recorded], args.plot, title=f"{args.benchmark}: {said}")
-    return {**told, "runs": reports}
+        last_run = runs[-1]
+        recordings = [recording for recording, _ in last_run.recorded]
+        plot(recordings, args.plot, title=f"{args.benchmark}: {last_run.said}")
+    return told
 
 
 def _say(args: Namespace) -> Callable[[str], object]:
@@ -80,10 +105,13 @@ def _say(args: Namespace) -> Callable[[str], object]:
     return (lambda text: None) if args.quiet else note
 
 
-def _report(said: str, recorded: list[tuple[Recording, Ceilings]], goals: Goals) -> dict[str, Any]:
-    report = make_report(recorded, goals)
+def _report(run: _Measured, goals: Goals) -> dict[str, Any]:
+    report = make_report(run.recorded, goals)
+    said = run.said
+    if run.compared:
+        said += f"; jinfer, {counted(len(run.recorded), 'turn')}"
     show(f"\n{said}\n{report_text(report)}")
-    return {"workload": said, **report.as_json()}
+    return {"workload": run.said, **report.as_json()}
 
 
 def _asks_goals(args: Namespace) -> bool:
@@ -145,13 +173,13 @@ def _settle_lengths(args: Namespace) -> None:
 
 
 def _check_compare(args: Namespace) -> None:
-    """Refuses what a comparison, or a run without one, would ignore."""
-    asked = {"--plot": args.plot, "--profile": args.profile} if args.compare else {}
-    asked = asked or {"--repeats": args.repeats}
-    for flag, value in asked.items():
-        if value is not None:
-            which = "with" if args.compare else "without"
-            raise ValueError(f"{flag} does nothing {which} --compare; got {flag} {value}. Drop it.")
+    """Refuses what a comparison, or a run without one, would ignore, and one that cannot be."""
+    flag, which = ("profile", "with") if args.compare else ("repeats", "without")
+    value = getattr(args, flag)
+    if value is not None:
+        raise ValueError(f"--{flag} does nothing {which} --compare; got --{flag} {value}. Drop it.")
+    if args.compare:
+        require_transformers()
 
 
 def _sizes(args: Namespace) -> dict[str, int]:
@@ -227,9 +255,62 @@ def _said_lengths(lengths: Sequence[tuple[int, int]], num_cut: int) -> str:
     return f"; {num_input:,} tokens in, {num_output:,} out{cut}"
 
 
+@contextmanager
+def _others(args: Namespace, asked: dict[str, Any], llm: LLM) -> Iterator[dict[str, Run]]:
+    """Whom to compare with, by name; nobody where that was not asked."""
+    if not getattr(args, "compare", False):
+        yield {}
+        return
+    folder = Path(asked["model"]) if args.model in SHAPES else None
+    folder = folder or find_shipped(args.model) or resolve_model(args.model)
+    is_dummy = asked.get("load_format") == "dummy"
+    with transformers_runs(folder, dummy=is_dummy, dtype=llm.engine.plan.dtype) as runs:
+        yield runs
+
+
+def _run_plan(
+    args: Namespace,
+    llm: LLM,
+    others: Mapping[str, Run],
+    said: str,
+    batches: list[list[Job]],
+    measure: Callable[[], Ceilings],
+) -> _Measured:
+    if not others:
+        recorded = _record(args, llm, batches, measure)
+        return _Measured(said=said, recorded=recorded, compared=None)
+    [jobs] = batches
+    recorded, compared = _record_beside(args, llm, others, jobs, measure)
+    return _Measured(said=said, recorded=recorded, compared=compared)
+
+
+def _record_beside(
+    args: Namespace,
+    llm: LLM,
+    others: Mapping[str, Run],
+    jobs: list[Job],
+    measure: Callable[[], Ceilings],
+) -> tuple[Recorded, Compared]:
+    """Takes turns with the others; jinfer's turns are recorded as well."""
+    recordings = []
+
+    def answer(jobs: Sequence[Job]) -> None:
+        # The others compute every turn's prompts anew, so this does too.
+        llm.reset_prefix_cache()
+        recordings.append(run_jobs(llm, jobs, streams=False))
+
+    repeats = args.repeats or COMPARED_TURNS
+    turns = f"{counted(repeats + 1, 'turn')} of {counted(1 + len(others), 'way')}"
+    _say(args)(f"comparing on {counted(len(jobs), 'request')}, {turns}")
+    before = measure()
+    compared = compare({"jinfer": answer, **others}, jobs, repeats)
+    ceilings = before.faster(measure())
+    return [(recording, ceilings) for recording in recordings[1:]], compared  # as `compare` counts
+
+
 def _record(
     args: Namespace, llm: LLM, batches: list[list[Job]], measure: Callable[[], Ceilings]
-) -> list[tuple[Recording, Ceilings]]:
+) -> Recorded:
     """Runs the batches one after the other, each with what the device could do beside it.
 
     Of several batches the first is only to warm up; for one alone, its first job does that. What
@@ -261,34 +342,6 @@ def _model_line(args: Namespace, llm: LLM) -> str:
         f"{plan.attention} attention, {counted(plan.max_slots, 'slot')}, "
         f"steps of up to {counted(plan.max_step_tokens, 'token')}"
     )
-
-
-def _compare(args: Namespace, asked: dict[str, Any]) -> dict[str, Any]:
-    dummy = asked.get("load_format") == "dummy"
-    folder = Path(asked["model"]) if args.model in SHAPES else None
-    folder = folder or find_shipped(args.model) or resolve_model(args.model)
-    with (
-        LLM(**asked) as llm,
-        transformers_runs(folder, dummy=dummy, dtype=llm.engine.plan.dtype) as theirs,
-    ):
-        runs: dict[str, Callable[[Sequence[Job]], object]] = {
-            "jinfer": partial(_run_uncached, llm),
-            **theirs,
-        }
-        rows, repeats = [], args.repeats or COMPARED_TURNS
-        show(f"{machine_line()}\n{_model_line(args, llm)}\n\n")
-        for said, [jobs] in _plans(args, llm):
-            show(f"{said}\n")
-            rows.append(compare(runs, jobs, repeats))
-        show(f"\n{compared_text(rows, repeats)}")
-        told = _told(args, llm)
-    return {**told, "compared": [row.as_json() for row in rows]}
-
-
-def _run_uncached(llm: LLM, jobs: Sequence[Job]) -> None:
-    """The others compute every turn's prompts anew, so this does too."""
-    llm.reset_prefix_cache()
-    run_jobs(llm, jobs, streams=False)
 
 
 def _told(args: Namespace, llm: LLM) -> dict[str, Any]:

@@ -9,9 +9,10 @@ import jax
 from jinfer.bench.baselines import names_for
 from jinfer.bench.ceilings import measure_ceilings
 from jinfer.bench.chips import chip_named, default_target
-from jinfer.bench.kernel_cases import chosen
+from jinfer.bench.kernel_cases import Case, chosen
 from jinfer.bench.kernels import (
     IMPLEMENTATIONS,
+    Result,
     check_names,
     page_size_of,
     time_case,
@@ -19,6 +20,7 @@ from jinfer.bench.kernels import (
 )
 from jinfer.bench.kernels_ahead import check_targets, compile_cases, compiled_table
 from jinfer.bench.machine import machine_line, versions
+from jinfer.cli.profile import profiled, require_profile_folder
 from jinfer.cli.screen import note, show
 from jinfer.resolve import free_device_bytes, platform_of
 
@@ -31,7 +33,13 @@ def run(args: Namespace) -> dict[str, Any]:
     if args.dtype not in (None, *_DTYPES):
         raise ValueError(f"--dtype must be one of {', '.join(_DTYPES)}; got {args.dtype!r}.")
     if args.target:
+        if args.profile is not None:
+            raise ValueError(
+                f"--profile traces what runs; got --target {' '.join(args.target)}, with which "
+                "nothing does. Drop one of them."
+            )
         return _compile(args, args.target)
+    require_profile_folder(args.profile)
     device = jax.devices()[0]
     platform = platform_of(device)
     if platform == "cpu" and not args.cases and not args.implementation:
@@ -49,19 +57,12 @@ def _time(args: Namespace, device: jax.Device, platform: str) -> dict[str, Any]:
     dtype = args.dtype or ("float32" if platform == "cpu" else "bfloat16")
     cases = chosen(args.cases, small=platform == "cpu", dtype=dtype)
     ceilings = measure_ceilings(platform, dtype)
-    results = []
-    for case in cases:
-        for name in args.implementation or names_for(case, IMPLEMENTATIONS[platform], platform):
-            note(f"{case.name}, {name}")
-            result = time_case(
-                case,
-                name,
-                dtype=dtype,
-                page_size=args.page_size or page_size_of(case, platform, dtype),
-                free_bytes=free_device_bytes(device),
-                num_loops=args.repeats,
-            )
-            results.append(result)
+    with profiled(args.profile):
+        results = [
+            _time_one(args, case, name, device, dtype)
+            for case in cases
+            for name in args.implementation or names_for(case, IMPLEMENTATIONS[platform], platform)
+        ]
     pages = f"pages of {args.page_size} tokens" if args.page_size else "pages as the engine's"
     show(f"{machine_line()}\n{dtype}, {pages}; 32 query heads, 8 kv heads of width 128")
     show(f"\nin the same run: {ceilings}\n\n{timing_table(results, ceilings)}\n\n")
@@ -78,6 +79,18 @@ def _time(args: Namespace, device: jax.Device, platform: str) -> dict[str, Any]:
         "results": [result.as_json(ceilings) for result in results],
         "wrong": wrong,
     }
+
+
+def _time_one(args: Namespace, case: Case, name: str, device: jax.Device, dtype: str) -> Result:
+    note(f"{case.name}, {name}")
+    return time_case(
+        case,
+        name,
+        dtype=dtype,
+        page_size=args.page_size or page_size_of(case, platform_of(device), dtype),
+        free_bytes=free_device_bytes(device),
+        num_loops=args.repeats,
+    )
 
 
 def _compile(args: Namespace, targets: list[str]) -> dict[str, Any]:

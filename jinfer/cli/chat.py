@@ -6,6 +6,7 @@ from argparse import Namespace
 from dataclasses import replace
 
 from jinfer.cli.arguments import engine_args, sampling_args
+from jinfer.cli.profile import profiled, require_profile_folder
 from jinfer.cli.screen import note, show
 from jinfer.errors import RequestError
 from jinfer.llm import LLM
@@ -22,6 +23,7 @@ def chat(args: Namespace) -> int:
     """Talks until the user ends it; returns 0."""
     chosen = sampling_args(args)
     SamplingParams(**chosen)  # a slip is told before the model is loaded
+    require_profile_folder(args.profile)
     asked = {"max_num_seqs": 1, **engine_args(args)}
     asked.setdefault("max_num_batched_tokens", max(STEP_TOKENS, asked["max_num_seqs"]))
     with LLM(args.model, **asked) as llm:
@@ -29,7 +31,8 @@ def chat(args: Namespace) -> int:
         conversation = Conversation(llm, params, system=args.system)
         if not args.quiet:
             note(f"chat with {args.model}; /help lists the commands")
-        return conversation.run()
+        with profiled(args.profile):
+            return conversation.run()
 
 
 class Conversation:

@@ -72,8 +72,7 @@ class CompileReport:
         slowest = max(self.program_s, key=lambda name: self.program_s[name])
         return (
             f"{len(self.program_s)} programs ready in {self.elapsed_s:.1f} s, "
-            f"{self.num_cache_hits} of them from the compilation cache, "
-            f"{self.num_untraced} without tracing; "
+            f"{self.num_cache_hits} from the cache, {self.num_untraced} without tracing; "
             f"longest: {slowest}, {self.program_s[slowest]:.1f} s"
         )
 

@@ -139,8 +139,10 @@ def test_startup_for_a_chip_that_is_not_here(bench: Bench) -> None:
     [
         ("throughput --workload trace", "go together; got --workload trace, --trace None"),
         ("serve --trace a.csv", "go together; got --workload fixed, --trace a.csv"),
+        ("latency --model nowhere --data-parallel-size 2", "one replica; got data_parallel_size=2"),
         ("throughput --repeats 2", "--repeats does nothing without --compare; got --repeats 2"),
         ("throughput --compare --profile a", "--profile does nothing with --compare"),
+        ("kernels --target v6e --profile a", "--profile traces what runs; got --target"),
         (
             "throughput --workload trace --trace a --scale 0",
             r"--scale must be above 0 and finite; got 0.0",
@@ -183,16 +185,16 @@ def test_bad_input(
     assert not list(tmp_path.iterdir())
 
 
-def test_what_is_not_installed_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_not_installed_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr("jinfer.bench.plot.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"needs matplotlib; got .* pip install"):
         require_matplotlib("a.png")
     monkeypatch.setitem(sys.modules, "torch", None)
-    with (
-        pytest.raises(ValueError, match=r"--compare needs torch and transformers; got .*"),
-        bench_engine.transformers_runs(Path("-"), dummy=False, dtype="float32"),
-    ):
-        pass
+    # Before an engine is made: there is no such model.
+    assert main("bench throughput --compare --model nowhere".split()) == 2
+    assert "--compare needs torch and transformers; got " in capsys.readouterr().err
 
 
 def test_plot(bench: Bench, tmp_path: Path) -> None:
@@ -217,22 +219,28 @@ def test_no_turn_of_a_comparison_finds_what_an_earlier_one_computed(
     cached = []
 
     @contextmanager
-    def none(*_: Any, **__: Any) -> Iterator[dict[str, Any]]:
-        yield {}
+    def other(*_: Any, **__: Any) -> Iterator[dict[str, Any]]:
+        yield {"other": lambda jobs: None}
 
     def run(*args: Any, **keywords: Any) -> Recording:
         recording = run_jobs(*args, **keywords)
         cached.append(recording.num_cached_tokens)
         return recording
 
-    monkeypatch.setattr(bench_engine, "transformers_runs", none)
+    monkeypatch.setattr(bench_engine, "require_transformers", lambda: None)
+    monkeypatch.setattr(bench_engine, "transformers_runs", other)
     monkeypatch.setattr(bench_engine, "run_jobs", run)
     words = ["--num-prompts", "2", "--input-tokens", "40", "--output-tokens", "2"]
     out, figures = bench("throughput", "--compare", *words, *SMALL)
     assert cached == [0] * 4
     [row] = figures["compared"]
     assert row["num_input_tokens"] == 80 and len(row["turns_s"]["jinfer"]) == 3
-    assert "fixed, 2 requests" in out
+    # The table and the roofline are jinfer's, over the turns that count.
+    [told] = figures["runs"]
+    assert told["num_requests"] == 6 and told["num_cached_tokens"] == 0
+    assert told["elapsed_s"] == pytest.approx(sum(row["turns_s"]["jinfer"]), rel=0.2)
+    assert "fixed, 2 requests" in out and "; jinfer, 3 turns\n" in out
+    assert out.index("roofline: ") < out.index("prompts  jinfer")
 
 
 @pytest.mark.agreement

@@ -194,7 +194,7 @@ def test_comparison_takes_turns_and_drops_the_first() -> None:
     turns_s = {"jinfer": [0.5, 9.0, 0.4], "other": [2.0, 1.0, 2.5]}
     told = Compared(num_jobs=8, num_input_tokens=64, num_output_tokens=100, turns_s=turns_s)
     assert told.as_json()["s"] == {"jinfer": 0.5, "other": 2.0}
-    assert compared_text([told], 3).splitlines()[:2] == [
+    assert compared_text([told]).splitlines()[:2] == [
         "prompts  jinfer  other  ratio",
         "8           200   50.0   4.00",
     ]
