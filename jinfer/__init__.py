@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from jinfer.errors import CheckpointError, RequestError
     from jinfer.llm import LLM
     from jinfer.request.output import CompletionOutput, Logprob, RequestMetrics, RequestOutput
-    from jinfer.request.params import SamplingParams
+    from jinfer.request.params import RequestOutputKind, SamplingParams
 
 __version__ = "0.1.0"
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "RequestError",
     "RequestMetrics",
     "RequestOutput",
+    "RequestOutputKind",
     "SamplingParams",
     "read_config",
 ]
@@ -34,6 +35,7 @@ _HOMES = {
     "Logprob": "jinfer.request.output",
     "RequestMetrics": "jinfer.request.output",
     "RequestOutput": "jinfer.request.output",
+    "RequestOutputKind": "jinfer.request.params",
     "SamplingParams": "jinfer.request.params",
     "read_config": "jinfer.config_file",
 }

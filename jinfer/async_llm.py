@@ -12,7 +12,7 @@ from uuid import uuid4
 from jinfer.errors import RequestError, shown
 from jinfer.llm import LLM, check_template_args
 from jinfer.metrics import MetricsSnapshot
-from jinfer.request.output import RequestOutput
+from jinfer.request.output import RequestOutput, new_since
 from jinfer.request.params import SamplingParams
 from jinfer.request.prompt import Prompt, as_prompt
 from jinfer.running import RunningRequest
@@ -60,6 +60,7 @@ class AsyncLLM:
         """Yields the output so far whenever it grew; the last one is finished.
 
         A caller slower than the engine skips intermediate outputs and never the last.
+        `SamplingParams.output_kind` asks for what is new in each, or for the last alone.
 
         Args:
           prompt: text, token ids, or a dict as in `LLM.generate`.
@@ -143,18 +144,19 @@ class AsyncLLM:
         request = await asyncio.to_thread(
             lambda: self._llm.prepare(make_prompt(), params, request_id, priority)
         )
-        request.streams = True
+        request.streams = not request.final_only
         stream = _Stream(asyncio.get_running_loop())
         if not self._submit(lambda: self._add(request, stream)):
             raise self._why_stopped() from self._failure
-        finished = False
+        finished, before = False, None
         try:
             while not finished:
                 output = await stream.next()
                 finished = output.finished
                 if output.error is not None:
                     raise output.error
-                yield output
+                yield new_since(output, before) if request.wants_delta else output
+                before = output
         finally:
             if not finished:
                 self._submit(lambda: self._leave(request_id, stream))
@@ -213,6 +215,8 @@ class AsyncLLM:
 
     def _tell(self, request: RunningRequest) -> None:
         stream = self._streams[request.request_id]
+        if request.final_only and not request.finished:
+            return
         if request.finished:
             del self._streams[request.request_id]
         stream.put(request.output())

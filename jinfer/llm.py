@@ -19,7 +19,7 @@ from jinfer.interrupt import deferred
 from jinfer.metrics import MetricsSnapshot
 from jinfer.replicas import Replicas
 from jinfer.request.chat import ChatRenderer, choose_template
-from jinfer.request.output import RequestMetrics, RequestOutput
+from jinfer.request.output import RequestMetrics, RequestOutput, new_since
 from jinfer.request.params import SamplingParams, priorities_for
 from jinfer.request.prompt import Prompt, as_prompt, checked_salt, split_prompts
 from jinfer.running import RunningRequest
@@ -154,17 +154,23 @@ class LLM:
     ) -> Generator[RequestOutput, None, None]:
         """Answers one prompt and yields its output so far after every token; the last is final.
 
-        Leaving the loop early ends the request.
+        `SamplingParams.output_kind` asks for what is new in each, or for the last alone. Leaving
+        the loop early ends the request.
         """
         request = self.prepare(as_prompt(prompt), sampling_params)  # refused here, not later
-        request.streams = True
+        request.streams = not request.final_only
         return self._stream(request)
 
     def _stream(self, request: RunningRequest) -> Generator[RequestOutput, None, None]:
+        before = None
         with self._running([request]) as steps:
             for _ in steps:
                 self._raise_failure(request)
-                yield request.output()
+                if request.final_only and not request.finished:
+                    continue
+                output = request.output()
+                yield new_since(output, before) if request.wants_delta else output
+                before = output
 
     def as_completed(
         self, prompts: Any, sampling_params: Params = None, *, on_error: str = "raise"

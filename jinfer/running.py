@@ -6,7 +6,7 @@ from dataclasses import replace
 from jinfer.errors import RequestError, without_frames
 from jinfer.request.detokenizer import Detokenizer
 from jinfer.request.output import CompletionOutput, Logprob, RequestMetrics, RequestOutput
-from jinfer.request.params import SamplingParams
+from jinfer.request.params import RequestOutputKind, SamplingParams
 from jinfer.request.stop import Finish, StopChecker
 from jinfer.request.tokenizer import Tokenizer
 from jinfer.schedule.plan import Chunk
@@ -96,6 +96,16 @@ class RunningRequest:
         self.error = without_frames(error)
         for continuation in self.unfinished:
             continuation.finish = Finish.ERROR
+
+    @property
+    def final_only(self) -> bool:
+        """Whether only its last output is wanted."""
+        return self.params.output_kind is RequestOutputKind.FINAL_ONLY
+
+    @property
+    def wants_delta(self) -> bool:
+        """Whether each output is to have only what the one before had not."""
+        return self.params.output_kind is RequestOutputKind.DELTA
 
     def output(self) -> RequestOutput:
         """A snapshot of everything so far."""

@@ -320,11 +320,10 @@ def _plan_lines(plan: EnginePlan) -> tuple[str, str]:
 
 def _capacity_line(plan: EnginePlan) -> str:
     pool_gib = plan.num_pages * plan.page_bytes / 2**30
-    concurrency = min(plan.max_slots, plan.kv_capacity / plan.max_model_len)
+    num_longest = plan.kv_capacity / plan.max_model_len
     return (
         f"KV cache {pool_gib:.2f} GiB of {plan.kv_dtype}: {plan.kv_capacity:,} tokens in "
-        f"{plan.num_pages - 1:,} pages of {plan.page_size}, {concurrency:.1f} times "
-        f"{plan.max_model_len:,}"
+        f"{plan.num_pages - 1:,} pages of {plan.page_size}, {num_longest:.1f} x max_model_len"
     )
 
 

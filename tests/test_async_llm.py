@@ -2,12 +2,14 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from jinfer import LLM, AsyncLLM, RequestError, SamplingParams
+from jinfer import LLM, AsyncLLM, RequestError, RequestOutputKind, SamplingParams
 from jinfer.async_llm import _Stream
+from jinfer.engine import Engine
 from jinfer.running import Continuation
 
 # The programs of tests/test_llm.py.
@@ -72,6 +74,29 @@ async def test_a_stream_only_grows_and_ends_finished(llm: AsyncLLM, wanted: Any)
         assert ids_of(after)[: len(ids_of(before))] == ids_of(before)
         assert not before.finished
     assert seen[-1].finished and ids_of(seen[-1]) == wanted[1]
+
+
+async def test_deltas_add_up_for_a_slow_reader_too(llm: AsyncLLM, wanted: Any) -> None:
+    params = replace(params_of(3), output_kind=RequestOutputKind.DELTA)
+    seen = []
+    async for output in llm.generate(prompt_of(3), params):
+        seen.append(output)
+        await asyncio.sleep(0.0 if len(seen) < 4 else 0.1)
+    assert sum(map(ids_of, seen), []) == wanted[3] and len(seen) > 1
+
+
+async def test_who_wants_the_last_output_gets_no_other(
+    llm: AsyncLLM, wanted: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    most_steps = []
+    max_steps = Engine._max_steps
+    monkeypatch.setattr(
+        Engine, "_max_steps", lambda self: most_steps.append(max_steps(self)) or most_steps[-1]
+    )
+    params = replace(params_of(3), output_kind=RequestOutputKind.FINAL_ONLY)
+    seen = [output async for output in llm.generate(prompt_of(3), params)]
+    assert list(map(ids_of, seen)) == [wanted[3]] and seen[0].finished
+    assert min(most_steps) > 1  # nobody waits for single tokens
 
 
 async def test_a_slow_reader_skips_outputs_but_not_the_last(llm: AsyncLLM, wanted: Any) -> None:

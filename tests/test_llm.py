@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import jinfer.engine
-from jinfer import LLM, RequestError, SamplingParams
+from jinfer import LLM, RequestError, RequestOutputKind, SamplingParams
 from jinfer.engine import STEPS_WITH_STOP_STRINGS
 from jinfer.running import Continuation
 from jinfer.schedule.scheduler import STEPS_WHILE_WAITING, Scheduler
@@ -196,12 +196,34 @@ def test_a_dispatch_is_long_unless_the_host_must_look(
     list(llm.stream(PROMPTS[0], greedy(10)))
     assert {num_steps for _, num_steps in steps} == {1}
     steps.clear()
+    [only] = llm.stream(PROMPTS[0], greedy(60, output_kind=RequestOutputKind.FINAL_ONLY))
+    assert max(num_steps for _, num_steps in steps) > STEPS_WITH_STOP_STRINGS
+    assert only.finished and len(ids_of(only)) == 60
+    steps.clear()
     num_slots = llm.engine.plan.max_slots
     llm.generate([[5]] * (num_slots + 1), [greedy(20)] * num_slots + [greedy(60)])
     waited = {num_steps for num_waiting, num_steps in steps if num_waiting}
     assert waited and max(waited) == STEPS_WHILE_WAITING
     alone = max(num_steps for num_waiting, num_steps in steps if not num_waiting)
     assert alone > STEPS_WHILE_WAITING
+
+
+def test_deltas_add_up(llm: LLM) -> None:
+    asked = {"logprobs": 1, "prompt_logprobs": 0, "n": 2, "seed": 5, "temperature": 1.0}
+    params = SamplingParams(max_tokens=9, ignore_eos=True, **asked)
+    [whole] = llm.generate(PROMPTS[0], params)
+    deltas = list(
+        llm.stream(PROMPTS[0], dataclasses.replace(params, output_kind=RequestOutputKind.DELTA))
+    )
+    for index, want in enumerate(whole.outputs):
+        got = [delta.outputs[index] for delta in deltas]
+        assert "".join(one.text for one in got) == want.text
+        assert sum((list(one.token_ids) for one in got), []) == want.token_ids
+        assert sum((one.logprobs for one in got), []) == want.logprobs
+        assert got[-1].cumulative_logprob == want.cumulative_logprob
+    assert sum((delta.prompt_logprobs for delta in deltas), []) == whole.prompt_logprobs
+    assert [delta.finished for delta in deltas] == [False] * (len(deltas) - 1) + [True]
+    assert len(deltas) > 5
 
 
 def test_streams_in_turn_both_end(llm: LLM) -> None:

@@ -7,9 +7,10 @@ them; read the ratios, not the rates.
 import copy
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from jinfer.bench.table import figure, table
 from jinfer.bench.workload import Job
 
 Run = Callable[[Sequence[Job]], object]  # answers the jobs, greedily
+GENERATE, CONTINUOUS = WAYS = ("generate", "continuous batching")  # of transformers
 GENERATE_ROWS = 32  # prompts of one call of `generate`, in the order of the jobs
 
 
@@ -43,14 +45,28 @@ class Compared:
         }
 
 
-def compare(runs: dict[str, Run], jobs: Sequence[Job], repeats: int) -> Compared:
-    """Medians of `repeats`, the runs taking turns, after one of each that does not count."""
+def compare(
+    runs: dict[str, Run],
+    jobs: Sequence[Job],
+    repeats: int,
+    *,
+    around_first: Callable[[], object] = lambda: None,
+) -> Compared:
+    """Medians of `repeats`, the runs taking turns, after one of each that does not count.
+
+    `around_first` is called before and after each turn of the first one, while no clock runs.
+    """
     elapsed_s: dict[str, list[float]] = {name: [] for name in runs}
+    first = next(iter(runs))
     for _ in range(repeats + 1):
         for name, run in runs.items():
+            if name == first:
+                around_first()
             start_s = time.perf_counter()
             run(jobs)
             elapsed_s[name].append(time.perf_counter() - start_s)
+            if name == first:
+                around_first()
     return Compared(
         num_jobs=len(jobs),
         num_input_tokens=sum(len(job.prompt_ids) for job in jobs),
@@ -77,32 +93,36 @@ def compared_text(rows: Sequence[Compared]) -> str:
     return f"{table(header, lines)}\n\n{said}\n"
 
 
-def require_transformers() -> tuple[Any, Any]:
-    """torch and transformers, imported; raises ValueError where one of them is not installed."""
-    try:
-        import torch  # pyright: ignore[reportMissingImports]
-        import transformers  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
-        raise ValueError(
-            f"--compare needs torch and transformers; got {error}. "
-            'Do: pip install "jinfer[agreement]".'
-        ) from None
-    return torch, transformers
+def require_transformers() -> None:
+    """Raises ValueError, before anything is loaded, where torch or transformers is missing."""
+    for name in ("torch", "transformers"):
+        if find_spec(name) is None:
+            raise ValueError(
+                f"--compare needs torch and transformers; got an environment without {name}. "
+                'Do: pip install "jinfer[agreement]".'
+            )
 
 
 @contextmanager
-def transformers_runs(folder: Path, *, dummy: bool, dtype: str) -> Iterator[dict[str, Run]]:
+def transformers_runs(
+    folder: Path, ways: Collection[str] = WAYS, *, dummy: bool, dtype: str
+) -> Iterator[dict[str, Run]]:
     """The ways of transformers, on as many threads as there are processors.
 
     Args:
       folder: the model's, in Hugging Face layout.
+      ways: of `WAYS`, those that are wanted.
       dummy: random weights of its shape.
       dtype: of the weights.
 
     Raises:
       ValueError: torch or transformers is not installed.
     """
-    torch, transformers = require_transformers()
+    assert ways and set(ways) <= set(WAYS), f"{ways=}"
+    require_transformers()
+    import torch  # pyright: ignore[reportMissingImports]
+    import transformers  # pyright: ignore[reportMissingImports]
+
     loader, torch_dtype = transformers.AutoModelForCausalLM, getattr(torch, dtype)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -114,8 +134,12 @@ def transformers_runs(folder: Path, *, dummy: bool, dtype: str) -> Iterator[dict
     model = model.to("cuda" if torch.cuda.is_available() else "cpu", torch_dtype).eval()
     model.generation_config.eos_token_id = None  # every answer is as long as was asked
     model.generation_config.pad_token_id = 0
+    runs: dict[str, Run] = {GENERATE: _generate(model, torch)} if GENERATE in ways else {}
+    if CONTINUOUS not in ways:
+        yield runs
+        return
     with _continuous(_twin(model, loader), transformers) as continuous:
-        yield {"generate": _generate(model, torch), "continuous batching": continuous}
+        yield {**runs, CONTINUOUS: continuous}
 
 
 def _twin(model: Any, loader: Any) -> Any:

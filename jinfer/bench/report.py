@@ -12,6 +12,8 @@ from jinfer.bench.goals import Goals
 from jinfer.bench.runner import Recording
 from jinfer.bench.table import amount, figure, percent, table
 
+Recorded = list[tuple[Recording, Ceilings]]  # each run, and what the device could do beside it
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Spread:

@@ -83,7 +83,7 @@ def run_jobs(llm: LLM, jobs: Sequence[Job], *, streams: bool) -> Recording:
     """
     engine = llm.engine
     require_one_replica(engine.config.data_parallel_size)
-    assert not isinstance(engine, Replicas)
+    assert not isinstance(engine, Replicas)  # there are none without data_parallel_size
     plan = engine.plan
     size = plan.tensor_parallel_size
     costs = Costs.of(  # of one chip, whose ceilings are measured

@@ -25,7 +25,8 @@ prompts. The first time does not count.
 """
 _THROUGHPUT = """\
 How many tokens per second where all requests are there at the start. With --compare, beside
-transformers: its generate and its continuous batching, on the same prompts, taking turns.
+transformers: its generate and its continuous batching, on the same prompts, taking turns; or only
+the one that is named.
 """
 _SERVE = """\
 What users of a service would see: requests arrive at random times, --rate per second in the mean,
@@ -44,6 +45,7 @@ LENGTHS_OF = {
     "trace": ("scale",),
     "shared-prefix": ("input_tokens", "output_tokens", "shared_tokens"),
 }
+COMPARED_WAYS = ("generate", "continuous-batching")
 LENGTH_DEFAULTS = {"input_tokens": 128, "output_tokens": 128, "shared_tokens": 96, "scale": 1.0}
 
 
@@ -139,7 +141,13 @@ def _add_workload(parser: Any) -> None:
 def _add_throughput(parser: Any) -> None:
     _add_workload(parser)
     add = partial(_flag, parser)
-    add("compare", action="store_true", help="beside transformers (needs torch and transformers)")
+    add(
+        "compare",
+        nargs="*",
+        choices=COMPARED_WAYS,
+        metavar="WAY",
+        help="beside transformers (with torch): generate, continuous-batching; default: both",
+    )
     add("repeats", metavar="N", type=_positive, help="turns of --compare; default: 3")
 
 

@@ -2,32 +2,23 @@
 
 import math
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
 from jinfer.bench.ceilings import Ceilings, measure_ceilings
-from jinfer.bench.compare import (
-    Compared,
-    Run,
-    compare,
-    compared_text,
-    require_transformers,
-    transformers_runs,
-)
+from jinfer.bench.compare import Compared, Run, compared_text
 from jinfer.bench.goals import Goals
 from jinfer.bench.machine import devices, machine_line, versions
-from jinfer.bench.models import SHAPES, model_arguments
+from jinfer.bench.models import model_arguments
 from jinfer.bench.plot import plot, require_matplotlib
-from jinfer.bench.report import make_report, report_text
-from jinfer.bench.runner import Recording, require_one_replica, run_jobs
+from jinfer.bench.report import Recorded, make_report, report_text
+from jinfer.bench.runner import require_one_replica, run_jobs
 from jinfer.bench.workload import (
     Job,
     fitted,
@@ -38,17 +29,14 @@ from jinfer.bench.workload import (
 )
 from jinfer.cli.arguments import engine_args
 from jinfer.cli.bench_arguments import LENGTH_DEFAULTS, LENGTHS_OF
+from jinfer.cli.bench_compare import COMPARED_TURNS, check_compare, other_ways, record_beside
 from jinfer.cli.profile import profiled, require_profile_folder
 from jinfer.cli.screen import counted, note, show
 from jinfer.config import EngineConfig
 from jinfer.llm import LLM
 from jinfer.resolve import platform_of, resolve_dtype
-from jinfer.shipped import find_shipped
-from jinfer.weights.hub import resolve_model
 
-COMPARED_TURNS = 3
 Plans = list[tuple[str, list[list[Job]]]]  # what is said of each run, and its batches, in turn
-Recorded = list[tuple[Recording, Ceilings]]  # each beside what the device could do
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,7 +54,6 @@ def run(args: Namespace) -> dict[str, Any]:
     platform = platform_of(jax.devices()[0])
     with model_arguments(args.model) as keywords:
         asked = {"late_compile": "error", **keywords, **_sizes(args), **engine_args(args)}
-        require_one_replica(asked.get("data_parallel_size", 1))
         measure = partial(measure_ceilings, platform, _product_dtype(args, platform))
         # Other work slows a CPU down from minute to minute, so it is measured beside every run; an
         # engine leaves an accelerator no memory for that, which is measured before it and after.
@@ -74,7 +61,7 @@ def run(args: Namespace) -> dict[str, Any]:
         beside = cache(measure) if is_steady else measure
         if is_steady:
             beside()
-        with LLM(**asked) as llm, _others(args, asked, llm) as others:
+        with LLM(**asked) as llm, other_ways(args, asked, llm) as others:
             model_line = _model_line(args, llm)
             runs = [
                 _run_plan(args, llm, others, said, batches, beside)
@@ -84,20 +71,25 @@ def run(args: Namespace) -> dict[str, Any]:
         if is_steady:
             last = measure()
             runs = [
-                replace(run, recorded=[(r, ceilings.faster(last)) for r, ceilings in run.recorded])
-                for run in runs
+                replace(one, recorded=[(r, ceilings.faster(last)) for r, ceilings in one.recorded])
+                for one in runs
             ]
     show(f"{machine_line()}\n{model_line}\n")
     goals = Goals.parse(args.goodput) if _asks_goals(args) else Goals.of_engine(llm.engine.config)
-    told["runs"] = [_report(run, goals) for run in runs]
-    if compared := [run.compared for run in runs if run.compared]:
+    told["runs"] = [_report(one, goals) for one in runs]
+    if compared := [one.compared for one in runs if one.compared]:
         show(f"\n{compared_text(compared)}")
         told["compared"] = [row.as_json() for row in compared]
     if args.plot is not None:
-        last_run = runs[-1]
-        recordings = [recording for recording, _ in last_run.recorded]
-        plot(recordings, args.plot, title=f"{args.benchmark}: {last_run.said}")
+        _plot(args, runs[-1])
     return told
+
+
+def _plot(args: Namespace, run: _Measured) -> None:
+    recordings, said = [recording for recording, _ in run.recorded], run.said
+    if run.compared:  # between two of jinfer's turns the others had theirs
+        recordings, said = recordings[-1:], f"{said}; jinfer's last turn"
+    plot(recordings, args.plot, title=f"{args.benchmark}: {said}")
 
 
 def _say(args: Namespace) -> Callable[[str], object]:
@@ -125,6 +117,9 @@ def _check(args: Namespace) -> None:
         Goals.parse(args.goodput)  # refused now, not after the run
     if args.benchmark != "latency":
         _check_workload(args)
+    replicas = getattr(args, "data_parallel_size", 1)
+    if isinstance(replicas, int):  # the engine refuses all else
+        require_one_replica(replicas)
     require_profile_folder(args.profile)  # which makes it
 
 
@@ -140,7 +135,7 @@ def _check_workload(args: Namespace) -> None:
             f"--scale must be above 0 and finite; got {args.scale}. Choose such a factor."
         )
     if args.benchmark == "throughput":
-        _check_compare(args)
+        check_compare(args)
     if args.benchmark == "serve" and args.rate is not None and not 0 < args.rate < math.inf:
         raise ValueError(f"--rate must be above 0 and finite; got {args.rate}. Choose such a rate.")
     if args.plot is not None and len(args.num_prompts) > 1:
@@ -170,16 +165,6 @@ def _settle_lengths(args: Namespace) -> None:
             f"--shared-tokens {args.shared_tokens}, --input-tokens {args.input_tokens}. "
             "Choose fewer."
         )
-
-
-def _check_compare(args: Namespace) -> None:
-    """Refuses what a comparison, or a run without one, would ignore, and one that cannot be."""
-    flag, which = ("profile", "with") if args.compare else ("repeats", "without")
-    value = getattr(args, flag)
-    if value is not None:
-        raise ValueError(f"--{flag} does nothing {which} --compare; got --{flag} {value}. Drop it.")
-    if args.compare:
-        require_transformers()
 
 
 def _sizes(args: Namespace) -> dict[str, int]:
@@ -255,19 +240,6 @@ def _said_lengths(lengths: Sequence[tuple[int, int]], num_cut: int) -> str:
     return f"; {num_input:,} tokens in, {num_output:,} out{cut}"
 
 
-@contextmanager
-def _others(args: Namespace, asked: dict[str, Any], llm: LLM) -> Iterator[dict[str, Run]]:
-    """Whom to compare with, by name; nobody where that was not asked."""
-    if not getattr(args, "compare", False):
-        yield {}
-        return
-    folder = Path(asked["model"]) if args.model in SHAPES else None
-    folder = folder or find_shipped(args.model) or resolve_model(args.model)
-    is_dummy = asked.get("load_format") == "dummy"
-    with transformers_runs(folder, dummy=is_dummy, dtype=llm.engine.plan.dtype) as runs:
-        yield runs
-
-
 def _run_plan(
     args: Namespace,
     llm: LLM,
@@ -280,32 +252,10 @@ def _run_plan(
         recorded = _record(args, llm, batches, measure)
         return _Measured(said=said, recorded=recorded, compared=None)
     [jobs] = batches
-    recorded, compared = _record_beside(args, llm, others, jobs, measure)
+    turns, ways = counted((args.repeats or COMPARED_TURNS) + 1, "turn"), 1 + len(others)
+    _say(args)(f"comparing on {counted(len(jobs), 'request')}: {turns} of {counted(ways, 'way')}")
+    recorded, compared = record_beside(llm, others, jobs, repeats=args.repeats, measure=measure)
     return _Measured(said=said, recorded=recorded, compared=compared)
-
-
-def _record_beside(
-    args: Namespace,
-    llm: LLM,
-    others: Mapping[str, Run],
-    jobs: list[Job],
-    measure: Callable[[], Ceilings],
-) -> tuple[Recorded, Compared]:
-    """Takes turns with the others; jinfer's turns are recorded as well."""
-    recordings = []
-
-    def answer(jobs: Sequence[Job]) -> None:
-        # The others compute every turn's prompts anew, so this does too.
-        llm.reset_prefix_cache()
-        recordings.append(run_jobs(llm, jobs, streams=False))
-
-    repeats = args.repeats or COMPARED_TURNS
-    turns = f"{counted(repeats + 1, 'turn')} of {counted(1 + len(others), 'way')}"
-    _say(args)(f"comparing on {counted(len(jobs), 'request')}, {turns}")
-    before = measure()
-    compared = compare({"jinfer": answer, **others}, jobs, repeats)
-    ceilings = before.faster(measure())
-    return [(recording, ceilings) for recording in recordings[1:]], compared  # as `compare` counts
 
 
 def _record(

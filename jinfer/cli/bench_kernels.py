@@ -33,13 +33,7 @@ def run(args: Namespace) -> dict[str, Any]:
     if args.dtype not in (None, *_DTYPES):
         raise ValueError(f"--dtype must be one of {', '.join(_DTYPES)}; got {args.dtype!r}.")
     if args.target:
-        if args.profile is not None:
-            raise ValueError(
-                f"--profile traces what runs; got --target {' '.join(args.target)}, with which "
-                "nothing does. Drop one of them."
-            )
         return _compile(args, args.target)
-    require_profile_folder(args.profile)
     device = jax.devices()[0]
     platform = platform_of(device)
     if platform == "cpu" and not args.cases and not args.implementation:
@@ -50,6 +44,7 @@ def run(args: Namespace) -> dict[str, Any]:
             "no accelerator here, nor a compiler for one, so the CPU is timed; to see what the "
             'compiler says: pip install "jinfer[tpu]", or "jinfer[cuda13]"'
         )
+    require_profile_folder(args.profile)
     return _time(args, device, platform)
 
 
@@ -94,6 +89,11 @@ def _time_one(args: Namespace, case: Case, name: str, device: jax.Device, dtype:
 
 
 def _compile(args: Namespace, targets: list[str]) -> dict[str, Any]:
+    if args.profile is not None:
+        raise ValueError(
+            f"--profile traces what runs; got --profile {args.profile} where kernels are only "
+            f"compiled, for {', '.join(targets)}. Drop it, or time with --implementation xla."
+        )
     check_targets(targets)
     dtype = args.dtype or "bfloat16"
     cases = chosen(args.cases, small=False, dtype=dtype)

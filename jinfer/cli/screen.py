@@ -19,8 +19,9 @@ def show(text: str, *, dim: bool = False) -> None:
 
 
 def note(text: str) -> None:
-    """Writes a line about the program itself, to standard error."""
-    print(f"jinfer: {text}", file=sys.stderr, flush=True)
+    """Writes a line about the program itself, to standard error, whole: threads tell things too."""
+    sys.stderr.write(f"jinfer: {text}\n")
+    sys.stderr.flush()
 
 
 def milliseconds(elapsed_s: float | None) -> str:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 _SHOWN_CHARS = 200
 _SHOWN_IDS = 16
@@ -138,6 +138,26 @@ class RequestOutput:
             f"prompt_token_ids={_shown_ids(self.prompt_token_ids)}, outputs={self.outputs!r}, "
             f"finished={self.finished}, num_cached_tokens={self.num_cached_tokens}{error})"
         )
+
+
+def new_since(output: RequestOutput, before: RequestOutput | None) -> RequestOutput:
+    """An output with only the text, tokens and logprobs that an earlier one did not have."""
+    if before is None:
+        return output
+    old_prompt = before.prompt_logprobs or []
+    return replace(
+        output,
+        prompt_logprobs=output.prompt_logprobs and output.prompt_logprobs[len(old_prompt) :],
+        outputs=[
+            replace(
+                new,
+                text=new.text[len(old.text) :],
+                token_ids=new.token_ids[len(old.token_ids) :],
+                logprobs=new.logprobs and new.logprobs[len(old.logprobs or ()) :],
+            )
+            for new, old in zip(output.outputs, before.outputs, strict=True)
+        ],
+    )
 
 
 def _shown_text(text: str | None) -> str:

@@ -5,6 +5,7 @@ import numbers
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from enum import Enum
 from typing import Any, TypeVar
 
 from jinfer.errors import RequestError, shown, unknown_keyword
@@ -28,6 +29,14 @@ MAX_DIVISOR = 1e6
 MAX_COUNT = 2**31 - 1
 
 _Class = TypeVar("_Class", bound=type)
+
+
+class RequestOutputKind(Enum):
+    """What each output of a stream holds; names and values are vLLM's."""
+
+    CUMULATIVE = 0  # everything so far
+    DELTA = 1  # what the one before did not have
+    FINAL_ONLY = 2  # everything, and there is only one, at the end
 
 
 def _refuse_unknown_keywords(cls: _Class) -> _Class:
@@ -82,6 +91,8 @@ class SamplingParams:
       include_stop_str_in_output: keeps the matched stop string at the end of the text.
       logit_bias: token id -> value in [-100, 100] that is added to its logit.
       allowed_token_ids: only these tokens may be generated; None allows all.
+      output_kind: of what `LLM.stream` and `AsyncLLM` yield; other methods give whole outputs.
+        Under FINAL_ONLY nobody waits for single tokens, so the device may decode many at once.
 
     Raises:
       RequestError: a value has the wrong type or range, or two contradict each other.
@@ -110,6 +121,7 @@ class SamplingParams:
     include_stop_str_in_output: bool = False
     logit_bias: dict[int, float] | None = field(default=None, hash=False)
     allowed_token_ids: tuple[int, ...] | None = None
+    output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
 
     def __post_init__(self) -> None:
         for name, check in _CHECKS.items():
@@ -236,6 +248,17 @@ def _flag(name: str, value: Any) -> bool:
     return value
 
 
+def _output_kind(name: str, value: Any) -> RequestOutputKind:
+    value = value.value if isinstance(value, Enum) else value  # vLLM's own has the same
+    try:
+        return RequestOutputKind(_integer(name, value))
+    except (RequestError, ValueError):
+        names = ", ".join(kind.name for kind in RequestOutputKind)
+        raise RequestError(
+            f"{name} must be one of {names}; got {name}={shown(value)}. Pass a RequestOutputKind."
+        ) from None
+
+
 def _listed(name: str, value: Any, of: str) -> tuple[Any, ...]:
     if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
         raise RequestError(
@@ -339,6 +362,7 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "include_stop_str_in_output": _flag,
     "logit_bias": _logit_bias,
     "allowed_token_ids": _allowed_token_ids,
+    "output_kind": _output_kind,
 }
 
 

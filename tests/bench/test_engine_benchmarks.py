@@ -4,16 +4,19 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from jinfer.bench.ceilings import Ceilings
+from jinfer.bench.compare import WAYS
 from jinfer.bench.plot import require_matplotlib
 from jinfer.bench.runner import Recording, run_jobs
 from jinfer.bench.table import WIDTH
-from jinfer.cli import bench_engine, main
+from jinfer.cli import bench_compare, bench_engine, main
+from jinfer.cli.bench_arguments import COMPARED_WAYS
 
 SMALL = "--max-num-seqs 4 --max-num-batched-tokens 16 -q".split()
 CEILINGS = Ceilings(copy_bytes_per_s=1e10, read_bytes_per_s=1e10, flops_per_s=1e11, dtype="float32")
@@ -139,10 +142,10 @@ def test_startup_for_a_chip_that_is_not_here(bench: Bench) -> None:
     [
         ("throughput --workload trace", "go together; got --workload trace, --trace None"),
         ("serve --trace a.csv", "go together; got --workload fixed, --trace a.csv"),
-        ("latency --model nowhere --data-parallel-size 2", "one replica; got data_parallel_size=2"),
+        ("latency --data-parallel-size 2 --profile a", "one replica; got data_parallel_size=2"),
         ("throughput --repeats 2", "--repeats does nothing without --compare; got --repeats 2"),
         ("throughput --compare --profile a", "--profile does nothing with --compare"),
-        ("kernels --target v6e --profile a", "--profile traces what runs; got --target"),
+        ("kernels --target v6e --profile a", "--profile traces what runs; got --profile a where"),
         (
             "throughput --workload trace --trace a --scale 0",
             r"--scale must be above 0 and finite; got 0.0",
@@ -185,6 +188,15 @@ def test_bad_input(
     assert not list(tmp_path.iterdir())
 
 
+def test_what_only_compiles_leaves_no_profile(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr("jinfer.cli.bench_kernels.default_target", lambda: "v6e")
+    assert main(["bench", "kernels", "--profile", str(tmp_path / "a")]) == 2
+    assert "where kernels are only compiled, for v6e" in capsys.readouterr().err
+    assert not (tmp_path / "a").exists()
+
+
 def test_what_is_not_installed_is_told(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -207,6 +219,10 @@ def test_plot(bench: Bench, tmp_path: Path) -> None:
         require_matplotlib("a.txt")
 
 
+def test_compared_ways_are_those_there_are() -> None:
+    assert [way.replace("-", " ") for way in COMPARED_WAYS] == list(WAYS)
+
+
 def test_a_plot_is_of_one_run(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib", reason='no matplotlib here; pip install "jinfer[bench]"')
     assert main("bench throughput --num-prompts 1 4 --plot a.png".split()) == 2
@@ -216,29 +232,51 @@ def test_a_plot_is_of_one_run(capsys: pytest.CaptureFixture[str]) -> None:
 def test_no_turn_of_a_comparison_finds_what_an_earlier_one_computed(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cached = []
+    recordings = []
 
     @contextmanager
-    def other(*_: Any, **__: Any) -> Iterator[dict[str, Any]]:
+    def other(folder: Path, ways: list[str], **_: Any) -> Iterator[dict[str, Any]]:
+        assert ways == ["generate"]
         yield {"other": lambda jobs: None}
 
     def run(*args: Any, **keywords: Any) -> Recording:
         recording = run_jobs(*args, **keywords)
-        cached.append(recording.num_cached_tokens)
+        recordings.append(recording)
         return recording
 
-    monkeypatch.setattr(bench_engine, "require_transformers", lambda: None)
-    monkeypatch.setattr(bench_engine, "transformers_runs", other)
-    monkeypatch.setattr(bench_engine, "run_jobs", run)
+    monkeypatch.setattr(bench_compare, "require_transformers", lambda: None)
+    monkeypatch.setattr(bench_compare, "transformers_runs", other)
+    monkeypatch.setattr(bench_compare, "run_jobs", run)
+    plots = []
+    monkeypatch.setattr(bench_engine, "require_matplotlib", lambda path: None)
+    monkeypatch.setattr(bench_engine, "plot", lambda *args, **kw: plots.append((*args, kw)))
+    # Before and after each of jinfer's turns, of which the first does not count.
+    rates = iter([9e9, 9e9, 1e9, 4e9, 2e9, 1e9, 1e9, 1e9])
+    monkeypatch.setattr(
+        bench_engine,
+        "measure_ceilings",
+        lambda *_: replace(CEILINGS, copy_bytes_per_s=1e9, read_bytes_per_s=next(rates)),
+    )
     words = ["--num-prompts", "2", "--input-tokens", "40", "--output-tokens", "2"]
-    out, figures = bench("throughput", "--compare", *words, *SMALL)
-    assert cached == [0] * 4
+    out, figures = bench("throughput", *words, "--compare", "generate", "--plot", "a.png", *SMALL)
+    assert [recording.num_cached_tokens for recording in recordings] == [0] * 4
     [row] = figures["compared"]
     assert row["num_input_tokens"] == 80 and len(row["turns_s"]["jinfer"]) == 3
     # The table and the roofline are jinfer's, over the turns that count.
     [told] = figures["runs"]
     assert told["num_requests"] == 6 and told["num_cached_tokens"] == 0
-    assert told["elapsed_s"] == pytest.approx(sum(row["turns_s"]["jinfer"]), rel=0.2)
+    assert told["elapsed_s"] == sum(recording.elapsed_s for recording in recordings[1:])
+    assert told["elapsed_s"] <= sum(row["turns_s"]["jinfer"])
+    assert next(rates, None) is None
+    assert told["roofline"]["ceilings"]["read_bytes_per_s"] == 4e9
+    num_bytes = [sum(step.num_bytes for step in recording.steps) for recording in recordings[1:]]
+    bounds_s = [size / rate for size, rate in zip(num_bytes, [4e9, 2e9, 1e9], strict=True)]
+    assert told["roofline"]["read_bound_s"] == pytest.approx(sum(bounds_s), rel=0.01)
+    assert figures["arguments"]["compare"] == ["generate"]
+    # The others' turns lie between jinfer's, so only one of these is drawn.
+    [(drawn, path, titled)] = plots
+    assert drawn == recordings[-1:] and path == "a.png"
+    assert titled["title"].endswith("; jinfer's last turn")
     assert "fixed, 2 requests" in out and "; jinfer, 3 turns\n" in out
     assert out.index("roofline: ") < out.index("prompts  jinfer")
 
@@ -252,3 +290,6 @@ def test_compare(bench: Bench) -> None:
         assert set(row["s"]) == {"jinfer", "generate", "continuous batching"}
         assert all(elapsed_s > 0 for elapsed_s in row["s"].values())
     assert "prompts  jinfer  generate  ratio  continuous batching  ratio" in out
+    words = ["--repeats", "1", "--num-prompts", "2", "--compare", "generate"]
+    _, figures = bench("throughput", "--input-tokens", "8", "--output-tokens", "4", *words, *SMALL)
+    assert set(figures["compared"][0]["s"]) == {"jinfer", "generate"}

@@ -3,12 +3,13 @@
 import copy
 import dataclasses
 import pickle
+from enum import Enum
 
 import numpy as np
 import pytest
 
 from jinfer.errors import RequestError
-from jinfer.request.params import SamplingParams
+from jinfer.request.params import RequestOutputKind, SamplingParams
 
 _ENGINE = dict(vocab_size=100, max_logprobs=5, max_model_len=64)
 
@@ -113,6 +114,8 @@ def test_is_a_value() -> None:
         ({"logit_bias": {i: 0 for i in range(1025)}}, "logit_bias holds at most 1024 entries"),
         ({"allowed_token_ids": []}, "allowed_token_ids must allow at least one token"),
         ({"allowed_token_ids": 5}, "allowed_token_ids must be a list of token ids; got .*=5"),
+        ({"output_kind": 3}, "output_kind must be one of CUMULATIVE, DELTA, .*; got output_kind=3"),
+        ({"output_kind": "DELTA"}, "got output_kind='DELTA'. Pass a RequestOutputKind"),
         ({"min_tokens": 5, "max_tokens": 4}, "min_tokens=5, max_tokens=4. Lower min_tokens"),
         ({"stop": "x", "detokenize": False}, r"got stop=\['x'\] with detokenize=False"),
         (
@@ -124,6 +127,12 @@ def test_is_a_value() -> None:
 def test_refusals(keywords: dict, message: str) -> None:
     with pytest.raises(RequestError, match=message):
         SamplingParams(**keywords)
+
+
+def test_an_output_kind_may_be_that_of_vllm() -> None:
+    theirs = Enum("RequestOutputKind", {"CUMULATIVE": 0, "DELTA": 1, "FINAL_ONLY": 2})
+    for kind in theirs:
+        assert SamplingParams(output_kind=kind).output_kind is RequestOutputKind[kind.name]  # pyright: ignore[reportArgumentType]
 
 
 def test_a_clone_is_equal_and_another() -> None:
