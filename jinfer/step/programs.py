@@ -71,8 +71,8 @@ class CompileReport:
     def __str__(self) -> str:
         slowest = max(self.program_s, key=lambda name: self.program_s[name])
         return (
-            f"{len(self.program_s)} programs ready in {self.elapsed_s:.1f} s, "
-            f"{self.num_cache_hits} from the cache, {self.num_untraced} without tracing; "
+            f"{len(self.program_s)} programs in {self.elapsed_s:.1f} s, "
+            f"{self.num_cache_hits} from the cache, {self.num_untraced} untraced; "
             f"longest: {slowest}, {self.program_s[slowest]:.1f} s"
         )
 

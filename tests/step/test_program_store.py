@@ -345,7 +345,7 @@ def test_programs_from_the_store_are_counted() -> None:
     before = log.figures()
     report = start()
     assert (report.num_cache_hits, report.num_untraced) == (1, 1)
-    assert "1 from the cache, 1 without tracing; longest: p" in str(report)
+    assert "1 from the cache, 1 untraced; longest: p" in str(report)
     assert log.figures()["num_read"] >= before["num_read"] + 1
 
 
