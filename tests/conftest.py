@@ -1,6 +1,7 @@
 """Settings of the whole suite. The environment is fixed before JAX is imported."""
 
 import os
+from contextlib import nullcontext
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = (
@@ -13,10 +14,18 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.abspath(_CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
+from beartype._decor._nontype._wrap import _wrapargs, _wrapreturn  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
 
 # Every annotated array of the package is checked at run time, shapes across arguments included.
 install_import_hook(["jinfer.models", "jinfer.step"], "beartype.beartype")
+
+# Wrapping a function, beartype looks for warnings with `catch_warnings`, which two threads may not
+# do at once: what others warn of meanwhile is lost, and may stay so. Functions inside functions are
+# wrapped when they are made, so also where programs are traced side by side.
+for _module in (_wrapargs, _wrapreturn):
+    assert hasattr(_module, "catch_warnings"), f"beartype changed: {_module=}"
+    _module.catch_warnings = lambda record: nullcontext([])
 
 import jinfer.startup  # noqa: E402 - after the hook
 
