@@ -114,12 +114,8 @@ def transformers_runs(
       ways: of `WAYS`, those that are wanted.
       dummy: random weights of its shape.
       dtype: of the weights.
-
-    Raises:
-      ValueError: torch or transformers is not installed.
     """
     assert ways and set(ways) <= set(WAYS), f"{ways=}"
-    require_transformers()
     import torch  # pyright: ignore[reportMissingImports]
     import transformers  # pyright: ignore[reportMissingImports]
 

@@ -21,11 +21,15 @@ COMPARED_TURNS = 3
 
 
 def is_compared(args: Namespace) -> bool:
+    """Whether jinfer takes turns with others; not every benchmark has the flag."""
     return getattr(args, "compare", None) is not None
 
 
 def check_compare(args: Namespace) -> None:
-    """Refuses what a comparison, or a run without one, would ignore, and one that cannot be."""
+    """Refuses what a comparison, or a run without one, would ignore, and one that cannot be.
+
+    Fills in what a comparison takes and nobody said.
+    """
     flag, which = ("profile", "with") if is_compared(args) else ("repeats", "without")
     value = getattr(args, flag)
     if value is not None:
@@ -33,6 +37,7 @@ def check_compare(args: Namespace) -> None:
     if is_compared(args):
         require_transformers()
         args.compare = args.compare or list(COMPARED_WAYS)
+        args.repeats = args.repeats or COMPARED_TURNS
 
 
 @contextmanager
@@ -54,7 +59,7 @@ def record_beside(
     others: Mapping[str, Run],
     jobs: Sequence[Job],
     *,
-    repeats: int | None,
+    repeats: int,
     measure: Callable[[], Ceilings],
 ) -> tuple[Recorded, Compared]:
     """Takes turns with the others; jinfer's that count are recorded, each held against the better
@@ -71,7 +76,7 @@ def record_beside(
     compared = compare(
         {"jinfer": answer, **others},
         jobs,
-        repeats or COMPARED_TURNS,
+        repeats,
         around_first=lambda: measured.append(measure()),
     )
     ceilings = [a.faster(b) for a, b in zip(measured[::2], measured[1::2], strict=True)]

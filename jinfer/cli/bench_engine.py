@@ -29,7 +29,7 @@ from jinfer.bench.workload import (
 )
 from jinfer.cli.arguments import engine_args
 from jinfer.cli.bench_arguments import LENGTH_DEFAULTS, LENGTHS_OF
-from jinfer.cli.bench_compare import COMPARED_TURNS, check_compare, other_ways, record_beside
+from jinfer.cli.bench_compare import check_compare, other_ways, record_beside
 from jinfer.cli.profile import profiled, require_profile_folder
 from jinfer.cli.screen import counted, note, show
 from jinfer.config import EngineConfig
@@ -252,8 +252,8 @@ def _run_plan(
         recorded = _record(args, llm, batches, measure)
         return _Measured(said=said, recorded=recorded, compared=None)
     [jobs] = batches
-    turns, ways = counted((args.repeats or COMPARED_TURNS) + 1, "turn"), 1 + len(others)
-    _say(args)(f"comparing on {counted(len(jobs), 'request')}: {turns} of {counted(ways, 'way')}")
+    turns, ways = counted(args.repeats + 1, "turn"), counted(1 + len(others), "way")
+    _say(args)(f"comparing on {counted(len(jobs), 'request')}: {turns} of {ways}")
     recorded, compared = record_beside(llm, others, jobs, repeats=args.repeats, measure=measure)
     return _Measured(said=said, recorded=recorded, compared=compared)
 
