@@ -4,8 +4,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from jinfer.arguments.config_file import read_config
     from jinfer.async_llm import AsyncLLM
-    from jinfer.config_file import read_config
     from jinfer.errors import CheckpointError, RequestError
     from jinfer.llm import LLM
     from jinfer.request.output import CompletionOutput, Logprob, RequestMetrics, RequestOutput
@@ -37,7 +37,7 @@ _HOMES = {
     "RequestOutput": "jinfer.request.output",
     "RequestOutputKind": "jinfer.request.params",
     "SamplingParams": "jinfer.request.params",
-    "read_config": "jinfer.config_file",
+    "read_config": "jinfer.arguments.config_file",
 }
 
 

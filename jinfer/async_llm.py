@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+from jinfer.engine.metrics import MetricsSnapshot
+from jinfer.engine.running import RunningRequest
 from jinfer.errors import RequestError, shown
 from jinfer.llm import LLM, check_template_args
-from jinfer.metrics import MetricsSnapshot
 from jinfer.request.output import RequestOutput, new_since
 from jinfer.request.params import SamplingParams
 from jinfer.request.prompt import Prompt, as_prompt
-from jinfer.running import RunningRequest
 from jinfer.shipped import DEFAULT_MODEL
 
 

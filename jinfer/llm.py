@@ -12,19 +12,19 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from jinfer.arguments.vllm import translated
 from jinfer.config import EngineConfig
-from jinfer.engine import Engine
+from jinfer.engine.engine import Engine
+from jinfer.engine.interrupt import deferred
+from jinfer.engine.metrics import MetricsSnapshot
+from jinfer.engine.replicas import Replicas
+from jinfer.engine.running import RunningRequest
 from jinfer.errors import RequestError, shown, unknown_keyword
-from jinfer.interrupt import deferred
-from jinfer.metrics import MetricsSnapshot
-from jinfer.replicas import Replicas
 from jinfer.request.chat import ChatRenderer, choose_template
 from jinfer.request.output import RequestMetrics, RequestOutput, new_since
 from jinfer.request.params import SamplingParams, priorities_for
 from jinfer.request.prompt import Prompt, as_prompt, checked_salt, split_prompts
-from jinfer.running import RunningRequest
 from jinfer.shipped import DEFAULT_MODEL
-from jinfer.vllm_arguments import translated
 
 Params = SamplingParams | Sequence[SamplingParams] | None
 Message = Mapping[str, Any]
@@ -42,7 +42,7 @@ class LLM:
       model: a Hugging Face folder, a hub name "org/name", or the name of a shipped model.
       **engine_args: fields of `jinfer.config.EngineConfig`, such as `max_model_len`,
         `max_num_seqs`, `dtype`, `load_format`, `seed`; and those of vLLM's that say what jinfer
-        does anyway, such as `tensor_parallel_size=1` (see `jinfer.vllm_arguments`).
+        does anyway, such as `tensor_parallel_size=1` (see `jinfer.arguments.vllm`).
 
     Raises:
       CheckpointError: the folder is not a model's, or is damaged.

@@ -21,12 +21,12 @@ import jax.numpy as jnp
 from aot_programs import LLAMA_3_8B, programs_for
 from collectives import collectives_in
 
+from jinfer.arguments.config_file import read_config
 from jinfer.bench.chips import describe_slice
-from jinfer.chips import CHIPS
 from jinfer.config import EngineConfig, RopeScaling
-from jinfer.config_file import read_config
 from jinfer.parallel.shares import chip_share, held_model
-from jinfer.resolve import check_config, resolve_dtype, resolve_plan
+from jinfer.startup.chips import CHIPS
+from jinfer.startup.resolve import check_config, resolve_dtype, resolve_plan
 from kernels_pallas.compat import told_the_chip
 
 FOLDER = Path(__file__).parents[1] / "configs"

@@ -15,13 +15,13 @@ from typing import Any
 import jax
 
 from jinfer.bench.chips import describe
+from jinfer.compile.programs import Program
 from jinfer.config import EngineConfig, EnginePlan, ModelConfig
 from jinfer.parallel.mesh import make_mesh
 from jinfer.parallel.sharding import Placement
 from jinfer.parallel.shares import held_model
-from jinfer.resolve import resolve_plan
-from jinfer.startup import state_shapes, step_programs
-from jinfer.step.programs import Program
+from jinfer.startup.load import state_shapes, step_programs
+from jinfer.startup.resolve import resolve_plan
 from kernels_pallas.compat import told_the_chip
 
 LLAMA_3_8B = ModelConfig(

@@ -18,7 +18,7 @@ from beartype._decor._nontype._wrap import _wrapargs, _wrapreturn  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
 
 # Every annotated array of the package is checked at run time, shapes across arguments included.
-install_import_hook(["jinfer.models", "jinfer.step"], "beartype.beartype")
+install_import_hook(["jinfer.models", "jinfer.sampling", "jinfer.step"], "beartype.beartype")
 
 # Wrapping a function, beartype looks for warnings with `catch_warnings`, which two threads may not
 # do at once: what others warn of meanwhile is lost, and may stay so. Functions inside functions are
@@ -27,8 +27,9 @@ for _module in (_wrapargs, _wrapreturn):
     assert hasattr(_module, "catch_warnings"), f"beartype changed: {_module=}"
     _module.catch_warnings = lambda record: nullcontext([])
 
-import jinfer.startup  # noqa: E402 - after the hook
+import jinfer.startup.load  # noqa: E402 - after the hook
 
 # Tests replace parts of what is traced. A program kept from one of them would be found again by
-# others, and no shapes are checked in what is found. tests/step/test_program_store.py has it back.
-jinfer.startup.open_store = lambda devices: None
+# others, and no shapes are checked in what is found. tests/compile/test_program_store.py restores
+# it.
+jinfer.startup.load.open_store = lambda devices: None

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from jinfer.config import EngineConfig
-from jinfer.engine import Engine
+from jinfer.engine.engine import Engine
 from jinfer.request.output import RequestOutput
 from jinfer.request.params import SamplingParams
 from jinfer.request.prompt import Prompt

@@ -17,12 +17,12 @@ import pytest
 from engine_runs import logprobs_of, tokens_of
 
 from jinfer.config import EngineConfig
-from jinfer.engine import Engine
+from jinfer.engine.engine import Engine
+from jinfer.engine.running import RunningRequest
 from jinfer.errors import RequestError
 from jinfer.request.output import RequestOutput
 from jinfer.request.params import SamplingParams
 from jinfer.request.prompt import Prompt
-from jinfer.running import RunningRequest
 from jinfer.schedule.draft import Draft
 from jinfer.shipped import DEFAULT_MODEL
 
@@ -50,7 +50,7 @@ def stress_engine(**changes: Any) -> Engine:
 def cramped_engine(monkeypatch: pytest.MonkeyPatch) -> Engine:
     """Pages for one longest sequence, and room for twice as many in host memory."""
     # Fetching from the first page on, whatever this machine's bandwidth is today.
-    monkeypatch.setattr("jinfer.startup.break_even_pages", lambda plan, runner: 1)
+    monkeypatch.setattr("jinfer.startup.load.break_even_pages", lambda plan, runner: 1)
     num_pages = MAX_MODEL_LEN // PAGE_SIZE
     page_gib = 6 * 2 * 2 * 64 * PAGE_SIZE * 4 / 2**30  # 6 layers, keys and values, 2 heads of 64
     return stress_engine(num_pages=num_pages + 1, kv_offloading_size=2 * num_pages * page_gib)

@@ -9,8 +9,8 @@ import pytest
 
 from jinfer import LLM, AsyncLLM, RequestError, RequestOutputKind, SamplingParams
 from jinfer.async_llm import _Stream
-from jinfer.engine import Engine
-from jinfer.running import Continuation
+from jinfer.engine.engine import Engine
+from jinfer.engine.running import Continuation
 
 # The programs of tests/test_llm.py.
 SMALL = {"max_num_seqs": 8, "max_num_batched_tokens": 8, "max_model_len": 128, "progress": False}
@@ -260,7 +260,7 @@ async def test_close_with_requests_running() -> None:
 
 async def test_an_engine_that_fails_tells_every_caller(monkeypatch: pytest.MonkeyPatch) -> None:
     llm = AsyncLLM(**SMALL)
-    monkeypatch.setattr("jinfer.engine.pack", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("jinfer.engine.engine.pack", lambda *_, **__: 1 / 0)
     results = await asyncio.gather(*(run(llm, i) for i in range(3)), return_exceptions=True)
     message = "the engine must be running; got: .*ZeroDivisionError"
     for result in results:
@@ -281,7 +281,7 @@ async def test_a_reset_behind_a_step_that_fails_hides_it_from_nobody(
         llm.reset_prefix_cache()  # in the queue while the step runs
         raise ZeroDivisionError
 
-    monkeypatch.setattr("jinfer.engine.pack", fail)
+    monkeypatch.setattr("jinfer.engine.engine.pack", fail)
     async with asyncio.timeout(60):
         results = await asyncio.gather(*(run(llm, i) for i in range(3)), return_exceptions=True)
     assert all("ZeroDivisionError" in str(result) for result in results), results

@@ -230,7 +230,9 @@ BAD_ARGUMENTS = [
 def test_a_bad_argument_is_refused_before_the_weights_are_read(
     folder: Path, asked: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("jinfer.startup.load_params", lambda *_, **__: pytest.fail("weights read"))
+    monkeypatch.setattr(
+        "jinfer.startup.load.load_params", lambda *_, **__: pytest.fail("weights read")
+    )
     with pytest.raises(ValueError, match=message):
         LLM(folder, **{"skip_tokenizer_init": True, "progress": False, **asked})
 
@@ -265,7 +267,7 @@ def test_a_context_without_room_is_told_with_what_would_fit(tmp_path: Path) -> N
 
 
 def test_weights_without_room_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("jinfer.startup.free_bytes_each", lambda devices: 2**16)
+    monkeypatch.setattr("jinfer.startup.load.free_bytes_each", lambda devices: 2**16)
     with pytest.raises(
         ValueError, match=r"weights must fit into free memory; got 0.0.. GiB of flo"
     ):
@@ -275,7 +277,7 @@ def test_weights_without_room_are_refused(folder: Path, monkeypatch: pytest.Monk
 def test_a_failed_start_leaves_nothing_on_the_device(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("jinfer.startup.Compiling.result", lambda self: 1 / 0)
+    monkeypatch.setattr("jinfer.startup.load.Compiling.result", lambda self: 1 / 0)
     before = {id(array) for array in jax.live_arrays()}
     with pytest.raises(ZeroDivisionError):  # as a notebook does, pytest keeps the traceback
         LLM(folder, skip_tokenizer_init=True, **SMALL)
@@ -285,7 +287,7 @@ def test_a_failed_start_leaves_nothing_on_the_device(
 def test_a_damaged_checkpoint_is_refused_before_anything_compiles(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("jinfer.startup.Compiling", lambda *_, **__: pytest.fail("compiled"))
+    monkeypatch.setattr("jinfer.startup.load.Compiling", lambda *_, **__: pytest.fail("compiled"))
     folder = write_llama_checkpoint(tmp_path / "model", seed=1)
     stored = folder / "model.safetensors"
     stored.write_bytes(stored.read_bytes()[:-1])

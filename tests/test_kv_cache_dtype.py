@@ -11,7 +11,7 @@ from engine_runs import Job, logprobs_of, make_engine, random_prompt, run_jobs, 
 from hf_cases import SHIPPED, shipped_prompt_ids
 from random_checkpoint import write_llama_checkpoint
 
-from jinfer.engine import Engine
+from jinfer.engine.engine import Engine
 from jinfer.request.params import SamplingParams
 from jinfer.request.prompt import Prompt
 from kernels_pallas.paged_attention.pages import cells_of

@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import jinfer.engine
+import jinfer.engine.engine
 from jinfer import LLM, RequestError, RequestOutputKind, SamplingParams
-from jinfer.engine import STEPS_WITH_STOP_STRINGS
-from jinfer.running import Continuation
+from jinfer.engine.engine import STEPS_WITH_STOP_STRINGS
+from jinfer.engine.running import Continuation
 from jinfer.schedule.scheduler import STEPS_WHILE_WAITING, Scheduler
 
 # Two programs, the same in every module, so that they are compiled once.
@@ -178,7 +178,7 @@ def test_a_dispatch_is_long_unless_the_host_must_look(
     llm: LLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     steps: list[tuple[int, int]] = []  # of each dispatch that decodes: who waited, and how many
-    pack_decode = jinfer.engine.pack_decode
+    pack_decode = jinfer.engine.engine.pack_decode
 
     def note(plan: Any, *args: Any, **keywords: Any) -> Any:
         steps.append((llm.engine.scheduler.num_waiting, plan.num_steps))
@@ -189,7 +189,7 @@ def test_a_dispatch_is_long_unless_the_host_must_look(
         llm.generate(PROMPTS[0], params)
         return max(num_steps for _, num_steps in steps)
 
-    monkeypatch.setattr(jinfer.engine, "pack_decode", note)
+    monkeypatch.setattr(jinfer.engine.engine, "pack_decode", note)
     assert most(greedy(60)) > STEPS_WITH_STOP_STRINGS
     assert most(greedy(60, stop=["not in the answer"])) == STEPS_WITH_STOP_STRINGS
     steps.clear()
@@ -558,7 +558,7 @@ def test_a_step_that_breaks_stops_the_engine_and_close_still_frees(
     llm = LLM(**SMALL)
     told: list[Exception] = []
     monkeypatch.setattr(llm.engine.runner, "fail", told.append)
-    monkeypatch.setattr("jinfer.engine.pack", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("jinfer.engine.engine.pack", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         llm.generate("x", GREEDY)
     assert list(map(type, told)) == [ZeroDivisionError]
@@ -574,7 +574,7 @@ def test_an_engine_that_is_not_made_in_the_end_frees_what_it_loaded(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     before = live_bytes()
-    monkeypatch.setattr("jinfer.pacing.Pacing.time_programs", lambda *_: 1 / 0)
+    monkeypatch.setattr("jinfer.engine.pacing.Pacing.time_programs", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         LLM(**SMALL)
     assert live_bytes() == before

@@ -11,13 +11,13 @@ import pytest
 from engine_runs import Job, logprobs_of, make_engine, random_prompt, run_jobs, tokens_of
 from random_checkpoint import write_llama_checkpoint
 
-from jinfer.engine import Engine
+from jinfer.engine.engine import Engine
+from jinfer.engine.running import RunningRequest
 from jinfer.request.output import RequestOutput
 from jinfer.request.params import SamplingParams
 from jinfer.request.prompt import Prompt
-from jinfer.running import RunningRequest
 from jinfer.schedule.plan import PageRestore
-from jinfer.startup import break_even_pages
+from jinfer.startup.load import break_even_pages
 from jinfer.step.page_moves import PAGES_PER_MOVE
 
 SETTINGS = {"max_num_seqs": 4, "max_num_batched_tokens": 32, "page_size": 8, "max_model_len": 128}
@@ -216,7 +216,7 @@ def note_restores(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[PageR
 def test_the_host_keeps_what_the_pool_gives_up(
     checkpoint: Path, uncached: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("jinfer.startup.break_even_pages", lambda plan, runner: 1)
+    monkeypatch.setattr("jinfer.startup.load.break_even_pages", lambda plan, runner: 1)
     jobs = jobs_that_share(np.random.default_rng(9), 30, longest=40)
     want = run_jobs(uncached, jobs)
     tight = make_engine(checkpoint, num_pages=17, kv_offloading_size=1 / 1024, **SETTINGS)
@@ -251,7 +251,7 @@ def test_a_pool_full_of_nan_changes_nothing(
     monkeypatch: pytest.MonkeyPatch,
     kv_offloading_size: float | None,
 ) -> None:
-    monkeypatch.setattr("jinfer.startup.break_even_pages", lambda plan, runner: 1)
+    monkeypatch.setattr("jinfer.startup.load.break_even_pages", lambda plan, runner: 1)
     jobs = jobs_that_share(np.random.default_rng(10), 24, longest=40)
     host = {"kv_offloading_size": kv_offloading_size}
     poisoned = make_engine(checkpoint, num_pages=17, **host, **SETTINGS)

@@ -17,7 +17,7 @@ from stress import (
 )
 
 from jinfer.async_llm import AsyncLLM
-from jinfer.engine import Engine
+from jinfer.engine.engine import Engine
 from jinfer.request.params import SamplingParams
 from jinfer.request.prompt import Prompt
 

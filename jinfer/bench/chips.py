@@ -10,7 +10,7 @@ import jax
 from jax.experimental import topologies
 from jax.experimental.compilation_cache import compilation_cache
 
-from jinfer.chips import CHIPS, Chip
+from jinfer.startup.chips import CHIPS, Chip
 
 # What the compiler asks of a GPU beside the figures above: multiprocessors, their shared memory
 # (of one and of one block, bytes), threads, floating-point units, L2 in MiB, clock in GHz.

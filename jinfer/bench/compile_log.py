@@ -4,7 +4,7 @@ from typing import Any
 
 import jax
 
-from jinfer.step.program_store import LOADED_EVENT
+from jinfer.compile.program_store import LOADED_EVENT
 
 _COMPILED = "/jax/core/compile/backend_compile_duration"  # also of programs read from the cache
 _HIT = "/jax/compilation_cache/cache_hits"

@@ -17,7 +17,7 @@ from jinfer.bench.kernel_cases import Work, work_of
 from jinfer.bench.kernel_check import BOUNDS, Step, max_error
 from jinfer.bench.table import figure, percent, table
 from jinfer.bench.timing import Timing, time_loop
-from jinfer.resolve import default_page_size
+from jinfer.startup.resolve import default_page_size
 from jinfer.step.attention import ATTENTION
 from kernels_pallas.paged_attention.cases import Case
 from kernels_pallas.paged_attention.pages import LARGEST, Pages, QuantizedPages

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 
 from jinfer.bench.table import table
 from jinfer.bench.workload import Lengths, fitted, read_trace
-from jinfer.chips import CHIPS, Chip
 from jinfer.config import EngineConfig, EnginePlan, ModelConfig
-from jinfer.resolve import resolve_plan
 from jinfer.schedule.scheduler import Scheduler
 from jinfer.schedule.sequence import Sequence
+from jinfer.startup.chips import CHIPS, Chip
+from jinfer.startup.resolve import resolve_plan
 
 LLAMA_3_8B = ModelConfig(
     family="llama", vocab_size=128_256, width=4096, mlp_width=14_336, num_layers=32,

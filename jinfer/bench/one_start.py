@@ -13,8 +13,8 @@ BEGUN_S = time.perf_counter()
 from jinfer.bench.compile_log import CompileLog  # noqa: E402 - the time of importing counts
 from jinfer.bench.machine import devices  # noqa: E402
 from jinfer.bench.models import model_arguments  # noqa: E402
+from jinfer.engine.replicas import Replicas  # noqa: E402
 from jinfer.llm import LLM  # noqa: E402
-from jinfer.replicas import Replicas  # noqa: E402
 from jinfer.request.params import SamplingParams  # noqa: E402
 
 IMPORTED_S = time.perf_counter()

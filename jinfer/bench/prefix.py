@@ -22,9 +22,9 @@ from typing import Any
 import numpy as np
 
 from jinfer.bench.models import SHAPE_125M
-from jinfer.engine import Engine, make_scheduler
+from jinfer.engine.engine import Engine, make_scheduler
+from jinfer.engine.pacing import Pacing
 from jinfer.llm import LLM
-from jinfer.pacing import Pacing
 from jinfer.request.params import SamplingParams
 from jinfer.schedule.scheduler import Scheduler
 

@@ -21,10 +21,10 @@ from pathlib import Path
 import numpy as np
 
 from jinfer.config import EngineConfig
-from jinfer.engine import Engine
+from jinfer.engine.engine import Engine
+from jinfer.engine.running import RunningRequest
 from jinfer.request.params import SamplingParams
 from jinfer.request.prompt import Prompt
-from jinfer.running import RunningRequest
 from jinfer.shipped import DEFAULT_MODEL
 
 

@@ -11,12 +11,12 @@ import jax.numpy as jnp
 from jinfer.bench.device_log import DeviceLog, DeviceTimes, Span, device_times
 from jinfer.bench.roofline import Costs, StepWork
 from jinfer.bench.workload import Job
+from jinfer.engine.replicas import Replicas
+from jinfer.engine.running import RunningRequest
 from jinfer.llm import LLM
 from jinfer.parallel.shares import chip_share, held_model
-from jinfer.replicas import Replicas
 from jinfer.request.params import SamplingParams
 from jinfer.request.prompt import Prompt
-from jinfer.running import RunningRequest
 
 
 @dataclass(slots=True)

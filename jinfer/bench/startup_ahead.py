@@ -15,14 +15,14 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from jinfer.bench.chips import chip_named, describe, memory_of
 from jinfer.bench.table import figure, table
+from jinfer.compile.program_store import ProgramStore, open_store
+from jinfer.compile.programs import Program
 from jinfer.config import EngineConfig, EnginePlan
 from jinfer.parallel.mesh import make_mesh
 from jinfer.parallel.sharding import Placement
 from jinfer.parallel.shares import held_model
-from jinfer.resolve import check_config, resolve_dtype, resolve_plan
-from jinfer.startup import state_shapes, step_programs
-from jinfer.step.program_store import ProgramStore, open_store
-from jinfer.step.programs import Program
+from jinfer.startup.load import state_shapes, step_programs
+from jinfer.startup.resolve import check_config, resolve_dtype, resolve_plan
 from jinfer.weights.load import read_model_config
 from kernels_pallas.compat import told_the_chip
 

@@ -52,9 +52,9 @@ def _join_hosts(args: Namespace) -> None:
     given = processes_args(args)
     if not given:
         return
-    from jinfer.multi_host import follow
-    from jinfer.parallel.distributed import initialize, processes
-    from jinfer.parallel.processes import Follower
+    from jinfer.engine.multi_host import follow
+    from jinfer.hosts.distributed import initialize, processes
+    from jinfer.hosts.processes import Follower
 
     if given["coordinator_address"] == "auto":
         del given["coordinator_address"]

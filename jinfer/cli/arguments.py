@@ -8,9 +8,9 @@ from functools import partial
 from typing import Any, NoReturn
 
 from jinfer import __version__
+from jinfer.arguments.config_file import read_config
 from jinfer.cli.bench_arguments import add_bench
 from jinfer.config import EngineConfig
-from jinfer.config_file import read_config
 from jinfer.request.params import SamplingParams
 from jinfer.shipped import DEFAULT_MODEL
 

@@ -34,7 +34,7 @@ from jinfer.cli.profile import profiled, require_profile_folder
 from jinfer.cli.screen import counted, note, show
 from jinfer.config import EngineConfig
 from jinfer.llm import LLM
-from jinfer.resolve import platform_of, resolve_dtype
+from jinfer.startup.resolve import platform_of, resolve_dtype
 
 Plans = list[tuple[str, list[list[Job]]]]  # what is said of each run, and its batches, in turn
 

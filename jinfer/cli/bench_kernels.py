@@ -22,7 +22,7 @@ from jinfer.bench.kernels_ahead import check_targets, compile_cases, compiled_ta
 from jinfer.bench.machine import machine_line, versions
 from jinfer.cli.profile import profiled, require_profile_folder
 from jinfer.cli.screen import note, show
-from jinfer.resolve import free_device_bytes, platform_of
+from jinfer.startup.resolve import free_device_bytes, platform_of
 
 _DTYPES = ("float32", "bfloat16", "float16")
 

@@ -6,7 +6,7 @@ from typing import no_type_check
 import jax
 from jaxtyping import Array, Bool, Int32
 
-from jinfer.step.logprobs import Logprobs
+from jinfer.sampling.logprobs import Logprobs
 
 
 @no_type_check  # also holds numpy arrays and shapes

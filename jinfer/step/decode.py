@@ -10,9 +10,9 @@ from jax import lax
 from jaxtyping import Array, Bool, Int32
 
 from jinfer.models.decoder import Decoder, Params
+from jinfer.sampling.logprobs import no_logprobs
 from jinfer.step.batch import DecodeBatch, DecodeOutput, StepBatch, StepOutput
 from jinfer.step.kv_cache import KVPages
-from jinfer.step.logprobs import no_logprobs
 from jinfer.step.slots import SlotState
 from jinfer.step.step import PagedAttention, run_step
 

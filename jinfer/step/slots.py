@@ -15,8 +15,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Int32
 
 from jinfer.parallel.collectives import WHOLE, Shards
+from jinfer.sampling.sampler import SamplingState, empty_state, record
 from jinfer.step.batch import StepBatch
-from jinfer.step.sampler import SamplingState, empty_state, record
 
 ADMISSION_ROWS = 8  # slots written by one dispatch of `write_slots`
 RESTORED_TOKENS = 1024  # output tokens counted by one dispatch of `restore_counts`

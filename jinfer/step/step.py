@@ -10,10 +10,10 @@ from jaxtyping import Array
 
 from jinfer.models.decoder import Decoder, Params
 from jinfer.parallel.collectives import Shards
+from jinfer.sampling.logprobs import read_logprobs
+from jinfer.sampling.sampler import sample
 from jinfer.step.batch import StepBatch, StepOutput
 from jinfer.step.kv_cache import KVPages
-from jinfer.step.logprobs import read_logprobs
-from jinfer.step.sampler import sample
 from jinfer.step.slots import SlotState, record_drawn, write_pages
 
 PagedAttention = Callable[..., tuple[Array, KVPages]]

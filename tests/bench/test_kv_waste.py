@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jinfer.bench.kv_waste import CASES, plan_for, simulate
-from jinfer.chips import CHIPS
+from jinfer.startup.chips import CHIPS
 
 
 def test_a_request_alone_wastes_the_rest_of_its_last_page_and_what_is_taken_ahead() -> None:

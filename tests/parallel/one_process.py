@@ -11,8 +11,9 @@ import json
 import sys
 from typing import Any
 
-from jinfer import LLM, SamplingParams, startup
-from jinfer.parallel.distributed import initialize
+from jinfer import LLM, SamplingParams
+from jinfer.hosts.distributed import initialize
+from jinfer.startup import load as startup
 
 
 def main(asked: dict[str, Any]) -> None:

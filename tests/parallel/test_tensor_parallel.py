@@ -16,7 +16,7 @@ from jinfer.parallel.sharding import Placement
 from jinfer.parallel.shares import held_model
 from jinfer.request.output import RequestOutput
 from jinfer.request.params import SamplingParams
-from jinfer.startup import state_shapes, step_programs
+from jinfer.startup.load import state_shapes, step_programs
 from jinfer.weights.dummy import dummy_params
 from jinfer.weights.layout import hold_as, put_held
 from jinfer.weights.load import load_params, read_model_config

@@ -14,8 +14,8 @@ from random_checkpoint import write_llama_checkpoint
 from jinfer.config import EngineConfig
 from jinfer.request.params import SamplingParams
 from jinfer.request.tokenizer import load_tokenizer
-from jinfer.resolve import resolve_plan
 from jinfer.shipped import target_folder
+from jinfer.startup.resolve import resolve_plan
 from jinfer.step.attention import default_attention, require_served
 from jinfer.weights.load import read_model_config
 from kernels_pallas.paged_attention.pages import cells_of
@@ -47,7 +47,9 @@ def test_default(platform: str, head_width: int, want: str, tmp_path: Path) -> N
 def test_what_an_attention_cannot_do_is_refused_before_the_weights_are_read(
     asked: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("jinfer.startup.load_params", lambda *_, **__: pytest.fail("weights read"))
+    monkeypatch.setattr(
+        "jinfer.startup.load.load_params", lambda *_, **__: pytest.fail("weights read")
+    )
     with pytest.raises(NotImplementedError, match=message):
         make_engine(write_llama_checkpoint(tmp_path, seed=0), **asked)
 

@@ -9,10 +9,10 @@ import pytest
 
 from jinfer.errors import RequestError
 from jinfer.request.params import SamplingParams
+from jinfer.sampling.admission import check_row, sampling_row
+from jinfer.sampling.sampler import SamplingState
 from jinfer.schedule.sequence import Sequence
-from jinfer.step.admission import check_row, sampling_row
 from jinfer.step.pack import BucketShape
-from jinfer.step.sampler import SamplingState
 from jinfer.step.slots import (
     ADMISSION_ROWS,
     RESTORED_TOKENS,
