@@ -10,7 +10,7 @@ from typing import Any
 from uuid import uuid4
 
 from jinfer.engine.metrics import MetricsSnapshot
-from jinfer.engine.running import RunningRequest
+from jinfer.engine.running import Request
 from jinfer.errors import RequestError, shown
 from jinfer.llm import LLM, check_template_args
 from jinfer.request.output import RequestOutput, new_since
@@ -196,7 +196,7 @@ class AsyncLLM:
             self._commands.popleft()()
         return not self._closing
 
-    def _add(self, request: RunningRequest, stream: "_Stream") -> None:
+    def _add(self, request: Request, stream: "_Stream") -> None:
         try:
             self._llm.engine.add(request)
         except Exception as error:  # its id is taken, or the engine is down: for its caller alone
@@ -213,7 +213,7 @@ class AsyncLLM:
         if self._streams.get(request_id) is stream:  # not another's of the same id
             self._abort(request_id)
 
-    def _tell(self, request: RunningRequest) -> None:
+    def _tell(self, request: Request) -> None:
         stream = self._streams[request.request_id]
         if request.final_only and not request.finished:
             return

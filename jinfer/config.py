@@ -18,7 +18,7 @@ class RopeScaling:
     factor: float
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
-    original_max_position: int = 8192  # tokens
+    original_max_position_embeddings: int = 8192  # tokens
 
     def __post_init__(self) -> None:
         if self.kind not in ("linear", "llama3"):
@@ -36,19 +36,19 @@ class ModelConfig:
 
     family: str  # key of jinfer.models.registry, e.g. "llama"
     vocab_size: int  # V
-    width: int  # D
-    mlp_width: int  # F
+    hidden_size: int  # D
+    intermediate_size: int  # F
     num_layers: int  # L
     num_q_heads: int  # N
     num_kv_heads: int  # K
-    head_width: int  # H
-    max_position: int  # tokens of context that the checkpoint was trained for
-    rms_eps: float
+    head_dim: int  # H
+    max_position_embeddings: int  # tokens of context that the checkpoint was trained for
+    rms_norm_eps: float
     rope_theta: float
     rope_scaling: RopeScaling | None = None
     attention_bias: bool = False  # on the q, k, v and o projections
     mlp_bias: bool = False
-    tied_embeddings: bool = False  # the unembedding is the embedding
+    tie_word_embeddings: bool = False  # the unembedding is the embedding
 
     def __post_init__(self) -> None:
         if self.num_q_heads % self.num_kv_heads:
@@ -56,27 +56,27 @@ class ModelConfig:
                 "num_q_heads must be a multiple of num_kv_heads; "
                 f"got num_q_heads={self.num_q_heads}, num_kv_heads={self.num_kv_heads}."
             )
-        if self.head_width % 2:
+        if self.head_dim % 2:
             raise ValueError(
-                f"rotary positions need an even head width; got head_width={self.head_width}."
+                f"rotary positions need an even head width; got head_dim={self.head_dim}."
             )
 
     @property
     def num_parameters(self) -> int:
         """Trainable numbers, the unembedding counted once if tied."""
         heads = self.num_q_heads + 2 * self.num_kv_heads
-        attention = self.width * self.head_width * (heads + self.num_q_heads)
-        block = attention + 3 * self.width * self.mlp_width + 2 * self.width
+        attention = self.hidden_size * self.head_dim * (heads + self.num_q_heads)
+        block = attention + 3 * self.hidden_size * self.intermediate_size + 2 * self.hidden_size
         if self.attention_bias:
-            block += heads * self.head_width + self.width
+            block += heads * self.head_dim + self.hidden_size
         if self.mlp_bias:
-            block += 2 * self.mlp_width + self.width
-        embeddings = (1 if self.tied_embeddings else 2) * self.vocab_size * self.width
-        return self.num_layers * block + embeddings + self.width
+            block += 2 * self.intermediate_size + self.hidden_size
+        embeddings = (1 if self.tie_word_embeddings else 2) * self.vocab_size * self.hidden_size
+        return self.num_layers * block + embeddings + self.hidden_size
 
     def kv_bytes_per_token(self, itemsize: int) -> int:
         """Bytes of KV cache one token occupies over all layers, keys and values together."""
-        return 2 * self.num_layers * self.num_kv_heads * self.head_width * itemsize
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * itemsize
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -134,7 +134,7 @@ class EnginePlan:
     platform: str  # "cpu" | "gpu" | "tpu"
     dtype: str  # of weights and activations
     kv_dtype: str  # of KV pages; those of 8 bits carry scales
-    kv_head_width: int  # of a key or value in its page; the model's own, or wider
+    kv_head_dim: int  # of a key or value in its page; the model's own, or wider
     tensor_parallel_size: int  # chips that share the model
     vocab_size: int  # V of logits and slots; the model's own, or filled up for the chips
     max_model_len: int

@@ -18,7 +18,7 @@ from jinfer.engine.engine import Engine
 from jinfer.engine.interrupt import deferred
 from jinfer.engine.metrics import MetricsSnapshot
 from jinfer.engine.replicas import Replicas
-from jinfer.engine.running import RunningRequest
+from jinfer.engine.running import Request
 from jinfer.errors import RequestError, shown, unknown_keyword
 from jinfer.request.chat import ChatRenderer, choose_template
 from jinfer.request.output import RequestMetrics, RequestOutput, new_since
@@ -161,7 +161,7 @@ class LLM:
         request.streams = not request.final_only
         return self._stream(request)
 
-    def _stream(self, request: RunningRequest) -> Generator[RequestOutput, None, None]:
+    def _stream(self, request: Request) -> Generator[RequestOutput, None, None]:
         before = None
         with self._running([request]) as steps:
             for _ in steps:
@@ -177,7 +177,7 @@ class LLM:
     ) -> Generator[tuple[int, RequestOutput], None, None]:
         """Answers prompts and yields (place in `prompts`, output) in the order of completion."""
         outcomes = self._prepare_all(_units(prompts, on_error), sampling_params, on_error)
-        places = {o: i for i, o in enumerate(outcomes) if isinstance(o, RunningRequest)}
+        places = {o: i for i, o in enumerate(outcomes) if isinstance(o, Request)}
         for place, outcome in enumerate(outcomes):
             if isinstance(outcome, RequestOutput):
                 yield place, outcome
@@ -197,14 +197,14 @@ class LLM:
         priority: Sequence[int] | None = None,
     ) -> list[RequestOutput]:
         outcomes = self._prepare_all(units, params, on_error, priority)
-        requests = [outcome for outcome in outcomes if isinstance(outcome, RunningRequest)]
+        requests = [outcome for outcome in outcomes if isinstance(outcome, Request)]
         shown = use_tqdm and self.engine.config.progress
         with _ProgressLine(len(requests), shown) as line, self._running(requests) as steps:
             for advanced in steps:
                 line.update(advanced)
         for request in requests:
             self._raise_failure(request, on_error)
-        return [o.output() if isinstance(o, RunningRequest) else o for o in outcomes]
+        return [o.output() if isinstance(o, Request) else o for o in outcomes]
 
     def render(
         self,
@@ -259,7 +259,7 @@ class LLM:
         params: SamplingParams | None,
         request_id: str | None = None,
         priority: int = 0,
-    ) -> RunningRequest:
+    ) -> Request:
         """Checks a request whole, for `engine.add`; nothing is queued yet.
 
         Raises:
@@ -281,7 +281,7 @@ class LLM:
         params: Params,
         on_error: str,
         priority: Sequence[int] | None = None,
-    ) -> list[RunningRequest | RequestOutput]:
+    ) -> list[Request | RequestOutput]:
         if on_error not in ("raise", "return"):
             raise ValueError(f"on_error must be 'raise' or 'return'; got {on_error=}. Choose one.")
         each = zip(_params_for(units, params), priorities_for(len(units), priority), strict=True)
@@ -293,9 +293,7 @@ class LLM:
         ]
 
     @contextmanager
-    def _running(
-        self, requests: Sequence[RunningRequest]
-    ) -> Iterator[Iterator[list[RunningRequest]]]:
+    def _running(self, requests: Sequence[Request]) -> Iterator[Iterator[list[Request]]]:
         """Queues the requests; whatever ends the block early, they leave the engine with it."""
         try:
             with deferred(), self._turning():
@@ -330,7 +328,7 @@ class LLM:
             finally:
                 self._is_turning = False
 
-    def _steps(self, requests: Sequence[RunningRequest]) -> Iterator[list[RunningRequest]]:
+    def _steps(self, requests: Sequence[Request]) -> Iterator[list[Request]]:
         """Turns the loop until all are finished; yields those of them that each turn advanced.
 
         Where two loops run in turn, as over two streams, each turn advances the requests of both.
@@ -351,7 +349,7 @@ class LLM:
             if mine:
                 yield mine
 
-    def _raise_failure(self, request: RunningRequest, on_error: str = "raise") -> None:
+    def _raise_failure(self, request: Request, on_error: str = "raise") -> None:
         if request.error is not None and on_error == "raise":
             raise request.error
 
@@ -375,7 +373,7 @@ class _ProgressLine:
     def __exit__(self, *exc_info: object) -> None:
         self._bar.close()
 
-    def update(self, advanced: Iterable[RunningRequest]) -> None:
+    def update(self, advanced: Iterable[Request]) -> None:
         """Counts the requests that finished in this step."""
         finished = [request for request in advanced if request.finished]
         if not finished or self._bar.disable:

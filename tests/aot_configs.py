@@ -24,7 +24,7 @@ from collectives import collectives_in
 from jinfer.arguments.config_file import read_config
 from jinfer.bench.chips import describe_slice
 from jinfer.config import EngineConfig, RopeScaling
-from jinfer.parallel.shares import chip_share, held_model
+from jinfer.parallel.model_shards import chip_shard, padded_model
 from jinfer.startup.chips import CHIPS
 from jinfer.startup.resolve import check_config, resolve_dtype, resolve_plan
 from kernels_pallas.compat import told_the_chip
@@ -35,18 +35,20 @@ RECORD = FOLDER / "memory.json"
 KEPT_SHARE = 0.05
 
 _ROPE = RopeScaling(kind="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0)
-LLAMA_8B = replace(LLAMA_3_8B, max_position=131_072, rope_scaling=_ROPE)
-LLAMA_70B = replace(LLAMA_8B, width=8192, mlp_width=28_672, num_layers=80, num_q_heads=64)
+LLAMA_8B = replace(LLAMA_3_8B, max_position_embeddings=131_072, rope_scaling=_ROPE)
+LLAMA_70B = replace(
+    LLAMA_8B, hidden_size=8192, intermediate_size=28_672, num_layers=80, num_q_heads=64
+)
 LLAMA_3B = replace(
     LLAMA_8B,
-    width=3072,
-    mlp_width=8192,
+    hidden_size=3072,
+    intermediate_size=8192,
     num_layers=28,
     num_q_heads=24,
-    tied_embeddings=True,
+    tie_word_embeddings=True,
     rope_scaling=replace(_ROPE, factor=32.0),
 )
-LLAMA_1B = replace(LLAMA_3B, width=2048, num_layers=16, num_q_heads=32, head_width=64)
+LLAMA_1B = replace(LLAMA_3B, hidden_size=2048, num_layers=16, num_q_heads=32, head_dim=64)
 # As their config.json says.
 MODELS = {
     "meta-llama/Llama-3.2-1B-Instruct": LLAMA_1B,
@@ -103,9 +105,9 @@ def measure(name: str) -> Iterator[dict[str, Any]]:
     chip = CHIPS[target.chip]
     devices = describe_slice(target.chip, target.topology)
     size = config.tensor_parallel_size
-    share = chip_share(held_model(model, size), size)
+    shard = chip_shard(padded_model(model, size), size)
     itemsize = jnp.dtype(resolve_dtype(config, chip.platform)).itemsize
-    weight_bytes = share.num_parameters * itemsize
+    weight_bytes = shard.num_parameters * itemsize
     memory_bytes = int(chip.memory_gb * 1e9)
     plan = resolve_plan(
         config,

@@ -18,8 +18,8 @@ from jinfer.bench.chips import describe
 from jinfer.compile.programs import Program
 from jinfer.config import EngineConfig, EnginePlan, ModelConfig
 from jinfer.parallel.mesh import make_mesh
+from jinfer.parallel.model_shards import padded_model
 from jinfer.parallel.sharding import Placement
-from jinfer.parallel.shares import held_model
 from jinfer.startup.load import state_shapes, step_programs
 from jinfer.startup.resolve import resolve_plan
 from kernels_pallas.compat import told_the_chip
@@ -27,14 +27,14 @@ from kernels_pallas.compat import told_the_chip
 LLAMA_3_8B = ModelConfig(
     family="llama",
     vocab_size=128_256,
-    width=4096,
-    mlp_width=14_336,
+    hidden_size=4096,
+    intermediate_size=14_336,
     num_layers=32,
     num_q_heads=32,
     num_kv_heads=8,
-    head_width=128,
-    max_position=8192,
-    rms_eps=1e-5,
+    head_dim=128,
+    max_position_embeddings=8192,
+    rms_norm_eps=1e-5,
     rope_theta=500_000.0,
 )
 CONFIG = EngineConfig(model="-", max_num_seqs=16, max_num_batched_tokens=512)
@@ -45,7 +45,7 @@ def programs_for(chips: Sequence[Any], model: ModelConfig, plan: EnginePlan) -> 
     """The engine's own, for a model on these chips."""
     size = plan.tensor_parallel_size
     placement = Placement(make_mesh(chips, size))
-    state = state_shapes(plan, held_model(model, size), placement)
+    state = state_shapes(plan, padded_model(model, size), placement)
     return step_programs(plan, model, state, placement)
 
 

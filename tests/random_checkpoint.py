@@ -104,17 +104,21 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def _layer_shapes(hf: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    width, mlp_width = hf["hidden_size"], hf["intermediate_size"]
-    head_width = hf.get("head_dim") or width // hf["num_attention_heads"]
-    q_width = hf["num_attention_heads"] * head_width
-    kv_width = hf.get("num_key_value_heads", hf["num_attention_heads"]) * head_width
+    width, intermediate_size = hf["hidden_size"], hf["intermediate_size"]
+    head_dim = hf.get("head_dim") or width // hf["num_attention_heads"]
+    q_width = hf["num_attention_heads"] * head_dim
+    kv_width = hf.get("num_key_value_heads", hf["num_attention_heads"]) * head_dim
     attention = {
         "q": (q_width, width),
         "k": (kv_width, width),
         "v": (kv_width, width),
         "o": (width, q_width),
     }
-    mlp = {"gate": (mlp_width, width), "up": (mlp_width, width), "down": (width, mlp_width)}
+    mlp = {
+        "gate": (intermediate_size, width),
+        "up": (intermediate_size, width),
+        "down": (width, intermediate_size),
+    }
     shapes: dict[str, tuple[int, ...]] = {
         "input_layernorm.weight": (width,),
         "post_attention_layernorm.weight": (width,),

@@ -18,12 +18,12 @@ from engine_runs import logprobs_of, tokens_of
 
 from jinfer.config import EngineConfig
 from jinfer.engine.engine import Engine
-from jinfer.engine.running import RunningRequest
+from jinfer.engine.running import Request
 from jinfer.errors import RequestError
 from jinfer.request.output import RequestOutput
 from jinfer.request.params import SamplingParams
 from jinfer.request.prompt import Prompt
-from jinfer.schedule.draft import Draft
+from jinfer.schedule.plan_builder import Draft
 from jinfer.shipped import DEFAULT_MODEL
 
 PAGE_SIZE = 8
@@ -117,7 +117,7 @@ class Player:
     def __init__(self, engine: Engine, faults: Faults, seed: int = 0) -> None:
         self.engine, self.faults = engine, faults
         self.rng = random.Random(seed)
-        self.requests: list[RunningRequest] = []
+        self.requests: list[Request] = []
         self.aborted: set[str] = set()
         self.failed: set[str] = set()
         self.num_refused = 0  # allocations
@@ -126,7 +126,7 @@ class Player:
 
     @property
     def num_preemptions(self) -> int:
-        return sum(c.sequence.num_preemptions for r in self.requests for c in r.continuations)
+        return sum(c.sequence.num_preemptions for r in self.requests for c in r.completions)
 
     def play(self, workload: Sequence[Job], abort_at: tuple[int, int] | None = None) -> None:
         """Turns the loop until all is done; `abort_at` = (turn, place of the one to abort)."""
@@ -175,7 +175,7 @@ class Player:
         self.engine.add(request)
         self.requests.append(request)
 
-    def _abort(self, request: RunningRequest) -> None:
+    def _abort(self, request: Request) -> None:
         if not request.finished:
             self.engine.abort(request.request_id)
             self.aborted.add(request.request_id)
@@ -194,7 +194,7 @@ class Player:
             self._abort(self.rng.choice(alive))
         if alive and self.rng.random() < self.faults.fail:
             request = self.rng.choice(alive)
-            self.rng.choice(request.continuations)._stops = Broken()  # pyright: ignore
+            self.rng.choice(request.completions)._stops = Broken()  # pyright: ignore
             self.failed.add(request.request_id)
 
     @contextmanager

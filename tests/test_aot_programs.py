@@ -120,15 +120,15 @@ def check(label: str, figures: list[dict[str, Any]]) -> None:
 
 def test_weights_come_into_the_layout_of_a_7x_without_a_copy_of_them_all() -> None:
     sharding = jax.sharding.SingleDeviceSharding(describe_tpu("tpu7x:2x2x1"))
-    held = hold_as("16x128", lambda _: sharding)("blocks.w_down_DF", "LDF")
+    padded = hold_as("16x128", lambda _: sharding)("blocks.w_down_DF", "LDF")
     shape = (8, 4096, 14_336)
-    stack = jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=held)
+    stack = jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=padded)
     layer = jax.ShapeDtypeStruct((1, *shape[1:]), jnp.bfloat16, sharding=sharding)
     index = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding)
-    load = jax.jit(put_layer, donate_argnums=0, out_shardings=held).lower(stack, layer, index)
+    load = jax.jit(put_layer, donate_argnums=0, out_shardings=padded).lower(stack, layer, index)
     part = _Part("LDF", shape, shape)
-    draw = partial(_uniform, parts=(part,), num_shards=1, head_width=128, dtype=stack.dtype)
-    drawn = jax.jit(draw, out_shardings=held).lower(0, (1,), 0.5)
+    draw = partial(_uniform, parts=(part,), num_shards=1, head_dim=128, dtype=stack.dtype)
+    drawn = jax.jit(draw, out_shardings=padded).lower(0, (1,), 0.5)
     loading, drawing = (x.compile().memory_analysis() for x in (load, drawn))
     layer_bytes = 4096 * 14_336 * 2
     assert loading.alias_size_in_bytes >= 8 * layer_bytes

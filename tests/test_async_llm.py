@@ -10,7 +10,7 @@ import pytest
 from jinfer import LLM, AsyncLLM, RequestError, RequestOutputKind, SamplingParams
 from jinfer.async_llm import _Stream
 from jinfer.engine.engine import Engine
-from jinfer.engine.running import Continuation
+from jinfer.engine.running import Completion
 
 # The programs of tests/test_llm.py.
 SMALL = {"max_num_seqs": 8, "max_num_batched_tokens": 8, "max_model_len": 128, "progress": False}
@@ -189,14 +189,14 @@ async def test_an_id_in_use_is_refused_and_its_owner_goes_on(llm: AsyncLLM, want
 async def test_a_failure_inside_one_request_ends_that_one_only(
     llm: AsyncLLM, wanted: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    accept = Continuation._accept_token
+    accept = Completion._append_token
 
-    def fail(self: Continuation, token_id: int) -> None:
+    def fail(self: Completion, token_id: int) -> None:
         if self.request.prompt_ids == prompt_of(3):
             raise UnicodeError("the detokenizer broke")
         accept(self, token_id)
 
-    monkeypatch.setattr(Continuation, "_accept_token", fail)
+    monkeypatch.setattr(Completion, "_append_token", fail)
     results = await asyncio.gather(*(run(llm, i) for i in range(5)), return_exceptions=True)
     assert isinstance(results.pop(3), UnicodeError)
     assert [ids_of(output) for output in results] == [*wanted[:3], wanted[4]]

@@ -99,7 +99,7 @@ def test_pages_of_one_dtype_are_not_found_in_another(
 
     def root_key() -> bytes:
         request = engine.prepare("any", prompt, SamplingParams())
-        return request.continuations[0].sequence.root_key
+        return request.completions[0].sequence.root_key
 
     own = root_key()
     assert root_key() == own

@@ -16,7 +16,7 @@ import pytest
 import jinfer.engine.engine
 from jinfer import LLM, RequestError, RequestOutputKind, SamplingParams
 from jinfer.engine.engine import STEPS_WITH_STOP_STRINGS
-from jinfer.engine.running import Continuation
+from jinfer.engine.running import Completion
 from jinfer.schedule.scheduler import STEPS_WHILE_WAITING, Scheduler
 
 # Two programs, the same in every module, so that they are compiled once.
@@ -41,7 +41,7 @@ def llm(module_llm: LLM) -> Iterator[LLM]:
         engine.step()
     assert engine.scheduler.num_free_pages == num_free
     assert engine.num_late_compiles == 0
-    assert not engine._requests and not engine._continuations
+    assert not engine._requests and not engine._completions
 
 
 def ids_of(output: Any) -> list[int]:
@@ -435,14 +435,14 @@ def test_allowed_ids_bias_and_bad_words_are_honoured(llm: LLM) -> None:
 
 def broken_for(first_id: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes every token of the request whose prompt begins so fail on the host."""
-    accept = Continuation._accept_token
+    accept = Completion._append_token
 
-    def fail(self: Continuation, token_id: int) -> None:
+    def fail(self: Completion, token_id: int) -> None:
         if self.request.prompt_ids[0] == first_id and len(self.sequence.output_ids) == 2:
             raise UnicodeError("the detokenizer broke")
         accept(self, token_id)
 
-    monkeypatch.setattr(Continuation, "_accept_token", fail)
+    monkeypatch.setattr(Completion, "_append_token", fail)
 
 
 def test_a_failure_inside_one_request_ends_that_one_only(
@@ -471,14 +471,14 @@ def test_a_failure_inside_one_request_ends_that_one_only(
 def test_a_request_whose_second_output_fails_counts_as_an_error(
     llm: LLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    accept = Continuation._accept_token
+    accept = Completion._append_token
 
-    def fail(self: Continuation, token_id: int) -> None:
+    def fail(self: Completion, token_id: int) -> None:
         if self.sequence.index == 1 and len(self.sequence.output_ids) == 3:
             raise UnicodeError("the detokenizer broke")
         accept(self, token_id)
 
-    monkeypatch.setattr(Continuation, "_accept_token", fail)
+    monkeypatch.setattr(Completion, "_append_token", fail)
     before = llm.metrics().num_finished
     [output] = llm.generate([[5]], greedy(3, n=2), on_error="return")
     after = llm.metrics().num_finished

@@ -12,7 +12,7 @@ from engine_runs import Job, logprobs_of, make_engine, random_prompt, run_jobs, 
 from random_checkpoint import write_llama_checkpoint
 
 from jinfer.engine.engine import Engine
-from jinfer.engine.running import RunningRequest
+from jinfer.engine.running import Request
 from jinfer.request.output import RequestOutput
 from jinfer.request.params import SamplingParams
 from jinfer.request.prompt import Prompt
@@ -94,7 +94,7 @@ def test_cached_equals_uncached_under_preemption(checkpoint: Path, uncached: Eng
         tight.add(requests[-1])
     while tight.has_work:
         tight.step()
-    sequences = [c.sequence for r in requests for c in r.continuations]
+    sequences = [c.sequence for r in requests for c in r.completions]
     assert sum(s.num_preemptions for s in sequences) > 3
     assert sum(s.num_cached for s in sequences) > 100
     assert tight.scheduler.num_free_pages == 16
@@ -119,7 +119,7 @@ def test_continuations_of_one_prompt_compute_it_once(engine: Engine, uncached: E
     engine.add(request)
     while engine.has_work:
         engine.step()
-    assert [c.sequence.num_cached for c in request.continuations] == [0, 40, 40, 40]
+    assert [c.sequence.num_cached for c in request.completions] == [0, 40, 40, 40]
     assert_same(request.output(), run_jobs(uncached, [job])[0])
 
 
@@ -174,7 +174,7 @@ def test_every_page_is_free_after_random_aborts(engine: Engine) -> None:
     assert engine.scheduler.num_free_pages == engine.plan.num_pages - 1
 
 
-def run_requests(engine: Engine, jobs: list[Job]) -> list[RunningRequest]:
+def run_requests(engine: Engine, jobs: list[Job]) -> list[Request]:
     """Runs jobs that all arrive at once; their requests."""
     requests = []
     for number, (prompt, params) in enumerate(jobs):
@@ -194,7 +194,7 @@ def test_a_prompt_of_n_continuations_is_computed_once(
     rng = np.random.default_rng(num_tokens)
     job = (random_prompt(rng, num_tokens, num_tokens + 1), asked(n=4, temperature=1.0, seed=1))
     [request] = run_requests(engine, [job])
-    cached = [c.sequence.num_cached for c in request.continuations]
+    cached = [c.sequence.num_cached for c in request.completions]
     # All but the last token, whose logits every one of them needs.
     assert cached == [0, *[num_tokens - 1] * 3]
     assert_same(request.output(), run_jobs(uncached, [job])[0])
@@ -226,7 +226,7 @@ def test_the_host_keeps_what_the_pool_gives_up(
         requests = run_requests(tight, jobs)
         for request, output in zip(requests, want, strict=True):
             assert_same(request.output(), output)
-        assert sum(c.sequence.num_preemptions for r in requests for c in r.continuations) > 3
+        assert sum(c.sequence.num_preemptions for r in requests for c in r.completions) > 3
     assert len(restored) > 50
     assert 0 < tight.runner.mover.num_stored <= tight.plan.num_host_pages
     tight.reset_prefix_cache()

@@ -112,7 +112,7 @@ def test_a_request_that_cannot_even_be_ended_ends(cramped: Engine) -> None:
         cramped.add(each)
     for _ in range(4):
         cramped.step()
-    request.continuations[0]._stops = Broken()  # pyright: ignore
+    request.completions[0]._stops = Broken()  # pyright: ignore
     assert cramped.abort("broken") is request
     assert request.finished and str(request.output().error) == "injected"
     while cramped.has_work:

@@ -37,7 +37,7 @@ def _case(name: str, rows: list[tuple[int, int]], **changes: str) -> Case:
         num_padding=0,
         num_q_heads=32,
         num_kv_heads=8,
-        head_width=128,
+        head_dim=128,
         spare_pages=0,
         **changes,  # pyright: ignore[reportArgumentType]
     )
@@ -103,7 +103,7 @@ def work_of(case: Case, dtype: str) -> Work:
       dtype: of queries, keys, values and outputs.
     """
     itemsize = jnp.dtype(dtype).itemsize
-    cell_bytes = 2 * case.head_width * jnp.dtype(case.pages_dtype or dtype).itemsize
+    cell_bytes = 2 * case.head_dim * jnp.dtype(case.pages_dtype or dtype).itemsize
     if case.pages_dtype is not None:
         cell_bytes += 2 * 4
     rows = list(zip(case.kv_len, case.query_len, strict=True))
@@ -111,10 +111,10 @@ def work_of(case: Case, dtype: str) -> Work:
     num_old = sum(visible - new for visible, new in rows if new)
     # Query i of n sees all but the n - 1 - i tokens after it.
     num_pairs = sum(new * visible - new * (new - 1) // 2 for visible, new in rows)
-    moved_KH = 2 * num_new * case.head_width * itemsize + (num_old + num_new) * cell_bytes
-    moved_NH = 2 * num_new * case.num_q_heads * case.head_width * itemsize
+    moved_KH = 2 * num_new * case.head_dim * itemsize + (num_old + num_new) * cell_bytes
+    moved_NH = 2 * num_new * case.num_q_heads * case.head_dim * itemsize
     return Work(
         num_bytes=case.num_kv_heads * moved_KH + moved_NH,
-        num_flops=4 * case.num_q_heads * case.head_width * num_pairs,
+        num_flops=4 * case.num_q_heads * case.head_dim * num_pairs,
         pool_bytes=case.num_kv_heads * cell_bytes * sum(case.kv_len),
     )

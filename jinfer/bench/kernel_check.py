@@ -50,7 +50,7 @@ def max_error(
       split: for what attends over pages of another form, and does not write: makes these of a
         pool in which the new keys and values are written.
     """
-    scale = case.head_width**-0.5
+    scale = case.head_dim**-0.5
     step = step._replace(q_TNH=step.q_TNH * QUERY_FACTOR)
     row_T = np.repeat(np.arange(len(step.kv_len_B)), step.query_len_B)
     position_T = np.arange(len(row_T)) - (step.start_B - step.kv_len_B + step.query_len_B)[row_T]

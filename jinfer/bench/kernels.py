@@ -100,13 +100,13 @@ def arguments(case: Case, dtype: str, page_size: int, num_layers: int, shaped: S
     num_pages = 1 + sum(-(-kv_len // page_size) for kv_len in case.kv_len)
     table_width = -(-max(case.kv_len) // page_size)
     per_head = (num_layers, num_pages, case.num_kv_heads)
-    pages = shaped((*per_head, page_size, 2 * case.head_width), case.pages_dtype or dtype)
+    pages = shaped((*per_head, page_size, 2 * case.head_dim), case.pages_dtype or dtype)
     if case.pages_dtype is not None:
         pages = QuantizedPages(pages, shaped((*per_head, 2, page_size), "float32"))
     per_row = shaped((num_rows,), "int32")
     return Arguments(
-        q_TNH=shaped((num_tokens, case.num_q_heads, case.head_width), dtype),
-        k_TKH=shaped((num_tokens, case.num_kv_heads, case.head_width), dtype),
+        q_TNH=shaped((num_tokens, case.num_q_heads, case.head_dim), dtype),
+        k_TKH=shaped((num_tokens, case.num_kv_heads, case.head_dim), dtype),
         pages=pages,
         table_BM=shaped((num_rows, table_width), "int32"),
         rows=(per_row, per_row, per_row),
@@ -195,7 +195,7 @@ def _compiled_loop(
 ) -> tuple[Callable[[int], None], int]:
     shapes = arguments(case, dtype, page_size, num_layers, jax.ShapeDtypeStruct)
     shapes = replace(shapes, pages=pages_for(name, shapes.pages, jax.ShapeDtypeStruct))
-    attend = partial(attend, scale=case.head_width**-0.5)
+    attend = partial(attend, scale=case.head_dim**-0.5)
 
     def loop(q_TNH, pages, num_turns, k_TKH, table_BM, rows):
         def one(i, carry):

@@ -125,7 +125,7 @@ def _compiled(
 
 
 def _call(case: Case, name: str) -> Callable[..., Any]:
-    attend = partial(variants_of(name)[0], scale=case.head_width**-0.5)
+    attend = partial(variants_of(name)[0], scale=case.head_dim**-0.5)
 
     def call(q_TNH, pages, k_TKH, layer, table_BM, rows):
         return attend(q_TNH, k_TKH, k_TKH, pages, layer, table_BM, *rows)

@@ -10,20 +10,20 @@ for further decode steps, and how many of their cells its tokens fill.
 
 import argparse
 from collections import deque
-from collections.abc import Sequence as Seq
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from jinfer.bench.table import table
 from jinfer.bench.workload import Lengths, fitted, read_trace
 from jinfer.config import EngineConfig, EnginePlan, ModelConfig
 from jinfer.schedule.scheduler import Scheduler
-from jinfer.schedule.sequence import Sequence
+from jinfer.schedule.sequence import TokenSequence
 from jinfer.startup.chips import CHIPS, Chip
 from jinfer.startup.resolve import resolve_plan
 
 LLAMA_3_8B = ModelConfig(
-    family="llama", vocab_size=128_256, width=4096, mlp_width=14_336, num_layers=32,
-    num_q_heads=32, num_kv_heads=8, head_width=128, max_position=8192, rms_eps=1e-5,
+    family="llama", vocab_size=128_256, hidden_size=4096, intermediate_size=14_336, num_layers=32,
+    num_q_heads=32, num_kv_heads=8, head_dim=128, max_position_embeddings=8192, rms_norm_eps=1e-5,
     rope_theta=500_000.0,
 )  # fmt: skip
 # A chip, what JAX calls it, and the dtype of KV pages, which decides how long they are.
@@ -59,7 +59,7 @@ def plan_for(chip: Chip, device_kind: str, kv_cache_dtype: str) -> EnginePlan:
     )
 
 
-def simulate(plan: EnginePlan, chip: Chip, lengths: Lengths, arrivals_s: Seq[float]) -> Waste:
+def simulate(plan: EnginePlan, chip: Chip, lengths: Lengths, arrivals_s: Sequence[float]) -> Waste:
     """Serves the requests on paper, one dispatch after the other."""
     scheduler = Scheduler(
         max_slots=plan.max_slots,
@@ -69,13 +69,13 @@ def simulate(plan: EnginePlan, chip: Chip, lengths: Lengths, arrivals_s: Seq[flo
         max_model_len=plan.max_model_len,
     )
     coming = deque(zip(arrivals_s, lengths, strict=True))
-    live: set[Sequence] = set()
+    live: set[TokenSequence] = set()
     now = 0.0
     num_allocated = num_unfilled = num_preemptions = 0
     while coming or live:
         while coming and coming[0][0] <= now:
             num_input, num_output = coming.popleft()[1]
-            sequence = Sequence("r", 0, [0] * num_input, num_input + num_output)
+            sequence = TokenSequence("r", 0, [0] * num_input, num_input + num_output)
             scheduler.add(sequence)
             live.add(sequence)
         step = scheduler.plan(plan.max_decode_steps)

@@ -22,7 +22,7 @@ import numpy as np
 
 from jinfer.config import EngineConfig
 from jinfer.engine.engine import Engine
-from jinfer.engine.running import RunningRequest
+from jinfer.engine.running import Request
 from jinfer.request.params import SamplingParams
 from jinfer.request.prompt import Prompt
 from jinfer.shipped import DEFAULT_MODEL
@@ -83,7 +83,7 @@ def play(engine: Engine, load: list[Arrival]) -> Result:
     """Runs the load to its end; every request completes, or this raises."""
     engine.reset_prefix_cache()
     num_usable = engine.plan.num_pages - 1
-    requests: list[RunningRequest] = []
+    requests: list[Request] = []
     num_computed = num_dispatches = most_pages = 0
     start_s, start_cpu_s = time.perf_counter(), time.process_time()
     while len(requests) < len(load) or engine.has_work:
@@ -100,20 +100,20 @@ def play(engine: Engine, load: list[Arrival]) -> Result:
         most_pages = max(most_pages, num_usable - engine.scheduler.num_free_pages)
     elapsed_s, cpu_s = time.perf_counter() - start_s, time.process_time() - start_cpu_s
     for request, arrival in zip(requests, load, strict=True):
-        [sequence] = [c.sequence for c in request.continuations]
+        [sequence] = [c.sequence for c in request.completions]
         assert len(sequence.output_ids) == arrival.num_output_tokens, f"{request.request_id=}"
     return Result(
         elapsed_s=elapsed_s,
         cpu_s=cpu_s,
         num_computed=num_computed,
         num_dispatches=num_dispatches,
-        num_preemptions=sum(r.continuations[0].sequence.num_preemptions for r in requests),
+        num_preemptions=sum(r.completions[0].sequence.num_preemptions for r in requests),
         most_pages=most_pages,
         longest_wait_s=max(request.metrics.ttft_s or 0.0 for request in requests),
     )
 
 
-def _add(engine: Engine, arrival: Arrival, name: str) -> RunningRequest:
+def _add(engine: Engine, arrival: Arrival, name: str) -> Request:
     params = SamplingParams(temperature=0.0, max_tokens=arrival.num_output_tokens, ignore_eos=True)
     request = engine.prepare(name, Prompt(text=None, token_ids=arrival.prompt_ids), params)
     engine.add(request)

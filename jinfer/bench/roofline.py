@@ -27,7 +27,7 @@ class Costs:
     weight_bytes: int  # of a step; of an embedding apart from the unembedding only rows are read
     kv_bytes: int  # of one token, all layers
     flops_per_token: int
-    flops_per_readout: int  # the unembedding, where logits are wanted
+    flops_per_logits_row: int  # the unembedding, where logits are wanted
     flops_per_pair: int  # of a query and a key that it sees, all heads and layers
 
     @classmethod
@@ -40,15 +40,15 @@ class Costs:
           kv_bytes: of one token in the pool, all layers.
         """
         heads = 2 * model.num_q_heads + 2 * model.num_kv_heads
-        block = model.width * (heads * model.head_width + 3 * model.mlp_width)
-        embedding = model.vocab_size * model.width
-        num_read = model.num_parameters - (0 if model.tied_embeddings else embedding)
+        block = model.hidden_size * (heads * model.head_dim + 3 * model.intermediate_size)
+        embedding = model.vocab_size * model.hidden_size
+        num_read = model.num_parameters - (0 if model.tie_word_embeddings else embedding)
         return cls(
             weight_bytes=num_read * itemsize,
             kv_bytes=kv_bytes,
             flops_per_token=2 * model.num_layers * block,
-            flops_per_readout=2 * embedding,
-            flops_per_pair=4 * model.num_layers * model.num_q_heads * model.head_width,
+            flops_per_logits_row=2 * embedding,
+            flops_per_pair=4 * model.num_layers * model.num_q_heads * model.head_dim,
         )
 
     def step(self, chunks: Sequence[Chunk]) -> StepWork:
@@ -59,10 +59,10 @@ class Costs:
             chunk.num_tokens * chunk.start + chunk.num_tokens * (chunk.num_tokens + 1) // 2
             for chunk in chunks
         )
-        num_readouts = sum(chunk.num_readouts for chunk in chunks)
+        num_logits_rows = sum(chunk.num_logits_rows for chunk in chunks)
         return StepWork(
             num_bytes=self.weight_bytes + num_kv * self.kv_bytes,
             num_flops=num_tokens * self.flops_per_token
             + num_pairs * self.flops_per_pair
-            + num_readouts * self.flops_per_readout,
+            + num_logits_rows * self.flops_per_logits_row,
         )

@@ -12,9 +12,9 @@ from jinfer.bench.device_log import DeviceLog, DeviceTimes, Span, device_times
 from jinfer.bench.roofline import Costs, StepWork
 from jinfer.bench.workload import Job
 from jinfer.engine.replicas import Replicas
-from jinfer.engine.running import RunningRequest
+from jinfer.engine.running import Request
 from jinfer.llm import LLM
-from jinfer.parallel.shares import chip_share, held_model
+from jinfer.parallel.model_shards import chip_shard, padded_model
 from jinfer.request.params import SamplingParams
 from jinfer.request.prompt import Prompt
 
@@ -87,7 +87,7 @@ def run_jobs(llm: LLM, jobs: Sequence[Job], *, streams: bool) -> Recording:
     plan = engine.plan
     size = plan.tensor_parallel_size
     costs = Costs.of(  # of one chip, whose ceilings are measured
-        chip_share(held_model(engine.model, size), size),
+        chip_shard(padded_model(engine.model, size), size),
         itemsize=jnp.dtype(plan.dtype).itemsize,
         kv_bytes=plan.page_bytes // plan.page_size,
     )
@@ -125,7 +125,7 @@ class _Loop:
         self._llm, self._streams = llm, streams
         self._engine = llm.engine
         self._waiting = deque(sorted(jobs, key=lambda job: job.arrival_s))
-        self._live: dict[RunningRequest, Served] = {}
+        self._live: dict[Request, Served] = {}
         self.served: list[Served] = []
         self.without_work: list[Span] = []
         self.num_allocated = self.num_unfilled = 0  # cells of the pool, summed over steps
@@ -183,8 +183,8 @@ class _Loop:
     def _note_cells(self) -> None:
         page_size = self._engine.plan.page_size
         for request in self._live:
-            for continuation in request.continuations:
-                sequence = continuation.sequence
+            for completion in request.completions:
+                sequence = completion.sequence
                 num_cells = len(sequence.pages) * page_size
                 self.num_allocated += num_cells
                 self.num_unfilled += max(0, num_cells - sequence.num_scheduled)

@@ -19,8 +19,8 @@ from jinfer.compile.program_store import ProgramStore, open_store
 from jinfer.compile.programs import Program
 from jinfer.config import EngineConfig, EnginePlan
 from jinfer.parallel.mesh import make_mesh
+from jinfer.parallel.model_shards import padded_model
 from jinfer.parallel.sharding import Placement
-from jinfer.parallel.shares import held_model
 from jinfer.startup.load import state_shapes, step_programs
 from jinfer.startup.resolve import check_config, resolve_dtype, resolve_plan
 from jinfer.weights.load import read_model_config
@@ -63,7 +63,7 @@ def measure_ahead(
     check_config(config)
     device, share = describe(target)
     chip, model = chip_named(target), read_model_config(folder)
-    held = held_model(model, 1)
+    padded = padded_model(model, 1)
     itemsize = jax.numpy.dtype(resolve_dtype(config, chip.platform)).itemsize
     plan = resolve_plan(
         config,
@@ -73,7 +73,7 @@ def measure_ahead(
         device_kind=device.device_kind,
     )
     placement = Placement(make_mesh([device], 1))
-    programs = step_programs(plan, model, state_shapes(plan, held, placement), placement)
+    programs = step_programs(plan, model, state_shapes(plan, padded, placement), placement)
 
     def get(program: Program, store: ProgramStore) -> tuple[float, int | None]:
         start_s = time.perf_counter()

@@ -35,7 +35,7 @@ def _lines(folder: Path, description: ModelDescription) -> dict[str, str]:
         "parameters": f"{description.num_parameters:,}",
         "weights": f"{binary_size(description.file_bytes)} on disk, "
         f"{counted(num_tensors, 'tensor')}: {dtypes}",
-        "context": counted(description.max_position, "token"),
+        "context": counted(description.max_position_embeddings, "token"),
         "KV cache": ", ".join(f"{size:,} bytes per token in {name}" for name, size in kv_bytes),
         "tokenizer": description.tokenizer,
         "end tokens": end_ids or "none",

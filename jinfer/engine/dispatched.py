@@ -1,7 +1,6 @@
 """A dispatch on its way: what the device was given, and how it is read back."""
 
-from collections.abc import Iterator
-from collections.abc import Sequence as Seq
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -30,27 +29,28 @@ class Dispatched:
         """Waits, and yields each step's output with its chunks and their readouts."""
         output = jax.device_get(self.output)  # the wait
         if isinstance(output, StepOutput):
-            yield output, list(self._readouts())
+            yield output, list(self._logits_rows())
             return
         chunks_of_rows = [list(chunk.steps()) for chunk in self.plan.chunks]
-        for i in range(max(output.num_drawn_B, default=0)):
+        for i in range(max(output.num_sampled_B, default=0)):
             chunks = [
                 (chunks_of_rows[row][i], range(row, row + 1))
                 for row in range(len(chunks_of_rows))
-                if i < output.num_drawn_B[row]
+                if i < output.num_sampled_B[row]
             ]
             logprobs = jax.tree.map(lambda a_IB, i=i: a_IB[i], output.logprobs)
             yield StepOutput(token_R=output.token_IB[i], logprobs=logprobs), chunks
-        for chunk, num_drawn in zip(self.plan.chunks, output.num_drawn_B, strict=False):
-            assert num_drawn == chunk.num_steps or chunk.sequence.status is Status.FINISHED, (
-                f"the device stopped, the host did not: {chunk.sequence.request_id=}, {num_drawn=}"
+        for chunk, num_sampled in zip(self.plan.chunks, output.num_sampled_B, strict=False):
+            assert num_sampled == chunk.num_steps or chunk.sequence.status is Status.FINISHED, (
+                f"the device stopped, the host did not: {chunk.sequence.request_id=}, "
+                f"{num_sampled=}"
             )
 
-    def _readouts(self) -> Iterator[tuple[Chunk, range]]:
+    def _logits_rows(self) -> Iterator[tuple[Chunk, range]]:
         start = 0
         for chunk in self.plan.chunks:
-            yield chunk, range(start, start + chunk.num_readouts)
-            start += chunk.num_readouts
+            yield chunk, range(start, start + chunk.num_logits_rows)
+            start += chunk.num_logits_rows
 
 
 class Observer(Protocol):
@@ -59,5 +59,5 @@ class Observer(Protocol):
     def dispatched(self, start_s: float, output: Any) -> None:
         """A program was called at `time.monotonic() == start_s`; its output may not be ready."""
 
-    def read(self, chunks: Seq[Chunk], num_places: int) -> None:
+    def read(self, chunks: Sequence[Chunk], num_places: int) -> None:
         """One step of a dispatch was read: what it computed, in so many places."""

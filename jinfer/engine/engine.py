@@ -1,8 +1,7 @@
 """The engine: plans, dispatches and reads; turns the loop once per `step`."""
 
 import time
-from collections.abc import Iterator
-from collections.abc import Sequence as Seq
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -15,7 +14,7 @@ from jinfer.engine.dispatched import Dispatched, Observer
 from jinfer.engine.metrics import EngineMetrics, Load, MetricsSnapshot
 from jinfer.engine.multi_host import load_everywhere
 from jinfer.engine.pacing import Pacing
-from jinfer.engine.running import Continuation, RunningRequest
+from jinfer.engine.running import Completion, Request
 from jinfer.errors import RequestError
 from jinfer.request.params import SamplingParams, check_priority
 from jinfer.request.prompt import Prompt, check_prompt_ids
@@ -28,7 +27,7 @@ from jinfer.schedule.pace import Pace
 from jinfer.schedule.plan import Chunk
 from jinfer.schedule.prefix_cache import root_key
 from jinfer.schedule.scheduler import Scheduler
-from jinfer.schedule.sequence import Sequence, Status
+from jinfer.schedule.sequence import Status, TokenSequence
 from jinfer.step.batch import StepOutput
 from jinfer.step.pack import BucketShape, DecodeShape, pack, pack_decode
 from jinfer.step.slots import ADMISSION_ROWS, RESTORED_TOKENS, admission_rows
@@ -49,7 +48,7 @@ class Engine:
         self,
         config: EngineConfig,
         *,
-        devices: Seq[Device] | None = None,
+        devices: Sequence[Device] | None = None,
         metrics: EngineMetrics | None = None,
     ) -> None:
         """Loads and compiles everything; raises what `multi_host.load_everywhere` raises.
@@ -80,8 +79,8 @@ class Engine:
             min_restored_pages=loaded.min_restored_pages,
         )
         self._pending: Dispatched | None = None
-        self._requests: dict[str, RunningRequest] = {}
-        self._continuations: dict[Sequence, Continuation] = {}
+        self._requests: dict[str, Request] = {}
+        self._completions: dict[TokenSequence, Completion] = {}
         self._num_streams = 0  # requests here whose tokens somebody watches as they come
         self._num_with_stop_strings = 0
         self._seeds = Seeds(config.seed)
@@ -123,7 +122,7 @@ class Engine:
 
     def prepare(
         self, request_id: str, prompt: Prompt, params: SamplingParams, priority: int = 0
-    ) -> RunningRequest:
+    ) -> Request:
         """Checks one request whole and turns it into what the engine can run; nothing is queued.
 
         Of two that wait, the one of lower `priority` begins first, and is preempted last.
@@ -149,7 +148,7 @@ class Engine:
             vocab_size=self.model.vocab_size,
             max_model_len=self.plan.max_model_len,
         )
-        request = RunningRequest(
+        request = Request(
             request_id=request_id,
             prompt=prompt.text,
             prompt_ids=prompt_ids,
@@ -173,7 +172,7 @@ class Engine:
             )
         return request
 
-    def add(self, request: RunningRequest) -> None:
+    def add(self, request: Request) -> None:
         """Queues a prepared request behind all others of its priority.
 
         Raises:
@@ -190,23 +189,23 @@ class Engine:
         self._requests[request.request_id] = request
         self._num_streams += request.streams
         self._num_with_stop_strings += bool(request.params.stop)
-        for continuation in request.continuations:
-            self._continuations[continuation.sequence] = continuation
-            continuation.sequence.arrival_s = request.metrics.arrival_time
-            self.scheduler.add(continuation.sequence)
+        for completion in request.completions:
+            self._completions[completion.sequence] = completion
+            completion.sequence.arrival_s = request.metrics.arrival_time
+            self.scheduler.add(completion.sequence)
 
-    def abort(self, request_id: str) -> RunningRequest | None:
+    def abort(self, request_id: str) -> Request | None:
         """Ends a request where it stands; its output so far remains. None if it is not here."""
         request = self._requests.get(request_id)
         if request is None:
             return None
-        for continuation in request.unfinished:
-            self._release(continuation)
+        for completion in request.unfinished:
+            self._release(completion)
         self._retire(request)
         request.abort()
         return request
 
-    def step(self) -> list[RunningRequest]:
+    def step(self) -> list[Request]:
         """One turn: dispatch the next step, then read the one before.
 
         Returns:
@@ -220,21 +219,21 @@ class Engine:
     def dispatch(self) -> Dispatched | None:
         """The first half of a turn: sends the next step; returns the one before, to be read."""
         self.require_alive()
-        self._pacing.turn_begins(self._pending)
-        with self._one_turn():
+        self._pacing.step_begins(self._pending)
+        with self._one_step():
             dispatched = self._dispatch()
             pending, self._pending = self._pending, dispatched
             return pending
 
-    def read(self, pending: Dispatched | None) -> list[RunningRequest]:
+    def read(self, pending: Dispatched | None) -> list[Request]:
         """The second half: waits for what was dispatched before, and returns as `step` does."""
-        with self._one_turn():
+        with self._one_step():
             advanced = self._read(pending) if pending is not None else []
-        self._pacing.turn_ends()
+        self._pacing.step_ends()
         return advanced
 
     @contextmanager
-    def _one_turn(self) -> Iterator[None]:
+    def _one_step(self) -> Iterator[None]:
         with self._guard.watch():
             try:
                 yield
@@ -296,7 +295,7 @@ class Engine:
         limit = self.plan.max_decode_steps
         return min(limit, STEPS_WITH_STOP_STRINGS) if self._num_with_stop_strings else limit
 
-    def _admit(self, admitted: Seq[Sequence]) -> None:
+    def _admit(self, admitted: Sequence[TokenSequence]) -> None:
         now = time.monotonic()
         for start in range(0, len(admitted), ADMISSION_ROWS):
             group = admitted[start : start + ADMISSION_ROWS]
@@ -310,7 +309,7 @@ class Engine:
                 slot_A, admission_rows(rows, self.plan.vocab_size), page_table_AM
             )
         for sequence in admitted:
-            metrics = self._continuations[sequence].request.metrics
+            metrics = self._completions[sequence].request.metrics
             if metrics.first_scheduled_time is None:  # not again after a preemption
                 metrics.first_scheduled_time = now
                 self._metrics.admitted(
@@ -320,8 +319,8 @@ class Engine:
                 )
             self._restore_counts(sequence)
 
-    def _slot_row(self, sequence: Sequence):
-        request = self._continuations[sequence].request
+    def _slot_row(self, sequence: TokenSequence):
+        request = self._completions[sequence].request
         assert request.seed is not None, f"queued without a seed: {request.request_id=}"
         return sampling_row(
             request.params,
@@ -332,7 +331,7 @@ class Engine:
             vocab_size=self.plan.vocab_size,
         )
 
-    def _restore_counts(self, sequence: Sequence) -> None:
+    def _restore_counts(self, sequence: TokenSequence) -> None:
         """Counts the outputs of a sequence that was preempted and now resumes."""
         assert sequence.slot is not None, f"admitted without a slot: {sequence.request_id=}"
         for start in range(0, len(sequence.output_ids), RESTORED_TOKENS):
@@ -342,87 +341,87 @@ class Engine:
             self.runner.restore_counts(sequence.slot, token_J)
 
     def _wants_logprobs(self, chunk: Chunk) -> bool:
-        params = self._continuations[chunk.sequence].request.params
+        params = self._completions[chunk.sequence].request.params
         return params.logprobs is not None or bool(chunk.scored_positions)
 
-    def _read(self, dispatched: Dispatched) -> list[RunningRequest]:
-        advanced: dict[str, RunningRequest] = {}
+    def _read(self, dispatched: Dispatched) -> list[Request]:
+        advanced: dict[str, Request] = {}
         was_done = dispatched.is_done
         for output, chunks in dispatched.read():
             now = time.monotonic()
             self._pacing.was_read(dispatched, now, was_done=was_done)
             if self.observer is not None:
                 self.observer.read([chunk for chunk, _ in chunks], dispatched.num_places)
-            for chunk, readouts in chunks:
-                self._read_chunk(chunk, readouts, output, now, advanced)
+            for chunk, logits_rows in chunks:
+                self._read_chunk(chunk, logits_rows, output, now, advanced)
         return list(advanced.values())
 
     def _read_chunk(
         self,
         chunk: Chunk,
-        readouts: range,
+        logits_rows: range,
         output: StepOutput,
         now: float,
-        advanced: dict[str, RunningRequest],
+        advanced: dict[str, Request],
     ) -> None:
-        token_id = int(output.token_R[readouts[-1]]) if chunk.samples else None
-        continuation = self._continuations.get(chunk.sequence)
+        token_id = int(output.token_R[logits_rows[-1]]) if chunk.samples else None
+        completion = self._completions.get(chunk.sequence)
         self.scheduler.commit(chunk, token_id)
-        if continuation is None or chunk.sequence.status is Status.FINISHED:
+        if completion is None or chunk.sequence.status is Status.FINISHED:
             return  # it ended while this was in flight
-        self._publish(continuation, chunk, readouts, output, now)
-        request = continuation.request
+        self._publish(completion, chunk, logits_rows, output, now)
+        request = completion.request
         if chunk.samples or request.finished:
             advanced[request.request_id] = request
 
     def _publish(
         self,
-        continuation: Continuation,
+        completion: Completion,
         chunk: Chunk,
-        readouts: range,
+        logits_rows: range,
         output: StepOutput,
         now: float,
     ) -> None:
-        request = continuation.request
+        request = completion.request
         try:
-            continuation.accept(chunk, readouts, output, now)
+            completion.append(chunk, logits_rows, output, now)
         except Exception as error:  # whatever goes wrong with one request ends that request only
             request.fail(error)
-            for other in request.continuations:
+            for other in request.completions:
                 self._release(other)
             self._retire(request)
             return
         if chunk.samples:
-            self._count_token(continuation, now)
-        if continuation.finish is not None:
-            self._release(continuation)
+            self._count_token(completion, now)
+        if completion.finish is not None:
+            self._release(completion)
         if request.finished:
             self._retire(request)
 
-    def _count_token(self, continuation: Continuation, now: float) -> None:
-        metrics, before = continuation.request.metrics, continuation.last_token_time
-        continuation.last_token_time = now
-        self._metrics.drew_token(
+    def _count_token(self, completion: Completion, now: float) -> None:
+        metrics, before = completion.request.metrics, completion.last_token_time
+        completion.last_token_time = now
+        self._metrics.sampled_token(
             ttft_s=metrics.ttft_s if metrics.num_output_tokens == 1 else None,
             gap_s=None if before is None else now - before,
         )
 
-    def _release(self, continuation: Continuation) -> None:
-        self.scheduler.abort(continuation.sequence)
-        self._continuations.pop(continuation.sequence, None)
+    def _release(self, completion: Completion) -> None:
+        self.scheduler.abort(completion.sequence)
+        self._completions.pop(completion.sequence, None)
 
-    def _retire(self, request: RunningRequest) -> None:
+    def _retire(self, request: Request) -> None:
         request.metrics.finished_time = now = time.monotonic()
         if self._requests.pop(request.request_id, None) is not None:
             # What ran on is aborted next.
-            reason = "error" if request.error else request.continuations[0].finish or Finish.ABORT
+            reason = "error" if request.error else request.completions[0].finish or Finish.ABORT
             self._metrics.finished(
                 str(reason), e2e_s=now - request.metrics.arrival_time, tpot_s=request.metrics.tpot_s
             )
             self._num_streams -= request.streams
             self._num_with_stop_strings -= bool(request.params.stop)
 
-    def _encode(self, prompt: Prompt) -> Seq[int]:
+    def _encode(self, prompt: Prompt) -> Sequence[int]:
         if not prompt.text:
             return ()  # refused as [] is, whatever tokens the tokenizer would begin with
         if self.tokenizer is None:

@@ -122,7 +122,7 @@ class EngineMetrics:
         self.num_prompt_tokens += num_prompt_tokens
         self.num_cached_tokens += num_cached_tokens
 
-    def drew_token(self, *, ttft_s: float | None, gap_s: float | None) -> None:
+    def sampled_token(self, *, ttft_s: float | None, gap_s: float | None) -> None:
         """A token was read: a request's first, after `ttft_s`, or one `gap_s` after another."""
         self.num_output_tokens += 1
         if ttft_s is not None:

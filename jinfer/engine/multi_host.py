@@ -80,7 +80,7 @@ def follow(follower: Follower, own: EngineConfig | None = None) -> NoReturn:
             if method == "load":
                 if number == 0 and own is not None:
                     _require_same(own, *args)
-                runners[number] = _load_share(*args)
+                runners[number] = _load_shard(*args)
                 continue
             output = getattr(runners[number], method)(*args)
             if method == "close":
@@ -141,7 +141,7 @@ class LeadingRunner:
             return getattr(self._runner, method)(*args)
 
 
-def _load_share(config: EngineConfig) -> ModelRunner:
+def _load_shard(config: EngineConfig) -> ModelRunner:
     return load(replace(config, skip_tokenizer_init=True, progress=False)).runner
 
 

@@ -58,7 +58,7 @@ class Pacing:
             programs.append((f"step of {size} tokens", size, shape.empty()))
         for size, shape in decodes.items():
             batch = shape.empty()
-            batch.num_draws_B[0] = 1  # by the bin; where nobody draws, no step is run
+            batch.num_samples_B[0] = 1  # by the bin; where nobody draws, no step is run
             programs.append((f"decode of {size} rows", size, batch))
         fastest_s = math.inf
         for name, size, batch in programs:
@@ -85,11 +85,11 @@ class Pacing:
         steps_s = pending.plan.num_steps * self.pace.times.predict(pending.num_places)
         return max(now, max(pending.start_s, self._read_s) + steps_s)
 
-    def turn_begins(self, pending: Dispatched | None) -> None:
+    def step_begins(self, pending: Dispatched | None) -> None:
         """The loop turns again; `pending` was on its way while it did not."""
         self._away_s = 0.0 if pending is None else self._away_s + time.monotonic() - self._left_s
 
-    def turn_ends(self) -> None:
+    def step_ends(self) -> None:
         self._left_s = time.monotonic()
 
     def was_read(self, dispatched: Dispatched, now: float, *, was_done: bool) -> None:

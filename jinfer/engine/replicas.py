@@ -12,7 +12,7 @@ import jax
 from jinfer.config import EngineConfig
 from jinfer.engine.engine import Engine
 from jinfer.engine.metrics import EngineMetrics, Load, MetricsSnapshot
-from jinfer.engine.running import RunningRequest
+from jinfer.engine.running import Request
 from jinfer.errors import RequestError
 from jinfer.parallel.mesh import split_devices
 from jinfer.request.params import SamplingParams
@@ -84,7 +84,7 @@ class Replicas:
 
     def metrics(self) -> MetricsSnapshot:
         """What all of them do now and have done so far; any thread may ask."""
-        num_queued = sum(len(entry.request.continuations) for entry in list(self._queue))
+        num_queued = sum(len(entry.request.completions) for entry in list(self._queue))
         load = Load(num_running=0, num_waiting=num_queued, num_pages_used=0, num_pages=0)
         return self._metrics.snapshot(sum((engine.load for engine in self.engines), load))
 
@@ -95,11 +95,11 @@ class Replicas:
 
     def prepare(
         self, request_id: str, prompt: Prompt, params: SamplingParams, priority: int = 0
-    ) -> RunningRequest:
+    ) -> Request:
         """As `Engine.prepare`."""
         return self.engines[0].prepare(request_id, prompt, params, priority)
 
-    def add(self, request: RunningRequest) -> None:
+    def add(self, request: Request) -> None:
         """As `Engine.add`; which replica takes it is decided when one has room."""
         self.require_alive()
         if request.request_id in self._home or request.request_id in self._entry_of:
@@ -114,7 +114,7 @@ class Replicas:
         self._entry_of[request.request_id] = entry
         self._arrivals.append(entry)
 
-    def abort(self, request_id: str) -> RunningRequest | None:
+    def abort(self, request_id: str) -> Request | None:
         """As `Engine.abort`."""
         if entry := self._entry_of.pop(request_id, None):
             self._queue.remove(entry)
@@ -128,7 +128,7 @@ class Replicas:
         engine = self._home.pop(request_id, None)
         return None if engine is None else engine.abort(request_id)
 
-    def step(self) -> list[RunningRequest]:
+    def step(self) -> list[Request]:
         """One turn of every replica that has work; returns and raises as `Engine.step`."""
         self.require_alive()
         self._feed()
@@ -184,7 +184,7 @@ class _Entry(NamedTuple):
 
     priority: int
     arrival: int
-    request: RunningRequest
+    request: Request
 
 
 def _num_sequences(engine: Engine) -> int:

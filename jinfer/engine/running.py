@@ -1,6 +1,6 @@
 """A request while it runs: what the host knows of it, from drawn tokens to its output."""
 
-from collections.abc import Sequence as Seq
+from collections.abc import Sequence
 from dataclasses import replace
 
 from jinfer.errors import RequestError, without_frames
@@ -10,13 +10,13 @@ from jinfer.request.params import RequestOutputKind, SamplingParams
 from jinfer.request.stop import Finish, StopChecker
 from jinfer.request.tokenizer import Tokenizer
 from jinfer.schedule.plan import Chunk
-from jinfer.schedule.sequence import Sequence
+from jinfer.schedule.sequence import TokenSequence
 from jinfer.step.batch import StepOutput
 
 PositionLogprobs = dict[int, Logprob]
 
 
-class RunningRequest:
+class Request:
     """One request and its n continuations. Made by `Engine.prepare`, after every check."""
 
     def __init__(
@@ -24,9 +24,9 @@ class RunningRequest:
         *,
         request_id: str,
         prompt: str | None,
-        prompt_ids: Seq[int],
+        prompt_ids: Sequence[int],
         params: SamplingParams,
-        eos_token_ids: Seq[int],
+        eos_token_ids: Sequence[int],
         max_model_len: int,
         tokenizer: Tokenizer | None,
         priority: int = 0,
@@ -53,10 +53,10 @@ class RunningRequest:
         max_length = max_model_len
         if params.max_tokens is not None:
             max_length = min(max_model_len, len(prompt_ids) + params.max_tokens)
-        self.continuations = [
-            Continuation(
+        self.completions = [
+            Completion(
                 self,
-                Sequence(
+                TokenSequence(
                     request_id=request_id,
                     index=index,
                     prompt_ids=prompt_ids,
@@ -73,29 +73,29 @@ class RunningRequest:
     @property
     def num_cached_tokens(self) -> int:
         """Prompt tokens that its first continuation found in the prefix cache."""
-        return self.continuations[0].sequence.num_cached
+        return self.completions[0].sequence.num_cached
 
     @property
     def finished(self) -> bool:
         return self.error is not None or not self.unfinished
 
     @property
-    def unfinished(self) -> list["Continuation"]:
-        return [c for c in self.continuations if c.finish is None]
+    def unfinished(self) -> list["Completion"]:
+        return [c for c in self.completions if c.finish is None]
 
     def abort(self) -> None:
         """Ends the request where it stands; its output so far remains."""
         try:
-            for continuation in self.unfinished:
-                continuation.abort()
+            for completion in self.unfinished:
+                completion.abort()
         except Exception as error:  # in its last piece of text: it is over in any case
             self.fail(error)
 
     def fail(self, error: Exception) -> None:
         """Ends the request with an error; what was generated so far remains readable."""
         self.error = without_frames(error)
-        for continuation in self.unfinished:
-            continuation.finish = Finish.ERROR
+        for completion in self.unfinished:
+            completion.finish = Finish.ERROR
 
     @property
     def final_only(self) -> bool:
@@ -114,7 +114,7 @@ class RunningRequest:
             prompt=self.prompt,
             prompt_token_ids=self.prompt_ids,
             prompt_logprobs=None if self.prompt_logprobs is None else list(self.prompt_logprobs),
-            outputs=[continuation.output() for continuation in self.continuations],
+            outputs=[completion.output() for completion in self.completions],
             finished=self.finished,
             metrics=replace(self.metrics, num_cached_tokens=self.num_cached_tokens),
             num_cached_tokens=self.num_cached_tokens,
@@ -122,10 +122,10 @@ class RunningRequest:
         )
 
 
-class Continuation:
+class Completion:
     """One of a request's n outputs: its sequence, its text so far, and why it ended."""
 
-    def __init__(self, request: RunningRequest, sequence: Sequence) -> None:
+    def __init__(self, request: Request, sequence: TokenSequence) -> None:
         params = request.params
         self.request = request
         self.sequence = sequence
@@ -149,18 +149,18 @@ class Continuation:
             params.stop, include_stop_str_in_output=params.include_stop_str_in_output
         )
 
-    def accept(self, chunk: Chunk, readouts: range, output: StepOutput, now: float) -> None:
+    def append(self, chunk: Chunk, logits_rows: range, output: StepOutput, now: float) -> None:
         """Takes in what a step read for this sequence; its token is committed already.
 
         Args:
           chunk: what the step computed.
-          readouts: the chunk's rows of `output`: scored prompt positions, then the draw.
+          logits_rows: the chunk's rows of `output`: scored prompt positions, then the sample.
           output: the step's output, on the host.
           now: `time.monotonic()` when it was read.
         """
-        num_scores = len(readouts) - chunk.samples
+        num_scores = len(logits_rows) - chunk.samples
         if num_scores:
-            self._accept_scores(readouts[:num_scores], output)
+            self._append_scores(logits_rows[:num_scores], output)
         if not chunk.samples:
             return
         metrics = self.request.metrics
@@ -169,10 +169,10 @@ class Continuation:
             metrics.first_token_time = now
         token_id = self.sequence.output_ids[-1]
         if self.logprobs is not None and self.cumulative_logprob is not None:
-            entry = self._logprobs(readouts[-1], token_id, self.request.params.logprobs, output)
+            entry = self._logprobs(logits_rows[-1], token_id, self.request.params.logprobs, output)
             self.logprobs.append(entry)
             self.cumulative_logprob += entry[token_id].logprob
-        self._accept_token(token_id)
+        self._append_token(token_id)
 
     def abort(self) -> None:
         """Ends here; the output so far remains."""
@@ -189,7 +189,7 @@ class Continuation:
             stop_reason=self.stop_reason,
         )
 
-    def _accept_token(self, token_id: int) -> None:
+    def _append_token(self, token_id: int) -> None:
         """Text, then the first reason to stop that applies: stop token, stop string, length.
 
         vLLM's conventions: a stop token that the user named is the reason, an end token is not;
@@ -224,24 +224,24 @@ class Continuation:
             self._show(self._detokenizer.flush(), may_stop=False)
             self.text += self._stops.flush()
 
-    def _accept_scores(self, readouts: range, output: StepOutput) -> None:
+    def _append_scores(self, logits_rows: range, output: StepOutput) -> None:
         scores = self.request.prompt_logprobs
         assert scores is not None, f"scored unasked: {self.request.request_id=}"
         num_top = self.request.params.prompt_logprobs
-        for readout in readouts:
-            token_id = int(output.token_R[readout])
-            scores.append(self._logprobs(readout, token_id, num_top, output))
+        for logits_row in logits_rows:
+            token_id = int(output.token_R[logits_row])
+            scores.append(self._logprobs(logits_row, token_id, num_top, output))
 
     def _logprobs(
-        self, readout: int, token_id: int, num_top: int | None, output: StepOutput
+        self, logits_row: int, token_id: int, num_top: int | None, output: StepOutput
     ) -> PositionLogprobs:
         """The chosen token's logprob and those of the `num_top` most likely, best first."""
         read = output.logprobs
-        chosen_rank = int(read.rank_R[readout])
-        entries = [(token_id, float(read.token_logprob_R[readout]), chosen_rank)]
+        chosen_rank = int(read.rank_R[logits_row])
+        entries = [(token_id, float(read.token_logprob_R[logits_row]), chosen_rank)]
         for place in range(num_top or 0):
-            top_id = int(read.top_ids_RJ[readout, place])
-            entries.append((top_id, float(read.top_logprobs_RJ[readout, place]), place + 1))
+            top_id = int(read.top_ids_RJ[logits_row, place])
+            entries.append((top_id, float(read.top_logprobs_RJ[logits_row, place]), place + 1))
         tokenizer = self.request.tokenizer
         found: PositionLogprobs = {}
         for entry_id, logprob, rank in entries:
@@ -250,7 +250,7 @@ class Continuation:
         return found
 
 
-def bad_word_ids(words: Seq[str], tokenizer: Tokenizer | None) -> tuple[tuple[int, ...], ...]:
+def bad_word_ids(words: Sequence[str], tokenizer: Tokenizer | None) -> tuple[tuple[int, ...], ...]:
     """Token ids of each bad word, as it stands at the start of a text and after a space.
 
     As vLLM does: the spelling after a space counts only if it is as long and begins otherwise,

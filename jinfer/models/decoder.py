@@ -3,12 +3,12 @@
 The modules exist only as graph definitions, made once; parameters live in a plain nested
 dict whose keys are the modules' attribute names, and every jitted function takes that dict:
 
-    {"embed_VD": ..., "blocks": ..., "final_norm_D": ..., "unembed_VD": ...}
+    {"embed_VD": ..., "blocks": ..., "final_norm_D": ..., "lm_head_VD": ...}
 
 `blocks` is a list with one dict per layer (the layer loop is unrolled), or one dict whose
 leaves have a leading L axis (the layer loop is a scan). A parameter's name ends in its
 axes; a matrix has its outputs first, as checkpoints store it. A decoder with tied embeddings has
-no `unembed_VD`.
+no `lm_head_VD`.
 
 On several chips the same functions run on each, on its share of the heads, of the feed-forward
 width and of the vocabulary; every layer adds up its shares twice, and nothing else is exchanged.
@@ -40,7 +40,7 @@ class Block(nnx.Module):
     """One layer: grouped-query attention, then a gated feed-forward, each around a norm."""
 
     def __init__(self, config: ModelConfig, shards: Shards) -> None:
-        D, F, H = config.width, config.mlp_width, config.head_width
+        D, F, H = config.hidden_size, config.intermediate_size, config.head_dim
         N, K = config.num_q_heads, config.num_kv_heads
         self.config, self.shards = config, shards
         self.attn_norm_D = _parameter(D)
@@ -67,7 +67,7 @@ class Block(nnx.Module):
         cache: Cache,
         layer: Any,
     ) -> tuple[Float[Array, "T D"], Cache]:
-        eps = self.config.rms_eps
+        eps = self.config.rms_norm_eps
         with jax.named_scope("attention"):
             normed_TD = rms_norm(hidden_TD, self.attn_norm_D[...], eps=eps)
             mixed_TD, cache = self._attention(normed_TD, rope, attend, cache, layer)
@@ -100,7 +100,7 @@ class Block(nnx.Module):
         num_q = self.w_o_DQ.shape[1]  # Q of this chip, where config has that of all
         num_kv = (flat_TU.shape[1] - num_q) // 2
         parts = jnp.split(flat_TU, (num_q, num_q + num_kv), axis=1)  # q_TQ, k_TC, v_TC
-        return [part.reshape(len(part), -1, self.config.head_width) for part in parts]
+        return [part.reshape(len(part), -1, self.config.head_dim) for part in parts]
 
     def _mlp(self, normed_TD: Float[Array, "T D"]) -> Float[Array, "T D"]:
         gate_TF, up_TF = jnp.split(project(normed_TD, self.w_gate_up_YD[...]), 2, axis=1)
@@ -116,10 +116,10 @@ class Ends(nnx.Module):
 
     def __init__(self, config: ModelConfig, shards: Shards) -> None:
         self.config, self.shards = config, shards
-        self.embed_VD = _parameter(config.vocab_size, config.width)
-        self.final_norm_D = _parameter(config.width)
-        if not config.tied_embeddings:
-            self.unembed_VD = _parameter(config.vocab_size, config.width)
+        self.embed_VD = _parameter(config.vocab_size, config.hidden_size)
+        self.final_norm_D = _parameter(config.hidden_size)
+        if not config.tie_word_embeddings:
+            self.lm_head_VD = _parameter(config.vocab_size, config.hidden_size)
 
     def embed(self, token_T: Int32[Array, "T"]) -> Float[Array, "T D"]:
         embed_VD = self.embed_VD[...]
@@ -130,10 +130,10 @@ class Ends(nnx.Module):
 
     def logits(self, hidden_RD: Float[Array, "R D"]) -> Float[Array, "R V"]:
         """Float32 logits of a few chosen tokens, the final norm included; of its V each shard's."""
-        tied = self.config.tied_embeddings
-        unembed_VD = (self.embed_VD if tied else self.unembed_VD)[...]
-        normed_RD = rms_norm(hidden_RD, self.final_norm_D[...], eps=self.config.rms_eps)
-        logits_RV = project(normed_RD, unembed_VD, dtype=jnp.float32)
+        tied = self.config.tie_word_embeddings
+        lm_head_VD = (self.embed_VD if tied else self.lm_head_VD)[...]
+        normed_RD = rms_norm(hidden_RD, self.final_norm_D[...], eps=self.config.rms_norm_eps)
+        logits_RV = project(normed_RD, lm_head_VD, dtype=jnp.float32)
         return self._without_filling(logits_RV)
 
     def _without_filling(self, logits_RV: Array) -> Array:

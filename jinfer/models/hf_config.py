@@ -93,7 +93,7 @@ def _scaling(hf: Mapping[str, Any] | None) -> RopeScaling | None:
         factor=factor,
         low_freq_factor=low,
         high_freq_factor=high,
-        original_max_position=required(hf, "original_max_position_embeddings"),
+        original_max_position_embeddings=required(hf, "original_max_position_embeddings"),
     )
 
 

@@ -61,8 +61,8 @@ def rope_frequencies(config: ModelConfig) -> np.ndarray:
 
     Source: Su et al., RoFormer, arXiv:2104.09864, section 3.2.2; scaling: see RopeScaling.
     """
-    pair = np.arange(0, config.head_width, 2, dtype=np.float32)
-    frequency = 1.0 / config.rope_theta ** (pair / np.float32(config.head_width))
+    pair = np.arange(0, config.head_dim, 2, dtype=np.float32)
+    frequency = 1.0 / config.rope_theta ** (pair / np.float32(config.head_dim))
     if config.rope_scaling is None:
         return frequency.astype(np.float32)
     if config.rope_scaling.kind == "linear":
@@ -73,7 +73,7 @@ def rope_frequencies(config: ModelConfig) -> np.ndarray:
 def _llama3_frequencies(frequency: np.ndarray, scaling: RopeScaling) -> np.ndarray:
     # Wavelengths beyond the trained context are stretched by `factor`, short ones kept, and
     # those between blended linearly in (context / wavelength).
-    turns = scaling.original_max_position * frequency / (2 * np.pi)
+    turns = scaling.original_max_position_embeddings * frequency / (2 * np.pi)
     kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
     kept = np.clip(kept, 0.0, 1.0)
     return (frequency * (kept + (1.0 - kept) / scaling.factor)).astype(np.float32)

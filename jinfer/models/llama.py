@@ -32,7 +32,7 @@ MLP_BIAS = {
     "b_up_F": HFTensor("mlp.up_proj.bias", "F"),
     "b_down_D": HFTensor("mlp.down_proj.bias", "D"),
 }
-UNEMBED = HFTensor("lm_head.weight", "V D")
+LM_HEAD = HFTensor("lm_head.weight", "V D")
 
 
 def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
@@ -43,7 +43,7 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
       NotImplementedError: for rope types, activations or storage that are not supported.
     """
     refuse_unsupported(hf)
-    width, num_q_heads = required(hf, "hidden_size"), required(hf, "num_attention_heads")
+    hidden_size, num_q_heads = required(hf, "hidden_size"), required(hf, "num_attention_heads")
     rope_theta, rope_scaling = rope_settings(hf)
     hidden_act = required(hf, "hidden_act", str)
     if hidden_act != "silu":
@@ -54,19 +54,19 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     return ModelConfig(
         family="llama",
         vocab_size=required(hf, "vocab_size"),
-        width=width,
-        mlp_width=required(hf, "intermediate_size"),
+        hidden_size=hidden_size,
+        intermediate_size=required(hf, "intermediate_size"),
         num_layers=required(hf, "num_hidden_layers"),
         num_q_heads=num_q_heads,
         num_kv_heads=optional(hf, "num_key_value_heads", num_q_heads),
-        head_width=optional(hf, "head_dim", width // num_q_heads),
-        max_position=required(hf, "max_position_embeddings"),
-        rms_eps=required(hf, "rms_norm_eps", float),
+        head_dim=optional(hf, "head_dim", hidden_size // num_q_heads),
+        max_position_embeddings=required(hf, "max_position_embeddings"),
+        rms_norm_eps=required(hf, "rms_norm_eps", float),
         rope_theta=rope_theta,
         rope_scaling=rope_scaling,
         attention_bias=optional(hf, "attention_bias", False, bool),
         mlp_bias=optional(hf, "mlp_bias", False, bool),
-        tied_embeddings=optional(hf, "tie_word_embeddings", False, bool),
+        tie_word_embeddings=optional(hf, "tie_word_embeddings", False, bool),
     )
 
 
@@ -76,8 +76,8 @@ def weight_map(config: ModelConfig) -> WeightMap:
         "embed_VD": HFTensor("model.embed_tokens.weight", "V D"),
         "final_norm_D": HFTensor("model.norm.weight", "D"),
     }
-    if not config.tied_embeddings:
-        outer["unembed_VD"] = UNEMBED
+    if not config.tie_word_embeddings:
+        outer["lm_head_VD"] = LM_HEAD
     block = dict(BLOCK)
     block |= ATTENTION_BIAS if config.attention_bias else {}
     block |= MLP_BIAS if config.mlp_bias else {}
@@ -98,4 +98,4 @@ def _ignored(config: ModelConfig) -> frozenset[str]:
     names = {
         f"model.layers.{layer}.self_attn.rotary_emb.inv_freq" for layer in range(config.num_layers)
     }
-    return frozenset(names | ({UNEMBED.name} if config.tied_embeddings else set()))
+    return frozenset(names | ({LM_HEAD.name} if config.tie_word_embeddings else set()))

@@ -64,13 +64,13 @@ def axis_sizes(config: ModelConfig) -> dict[str, int]:
     """What each axis letter counts in this model."""
     return {
         "V": config.vocab_size,
-        "D": config.width,
-        "F": config.mlp_width,
+        "D": config.hidden_size,
+        "F": config.intermediate_size,
         "N": config.num_q_heads,
         "K": config.num_kv_heads,
-        "H": config.head_width,
-        "Q": config.num_q_heads * config.head_width,
-        "C": config.num_kv_heads * config.head_width,
+        "H": config.head_dim,
+        "Q": config.num_q_heads * config.head_dim,
+        "C": config.num_kv_heads * config.head_dim,
     }
 
 

@@ -19,7 +19,7 @@ MAX_STOP_CHARS = 1024
 # These live in short fixed rows on the device, one per slot: no request ever recompiles a step.
 MAX_STOP_TOKEN_IDS = 64
 MAX_LOGIT_BIASES = 1024
-MAX_BAD_WORDS = 256
+MAX_BAD_WORDS = 128  # also the sequences of two or more tokens that a slot holds
 # The field's convention. Beyond it a bias is a ban or a command, which have fields of their own.
 MAX_ABS_LOGIT_BIAS = 100.0
 # Logits are divided by these in float32, whose range ends near 1e38: both stay far from its ends.

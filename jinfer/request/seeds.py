@@ -9,10 +9,10 @@ class Seeds:
     def __init__(self, seed: int) -> None:
         """All of them follow from one number, and from how many were drawn before."""
         self._seed = seed
-        self._num_drawn = 0
+        self._num_made = 0
 
     def draw(self) -> int:
         """The next one, of 64 bits."""
-        self._num_drawn += 1
-        text = f"{self._seed}/{self._num_drawn}".encode()
+        self._num_made += 1
+        text = f"{self._seed}/{self._num_made}".encode()
         return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big")

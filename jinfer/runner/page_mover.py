@@ -64,13 +64,13 @@ class PageMover:
     def time_restore(self, pages: Any) -> tuple[Any, float]:
         """The pool, and the seconds that one dispatch takes to bring pages back from the host."""
         names = [str(j).encode() for j in range(PAGES_PER_MOVE)]
-        bin_page = PageId(0)
-        self._save(pages, [PageSave(bin_page, name) for name in names])
+        null_page = PageId(0)
+        self._save(pages, [PageSave(null_page, name) for name in names])
         jax.block_until_ready(self._stored)
         elapsed_s = math.inf
         for _ in range(3):
             start_s = time.perf_counter()
-            pages = self._restore(pages, [PageRestore(name, bin_page) for name in names])
+            pages = self._restore(pages, [PageRestore(name, null_page) for name in names])
             jax.block_until_ready(pages)
             elapsed_s = min(elapsed_s, time.perf_counter() - start_s)
         self._stored.clear()

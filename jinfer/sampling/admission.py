@@ -1,7 +1,7 @@
 """One sequence's sampling parameters as the row that its slot will hold."""
 
 import dataclasses
-from collections.abc import Sequence as Seq
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -10,16 +10,16 @@ from jinfer.errors import RequestError, shown
 from jinfer.request.params import SamplingParams
 from jinfer.sampling import masks
 from jinfer.sampling.sampler import SamplingState, empty_state
-from jinfer.schedule.sequence import Sequence
+from jinfer.schedule.sequence import TokenSequence
 
 
 def sampling_row(
     params: SamplingParams,
-    sequence: Sequence,
+    sequence: TokenSequence,
     *,
     seed: int,
-    stop_ids: Seq[int],
-    bad_words: Seq[Seq[int]],
+    stop_ids: Sequence[int],
+    bad_words: Sequence[Sequence[int]],
     vocab_size: int,
 ) -> SamplingState:
     """Builds what `write_slots` writes, leaves without the slot axis.
@@ -63,7 +63,10 @@ def sampling_row(
 
 
 def check_row(
-    params: SamplingParams, stop_ids: Seq[int], bad_words: Seq[Seq[int]], vocab_size: int
+    params: SamplingParams,
+    stop_ids: Sequence[int],
+    bad_words: Sequence[Sequence[int]],
+    vocab_size: int,
 ) -> None:
     """Refuses what a slot's row cannot hold, before the request is queued.
 
@@ -83,7 +86,10 @@ def check_row(
 
 
 def _refuse_dead_ends(
-    params: SamplingParams, allowed: Seq[int], stop_ids: Seq[int], bad_words: Seq[Seq[int]]
+    params: SamplingParams,
+    allowed: Sequence[int],
+    stop_ids: Sequence[int],
+    bad_words: Sequence[Sequence[int]],
 ) -> None:
     """Some allowed token must be free at every step: no bad word ends in it, and it never stops.
 

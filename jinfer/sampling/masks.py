@@ -9,13 +9,13 @@ from collections.abc import Mapping, Sequence, Set
 import numpy as np
 
 from jinfer.errors import RequestError
+from jinfer.request.params import MAX_BAD_WORDS
 
 Ids = Sequence[int] | Set[int] | np.ndarray
 
 WORD_BITS = 32  # tokens per word of a vocabulary mask
 MAX_STOP_IDS = 64  # end tokens of the model and stop_token_ids of the request together
 MAX_LOGIT_BIAS = 1024  # entries of logit_bias
-MAX_BAD_WORDS = 128  # bad words of two or more tokens; one-token words are bits of the mask
 MAX_BAD_WORD_TOKENS = 8
 WINDOW = MAX_BAD_WORD_TOKENS - 1  # last tokens remembered, enough for every prefix
 
@@ -117,11 +117,6 @@ def recent_window(output_ids: Ids, vocab_size: int) -> np.ndarray:
     if tail:
         window_7[-len(tail) :] = tail
     return window_7
-
-
-def count_tokens(output_ids: Ids, vocab_size: int) -> np.ndarray:
-    """int32[V]: how often each token was drawn, for a request that resumes with some output."""
-    return np.bincount(_checked(output_ids, vocab_size), minlength=vocab_size).astype(np.int32)
 
 
 def seed_words(seed: int, index: int) -> np.ndarray:

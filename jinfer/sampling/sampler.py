@@ -23,9 +23,9 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Bool, Float, Int32, UInt32
 
 from jinfer.parallel.collectives import WHOLE, Shards
+from jinfer.request.params import MAX_BAD_WORDS
 from jinfer.sampling.masks import (
     MAX_BAD_WORD_TOKENS,
-    MAX_BAD_WORDS,
     MAX_LOGIT_BIAS,
     MAX_STOP_IDS,
     WINDOW,
@@ -167,15 +167,15 @@ def record(
     state: SamplingState,
     slot_R: Int32[Array, "R"],
     token_R: Int32[Array, "R"],
-    drawn_R: Bool[Array, "R"],
+    sampled_R: Bool[Array, "R"],
     shards: Shards = WHOLE,
 ) -> SamplingState:
     """Adds the drawn tokens to their slots' history, in place where `state` is donated.
 
     A slot may draw once per call. Rows that drew nothing touch only the bin.
     """
-    bin_slot = state.temperature_A.shape[0] - 1
-    slot_R = jnp.where(drawn_R, slot_R, bin_slot)
+    null_slot = state.temperature_A.shape[0] - 1
+    slot_R = jnp.where(sampled_R, slot_R, null_slot)
     window_R7 = jnp.concatenate([state.recent_A7[slot_R, 1:], token_R[:, None]], axis=-1)
     local_R = shards.local(token_R, state.output_count_AV.shape[-1])
     return dataclasses.replace(
@@ -332,7 +332,7 @@ def _race(weight_RV: Array, seed_R2: Array, position_R: Array, shards: Shards) -
     every term: programs of other sizes round otherwise, and should not draw other tokens.
 
     Two races, of V / 128 and 128 exponentials, where a single one would want V of them. No block
-    lies on two shards (`jinfer.parallel.shares`). A row without weight gives 0.
+    lies on two shards (`jinfer.parallel.model_shards`). A row without weight gives 0.
 
     Source: Efraimidis and Spirakis, "Weighted random sampling with a reservoir", Information
       Processing Letters 97(5), 2006: the largest key u ** (1 / w), which is exp(-exponential / w).

@@ -41,17 +41,17 @@ def top_k_threshold(
     bits_RV = _bits(weight_RV)
     vocab_size = shards.whole(weight_RV.shape[-1])
     off_R = (top_k_R <= 0) | (top_k_R >= vocab_size)
-    target_R = jnp.where(off_R, vocab_size, top_k_R)
-    zero_R = jnp.zeros_like(target_R)
+    given_token_R = jnp.where(off_R, vocab_size, top_k_R)
+    zero_R = jnp.zeros_like(given_token_R)
 
     def count(low_R: Array) -> Array:
         return shards.sum(jnp.sum(bits_RV >= low_R[:, None], axis=-1, dtype=jnp.int32))
 
     def settled(bracket: _Bracket) -> Array:
-        return bracket.amount_low_R == target_R
+        return bracket.amount_low_R == given_token_R
 
     start = _Bracket(zero_R, zero_R + _ABOVE_ONE, zero_R + vocab_size, zero_R)
-    return _value(_bisect(start, count, target_R, settled))
+    return _value(_bisect(start, count, given_token_R, settled))
 
 
 def top_p_threshold(
@@ -79,7 +79,7 @@ def top_p_threshold(
 
     floor_bits_R = _bits(floor_R)
     total_R = mass(floor_bits_R)
-    target_R = top_p_R * total_R
+    given_token_R = top_p_R * total_R
 
     def settled(bracket: _Bracket) -> Array:
         # One weight between the ends: more would weigh at least twice `low`. Trusted only where
@@ -91,13 +91,13 @@ def top_p_threshold(
 
     high_R = jnp.full_like(floor_bits_R, _ABOVE_ONE)
     start = _Bracket(floor_bits_R, high_R, total_R, jnp.zeros_like(total_R))
-    return _value(_bisect(start, mass, target_R, settled))
+    return _value(_bisect(start, mass, given_token_R, settled))
 
 
 def _bisect(
     start: _Bracket,
     measure: Callable[[Array], Array],
-    target_R: Array,
+    given_token_R: Array,
     settled: Callable[[_Bracket], Bool[Array, "R"]],
 ) -> Array:
     """Largest bits int32[R] whose measure reaches the target, or others that keep the same set.
@@ -113,8 +113,8 @@ def _bisect(
         middle_R = low_R + (high_R - low_R) // 2
         amount_R = measure(middle_R)
         open_R = open_rows(bracket)
-        raise_R = open_R & (amount_R >= target_R)
-        lower_R = open_R & (amount_R < target_R)
+        raise_R = open_R & (amount_R >= given_token_R)
+        lower_R = open_R & (amount_R < given_token_R)
         return _Bracket(
             jnp.where(raise_R, middle_R, low_R),
             jnp.where(lower_R, middle_R, high_R),

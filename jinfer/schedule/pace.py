@@ -1,7 +1,7 @@
 """How large a step may be for the sake of those who watch: targets for TTFT and TPOT."""
 
 import math
-from collections.abc import Sequence as Seq
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from jinfer.schedule.capacity import bucket_for, step_fills
@@ -42,7 +42,7 @@ class Pace:
 
     def __init__(
         self,
-        sizes: Seq[int],
+        sizes: Sequence[int],
         *,
         ttft_target_s: float | None = None,
         tpot_target_s: float | None = None,
@@ -63,7 +63,7 @@ class Pace:
         self._tpot_target_s = tpot_target_s
         self._sizes = tuple(sizes)
         # By number of tokens, how many of them a step computes.
-        self._fills: Seq[int] = range(self._sizes[-1] + 1)
+        self._fills: Sequence[int] = range(self._sizes[-1] + 1)
         if step_cost_tokens is not None:
             self._fills = step_fills(self._sizes, step_cost_tokens)
 
@@ -89,7 +89,7 @@ class Pace:
         whole = Awaited(num_tokens_before + prompt.num_tokens, prompt.deadline_s)
         return bool(self._in_time([whole], size, num_decodes, now_s + self.times.predict(size)))
 
-    def most_tokens(self, num_decodes: int, prompts: Seq[Awaited], now_s: float) -> int:
+    def most_tokens(self, num_decodes: int, prompts: Sequence[Awaited], now_s: float) -> int:
         """The token budget of the next step: one of the sizes.
 
         Args:
@@ -118,7 +118,9 @@ class Pace:
             return max_steps
         return min(max_steps, max(1, int(_SHARE_OF_DISPATCH * self._ttft_target_s / step_s)))
 
-    def _in_time(self, prompts: Seq[Awaited], size: int, num_decodes: int, now_s: float) -> int:
+    def _in_time(
+        self, prompts: Sequence[Awaited], size: int, num_decodes: int, now_s: float
+    ) -> int:
         """How many prompts get their first token in time, in steps of `size` tokens from now."""
         step_s = self.times.predict(size)
         num_tokens = num_in_time = 0

@@ -5,19 +5,19 @@ from dataclasses import dataclass, replace
 
 from jinfer.axes import PageId, Slot
 from jinfer.schedule.prefix_cache import PageKey
-from jinfer.schedule.sequence import Sequence
+from jinfer.schedule.sequence import TokenSequence
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
     """One row of the step: consecutive tokens of one sequence."""
 
-    sequence: Sequence
+    sequence: TokenSequence
     slot: Slot
     start: int  # first position computed; everything before it is in the pool by then
     num_tokens: int  # >= 1
     samples: bool  # the chunk ends at the newest token, so the next one is drawn from it
-    num_readouts: int  # places that want logits: the scored prompt positions, and the draw
+    num_logits_rows: int  # places that want logits: the scored prompt positions, and the draw
     num_steps: int = 1  # more: that many decode steps, each computing the token drawn before
 
     @property
@@ -28,7 +28,7 @@ class Chunk:
     @property
     def decodes(self) -> bool:
         """One token, from which the next is drawn, and nothing else to read."""
-        return self.num_tokens == 1 and self.num_readouts == 1 and self.samples
+        return self.num_tokens == 1 and self.num_logits_rows == 1 and self.samples
 
     def steps(self) -> Iterator["Chunk"]:
         """The chunk of each of its steps, in order."""
@@ -45,16 +45,11 @@ class Chunk:
         Empty unless the sequence scores its prompt. The prompt's last position is never among
         them: it has no next prompt token, and serves the draw.
         """
-        num_scored = self.num_readouts - self.samples
+        num_scored = self.num_logits_rows - self.samples
         if not num_scored:
             return range(0)
         end = min(self.stop, self.sequence.num_prompt_tokens - 1)
         return range(end - num_scored, end)
-
-    @property
-    def readout_positions(self) -> list[int]:
-        """Every position that wants logits, ascending; the draw's comes last."""
-        return [*self.scored_positions, *([self.stop - 1] if self.samples else [])]
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,11 +93,15 @@ class StepPlan:
     """
 
     chunks: tuple[Chunk, ...]
-    admitted: tuple[Sequence, ...]  # their slot's row, pages included, is written before the step
+    admitted: tuple[
+        TokenSequence, ...
+    ]  # their slot's row, pages included, is written before the step
     page_writes: tuple[PageWrite, ...]  # of pages newly taken
-    preempted: tuple[Sequence, ...]  # lost slot and pages since the plan before; none has a chunk
+    preempted: tuple[
+        TokenSequence, ...
+    ]  # lost slot and pages since the plan before; none has a chunk
     num_tokens: int  # of the first step
-    num_readouts: int
+    num_logits_rows: int
     # Moves of whole pages before the step, in this order.
     saves: tuple[PageSave, ...] = ()
     restores: tuple[PageRestore, ...] = ()

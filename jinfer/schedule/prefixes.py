@@ -8,7 +8,7 @@ from jinfer.axes import PageId
 from jinfer.schedule.host_index import HostIndex
 from jinfer.schedule.page_pool import PagePool
 from jinfer.schedule.prefix_cache import PageKey, PrefixCache, page_key
-from jinfer.schedule.sequence import Sequence
+from jinfer.schedule.sequence import TokenSequence
 
 Coming = PageKey | tuple[int, bytes]  # a page's key, or a prompt's name
 _NEVER = sys.maxsize  # more pages than a sequence has
@@ -41,7 +41,7 @@ class Prefixes:
         self._host = host
         self._cache = PrefixCache(pool, on_evict=host.save)
 
-    def find(self, sequence: Sequence, running: Iterable[Sequence]) -> Found:
+    def find(self, sequence: TokenSequence, running: Iterable[TokenSequence]) -> Found:
         """The longest known prefix. Nothing is shared yet."""
         if not self._reads(sequence):
             return Found()
@@ -54,7 +54,7 @@ class Prefixes:
             num_tokens = sequence.num_prompt_tokens - 1
         return Found(num_tokens, pages, host_keys, source)
 
-    def coming(self, running: Iterable[Sequence]) -> set[Coming]:
+    def coming(self, running: Iterable[TokenSequence]) -> set[Coming]:
         """Names what these are computing and nobody can read yet: prompts, and full pages."""
         names: set[Coming] = set()
         for sequence in running:
@@ -64,7 +64,7 @@ class Prefixes:
             names.update(sequence.page_keys[sequence.num_published : num_pages])
         return names
 
-    def is_coming(self, sequence: Sequence, found: Found, coming: set[Coming]) -> bool:
+    def is_coming(self, sequence: TokenSequence, found: Found, coming: set[Coming]) -> bool:
         """Whether another is computing what this one lacks first: then it can wait.
 
         Not for ever: a sequence that runs computes its prompt, or is preempted.
@@ -77,7 +77,7 @@ class Prefixes:
         place = found.num_tokens // self._page_size
         return place < len(keys) and keys[place] in coming
 
-    def publish(self, sequence: Sequence, num_tokens: int) -> None:
+    def publish(self, sequence: TokenSequence, num_tokens: int) -> None:
         """Names the full pages among the first `num_tokens` tokens, all of them known."""
         num_pages = num_tokens // self._page_size
         if not self.enabled or num_pages <= sequence.num_published:
@@ -87,21 +87,21 @@ class Prefixes:
             self._cache.publish(keys[index], sequence.pages[index])
         sequence.num_published = num_pages
 
-    def forget(self, running: Iterable[Sequence]) -> None:
+    def forget(self, running: Iterable[TokenSequence]) -> None:
         """Empties the cache, in host memory too; what runs goes on, and names nothing more."""
         self._cache.clear()
         self._host.clear()
         for sequence in running:
             sequence.num_published = _NEVER
 
-    def _reads(self, sequence: Sequence) -> bool:
+    def _reads(self, sequence: TokenSequence) -> bool:
         return self.enabled and not sequence.scores_prompt
 
-    def _readable_keys(self, sequence: Sequence) -> list[PageKey]:
+    def _readable_keys(self, sequence: TokenSequence) -> list[PageKey]:
         # The last token must be computed anyhow: the next is drawn from its logits.
         return self._keys(sequence, (sequence.num_tokens - 1) // self._page_size)
 
-    def _keys(self, sequence: Sequence, num_pages: int) -> list[PageKey]:
+    def _keys(self, sequence: TokenSequence, num_pages: int) -> list[PageKey]:
         keys = sequence.page_keys
         while len(keys) < num_pages:
             start = len(keys) * self._page_size
@@ -110,7 +110,7 @@ class Prefixes:
         return keys[:num_pages]
 
     def _partial_page(
-        self, sequence: Sequence, num_tokens: int, running: Iterable[Sequence]
+        self, sequence: TokenSequence, num_tokens: int, running: Iterable[TokenSequence]
     ) -> PageId | None:
         """The page of a running sequence that holds this one's prompt up to its last token."""
         last = sequence.num_prompt_tokens - 1
@@ -123,6 +123,6 @@ class Prefixes:
         return None
 
 
-def _prompt_name(sequence: Sequence) -> tuple[int, bytes]:
+def _prompt_name(sequence: TokenSequence) -> tuple[int, bytes]:
     # The continuations of a request have one list, so nothing need be compared.
     return id(sequence.prompt_ids), sequence.root_key

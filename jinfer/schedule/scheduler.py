@@ -6,13 +6,13 @@ from bisect import insort
 from dataclasses import replace
 
 from jinfer.axes import PageId, Slot
-from jinfer.schedule.draft import Draft
 from jinfer.schedule.host_index import HostIndex
 from jinfer.schedule.pace import Awaited, Pace
 from jinfer.schedule.page_pool import PagePool, pages_for
 from jinfer.schedule.plan import Chunk, PageCopy, PageRestore, PageWrite, StepPlan
+from jinfer.schedule.plan_builder import PlanBuilder
 from jinfer.schedule.prefixes import Coming, Found, Prefixes
-from jinfer.schedule.sequence import Sequence, Status
+from jinfer.schedule.sequence import Status, TokenSequence
 from jinfer.schedule.waiting import WaitingQueue
 
 # Steps of one dispatch while somebody waits: a slot or pages may come free at any of them.
@@ -59,7 +59,6 @@ class Scheduler:
         page_size: int,
         num_pages: int,
         max_model_len: int,
-        max_readouts: int | None = None,
         max_chunk_tokens: int | None = None,
         prefix_caching: bool = False,
         num_host_pages: int = 0,
@@ -75,8 +74,6 @@ class Scheduler:
           page_size: tokens per page.
           num_pages: pages in the pool, the bin included; one longest sequence must fit.
           max_model_len: tokens of the longest sequence, prompt and output.
-          max_readouts: places of one step that may want logits, at least `max_slots`; None is
-            just that. More lets prompts that are scored come in larger chunks.
           max_chunk_tokens: tokens of one chunk; None means as many as the step holds.
           prefix_caching: full pages are kept for sequences that begin with the same tokens.
           num_host_pages: pages for which host memory has room, once the pool needs theirs.
@@ -84,16 +81,14 @@ class Scheduler:
           max_overtaken: so many later ones begin before the oldest that waits, at most.
           pace: keeps to targets of time; None = there are none.
         """
-        max_readouts = max_slots if max_readouts is None else max_readouts
         # Every running row can then decode in every step, and the oldest can always grow.
         assert max_step_tokens >= max_slots >= 1, f"{max_step_tokens=}, {max_slots=}"
-        assert max_readouts >= max_slots, f"{max_readouts=}, {max_slots=}"
         assert num_pages - 1 >= pages_for(max_model_len, page_size), f"{num_pages=}"
         assert max_chunk_tokens is None or max_chunk_tokens >= 1, f"{max_chunk_tokens=}"
         self._max_step_tokens = max_step_tokens
         self._pace = pace or Pace([max_step_tokens])
         self._max_chunk_tokens = max_chunk_tokens or max_step_tokens
-        self._max_readouts = max_readouts
+        self._max_slots = max_slots
         self._max_model_len = max_model_len
         self._page_size = page_size
         self._pool = PagePool(num_pages)
@@ -105,8 +100,8 @@ class Scheduler:
         self._num_candidates = CANDIDATES if prefix_caching else 1
         self._free_slots = [Slot(i) for i in range(max_slots)]  # a heap: the lowest goes first
         self._waiting = WaitingQueue(max_overtaken)
-        self._running: list[Sequence] = []  # in order of rank
-        self._preempted: list[Sequence] = []  # and not yet told in a plan
+        self._running: list[TokenSequence] = []  # in order of rank
+        self._preempted: list[TokenSequence] = []  # and not yet told in a plan
         self._num_arrivals = 0
         self.num_preemptions = 0  # since the start
 
@@ -126,7 +121,7 @@ class Scheduler:
     def num_free_pages(self) -> int:
         return self._pool.num_free_pages
 
-    def add(self, sequence: Sequence) -> None:
+    def add(self, sequence: TokenSequence) -> None:
         """Queues a new sequence behind those of its priority; its lengths were checked before."""
         assert sequence.order == -1, f"added twice: {sequence.request_id=}"
         assert 1 <= sequence.num_tokens < sequence.max_length <= self._max_model_len, (
@@ -136,7 +131,7 @@ class Scheduler:
         self._num_arrivals += 1
         self._waiting.add(sequence)
 
-    def finish(self, sequence: Sequence) -> None:
+    def finish(self, sequence: TokenSequence) -> None:
         """Ends a sequence: it gives back what it owns. Steps in flight for it count no more."""
         assert sequence.order >= 0, f"never added: {sequence.request_id=}"
         assert sequence.status is not Status.FINISHED, f"finished twice: {sequence.request_id=}"
@@ -147,7 +142,7 @@ class Scheduler:
             self._waiting.discard(sequence)
         sequence.status = Status.FINISHED
 
-    def abort(self, sequence: Sequence) -> None:
+    def abort(self, sequence: TokenSequence) -> None:
         """Like `finish`, but a sequence that has finished may be aborted: nothing happens."""
         if sequence.status is not Status.FINISHED:
             self.finish(sequence)
@@ -162,14 +157,14 @@ class Scheduler:
           now_s: when the dispatch can begin, on the clock of `Sequence.arrival_s`.
         """
         self._pass_over_late(now_s)
-        draft = Draft(self._most_tokens(now_s), self._max_readouts)
+        builder = PlanBuilder(self._most_tokens(now_s), num_logits_rows_left=self._max_slots)
         num_untold = len(self._preempted)
-        self._schedule_running(draft)
+        self._schedule_running(builder)
         # What was just taken from one is not for another that came later.
         if len(self._preempted) == num_untold:
-            self._admit_waiting(draft)
-        self._trim(draft)
-        if not draft.chunks:
+            self._admit_waiting(builder)
+        self._trim(builder)
+        if not builder.chunks:
             in_flight = any(s.num_in_flight for s in (*self._running, *self._waiting))
             assert in_flight or not self.has_work, (
                 f"stuck: {self.num_running=}, {self.num_waiting=}"
@@ -177,8 +172,8 @@ class Scheduler:
             return None
         if max_steps > 1:
             most = STEPS_WHILE_WAITING if self._waiting else max_steps
-            self._prolong(draft, self._pace.most_steps(len(draft.chunks), min(max_steps, most)))
-        for sequence, chunk in draft.chunks.items():
+            self._prolong(builder, self._pace.most_steps(len(builder.chunks), min(max_steps, most)))
+        for sequence, chunk in builder.chunks.items():
             sequence.num_scheduled += chunk.num_tokens + chunk.num_steps - 1
             sequence.num_unread += chunk.samples * chunk.num_steps
             sequence.num_in_flight += chunk.num_steps
@@ -188,7 +183,7 @@ class Scheduler:
         preempted = tuple(s for s in self._preempted if s.status is Status.WAITING)
         self._preempted.clear()
         saves, forgotten = self._host.take_moves()
-        return draft.seal(preempted=preempted, saves=saves, forgotten=forgotten)
+        return builder.seal(preempted=preempted, saves=saves, forgotten=forgotten)
 
     def _pass_over_late(self, now_s: float) -> None:
         """Lets those that wait and can be in time no more go behind those that can."""
@@ -211,22 +206,22 @@ class Scheduler:
         prompts = [*prefills, *self._waiting.first(CANDIDATES)]
         return self._pace.most_tokens(len(decodes), list(map(self._awaited, prompts)), now_s)
 
-    def _decodes_and_prefills(self) -> tuple[list[Sequence], list[Sequence]]:
+    def _decodes_and_prefills(self) -> tuple[list[TokenSequence], list[TokenSequence]]:
         """Those that run and have something to compute next, each in order of rank."""
         decodes = [s for s in self._running if s.num_unscheduled == 1]
         return decodes, [s for s in self._running if s.num_unscheduled > 1]
 
-    def _awaited(self, sequence: Sequence) -> Awaited:
+    def _awaited(self, sequence: TokenSequence) -> Awaited:
         has_begun = sequence.output_ids or sequence.num_unread  # to answer
         deadline_s = math.inf if has_begun else self._pace.deadline_s(sequence.arrival_s)
         return Awaited(sequence.length - sequence.num_scheduled, deadline_s)
 
-    def _trim(self, draft: Draft) -> None:
+    def _trim(self, builder: PlanBuilder) -> None:
         """Leaves the end of prefills to the next step, where that saves more padding than it costs.
 
         Every chunk keeps a token, so whoever is in the plan gets on; the others' pages go back.
         """
-        chunks = draft.chunks
+        chunks = builder.chunks
         num_tokens = sum(chunk.num_tokens for chunk in chunks.values())
         num_left_out = num_tokens - self._pace.fill(num_tokens)
         if num_left_out > num_tokens - len(chunks):
@@ -235,24 +230,24 @@ class Scheduler:
             num_cut = min(num_left_out, chunk.num_tokens - 1)
             if num_cut:
                 kept = chunk.num_tokens - num_cut
-                chunks[sequence] = self._cut_chunk(sequence, kept, chunk.num_readouts)
-                self._return_pages(chunks[sequence], draft)
+                chunks[sequence] = self._cut_chunk(sequence, kept, chunk.num_logits_rows)
+                self._return_pages(chunks[sequence], builder)
                 num_left_out -= num_cut
 
-    def _return_pages(self, chunk: Chunk, draft: Draft) -> None:
+    def _return_pages(self, chunk: Chunk, builder: PlanBuilder) -> None:
         """Gives back the pages of what was cut off: a smaller program enters fewer of them."""
         pages = chunk.sequence.pages
         num_kept = pages_for(chunk.stop, self._page_size)
         self._pool.release(reversed(pages[num_kept:]))
         del pages[num_kept:]
-        draft.keep_pages(chunk.slot, num_kept)
+        builder.keep_pages(chunk.slot, num_kept)
 
-    def _prolong(self, draft: Draft, max_steps: int) -> None:
+    def _prolong(self, builder: PlanBuilder, max_steps: int) -> None:
         """Lets a draft in which every row decodes go on for more steps, as far as pages are free.
 
         No one is preempted for it: a step too few costs a dispatch, not somebody's work.
         """
-        chunks = draft.chunks.values()
+        chunks = builder.chunks.values()
         if not all(c.decodes for c in chunks):
             return
         while max_steps > 1:
@@ -268,9 +263,9 @@ class Scheduler:
         else:
             return
         for chunk, num_missing in zip(longer, missing, strict=True):
-            draft.chunks[chunk.sequence] = chunk
+            builder.chunks[chunk.sequence] = chunk
             taken, page_ids = page_ids[:num_missing], page_ids[num_missing:]
-            self._enter_pages(chunk, taken, draft)
+            self._enter_pages(chunk, taken, builder)
 
     def _num_missing_pages(self, chunk: Chunk) -> int:
         num_tokens = chunk.stop + chunk.num_steps - 1
@@ -302,22 +297,22 @@ class Scheduler:
         """Empties the prefix cache; what runs goes on."""
         self._prefixes.forget(self._running)
 
-    def _schedule_running(self, draft: Draft) -> None:
+    def _schedule_running(self, builder: PlanBuilder) -> None:
         decodes, prefills = self._decodes_and_prefills()
         num_rows_after = len(decodes) + len(prefills)
         for sequence in decodes + prefills:
             num_rows_after -= 1
             # A row before may have preempted this one, or left no token for it.
-            if sequence.status is Status.RUNNING and draft.num_tokens_left:
+            if sequence.status is Status.RUNNING and builder.num_tokens_left:
                 # One readout stays reserved for every row that follows.
-                self._schedule(sequence, draft.num_readouts_left - num_rows_after, draft)
+                self._schedule(sequence, builder.num_logits_rows_left - num_rows_after, builder)
 
-    def _admit_waiting(self, draft: Draft) -> None:
+    def _admit_waiting(self, builder: PlanBuilder) -> None:
         if not (self._waiting and self._free_slots):  # most steps of a long answer
             return
         num_spare_pages = self.num_free_pages - sum(map(self._num_pages_owed, self._running))
         coming = self._prefixes.coming(self._running)
-        while self._free_slots and draft.num_tokens_left and draft.num_readouts_left:
+        while self._free_slots and builder.num_tokens_left and builder.num_logits_rows_left:
             chosen = self._choose(coming)
             if chosen is None:
                 break
@@ -330,12 +325,12 @@ class Scheduler:
                 break
             self._waiting.take(sequence)
             num_free = self.num_free_pages
-            self._admit(sequence, found, draft)
+            self._admit(sequence, found, builder)
             coming |= self._prefixes.coming([sequence])
             num_spare_pages -= num_free - self.num_free_pages + self._num_pages_owed(sequence)
-            self._schedule(sequence, draft.num_readouts_left, draft)
+            self._schedule(sequence, builder.num_logits_rows_left, builder)
 
-    def _choose(self, coming: set[Coming]) -> tuple[Sequence, Found] | None:
+    def _choose(self, coming: set[Coming]) -> tuple[TokenSequence, Found] | None:
         """Who begins next: of those first in line, the one whose known prefix is longest.
 
         One whose prefix another is computing waits for it, and lets those behind it begin.
@@ -353,11 +348,11 @@ class Scheduler:
                 break
         return best
 
-    def _admit(self, sequence: Sequence, found: Found, draft: Draft) -> None:
+    def _admit(self, sequence: TokenSequence, found: Found, builder: PlanBuilder) -> None:
         insort(self._running, sequence, key=_rank)
         sequence.status = Status.RUNNING
         sequence.slot = heapq.heappop(self._free_slots)
-        draft.admitted.append(sequence)
+        builder.admitted.append(sequence)
         self._pool.share(found.pages)
         self._host.restore(found.host_keys)
         num_restored = len(found.host_keys)
@@ -365,35 +360,39 @@ class Scheduler:
         assert fresh is not None, f"admitted without pages: {sequence.request_id=}"
         # All are entered in the page table when the slot's row is written.
         sequence.pages += [*found.pages, *fresh]
-        draft.restores += map(PageRestore, found.host_keys, fresh)
+        builder.restores += map(PageRestore, found.host_keys, fresh)
         if found.source is not None:
-            draft.copies.append(PageCopy(found.source, fresh[-1]))
+            builder.copies.append(PageCopy(found.source, fresh[-1]))
         sequence.num_published = len(found.pages)
         self._prefixes.publish(sequence, (len(found.pages) + num_restored) * self._page_size)
         sequence.num_computed = sequence.num_scheduled = found.num_tokens
         if not sequence.num_preemptions:
             sequence.num_cached = found.num_tokens
 
-    def _num_pages_owed(self, sequence: Sequence) -> int:
+    def _num_pages_owed(self, sequence: TokenSequence) -> int:
         # Pages for the tokens it has and the one that comes next, as far as not yet taken.
         num_tokens = min(sequence.length + 1, sequence.max_length)
         return pages_for(num_tokens, self._page_size) - len(sequence.pages)
 
-    def _schedule(self, sequence: Sequence, num_readouts_left: int, draft: Draft) -> None:
-        chunk = self._cut_chunk(sequence, draft.num_tokens_left, num_readouts_left)
-        page_ids = self._take_pages(sequence, self._num_missing_pages(chunk), draft)
+    def _schedule(
+        self, sequence: TokenSequence, num_logits_rows_left: int, builder: PlanBuilder
+    ) -> None:
+        chunk = self._cut_chunk(sequence, builder.num_tokens_left, num_logits_rows_left)
+        page_ids = self._take_pages(sequence, self._num_missing_pages(chunk), builder)
         if page_ids is None:
             return
-        self._enter_pages(chunk, page_ids, draft)
-        draft.add(chunk)
+        self._enter_pages(chunk, page_ids, builder)
+        builder.add(chunk)
 
-    def _enter_pages(self, chunk: Chunk, page_ids: list[PageId], draft: Draft) -> None:
+    def _enter_pages(self, chunk: Chunk, page_ids: list[PageId], builder: PlanBuilder) -> None:
         pages = chunk.sequence.pages
         for page_id in page_ids:
-            draft.page_writes.append(PageWrite(chunk.slot, len(pages), page_id))
+            builder.page_writes.append(PageWrite(chunk.slot, len(pages), page_id))
             pages.append(page_id)
 
-    def _cut_chunk(self, sequence: Sequence, num_tokens_left: int, num_readouts_left: int) -> Chunk:
+    def _cut_chunk(
+        self, sequence: TokenSequence, num_tokens_left: int, num_logits_rows_left: int
+    ) -> Chunk:
         assert sequence.slot is not None, f"runs without a slot: {sequence.request_id=}"
         start = sequence.num_scheduled
         num_tokens = min(sequence.num_unscheduled, num_tokens_left, self._max_chunk_tokens)
@@ -402,25 +401,32 @@ class Scheduler:
         if sequence.scores_prompt:
             first = max(start, sequence.num_scored)
             num_scores = max(0, min(stop, sequence.num_prompt_tokens - 1) - first)
-            if num_scores + (stop == sequence.length) > num_readouts_left:
-                stop = first + num_readouts_left
-                num_scores = num_readouts_left
+            if num_scores + (stop == sequence.length) > num_logits_rows_left:
+                stop = first + num_logits_rows_left
+                num_scores = num_logits_rows_left
         assert stop > start, f"nothing to compute: {sequence.request_id=}, {start=}, {stop=}"
         samples = stop == sequence.length
         return Chunk(
-            sequence, sequence.slot, start, stop - start, samples, num_readouts=num_scores + samples
+            sequence,
+            sequence.slot,
+            start,
+            stop - start,
+            samples,
+            num_logits_rows=num_scores + samples,
         )
 
-    def _take_pages(self, sequence: Sequence, num_pages: int, draft: Draft) -> list[PageId] | None:
+    def _take_pages(
+        self, sequence: TokenSequence, num_pages: int, builder: PlanBuilder
+    ) -> list[PageId] | None:
         """Takes pages, from the last in rank if need be; None if that was the sequence itself."""
         while (page_ids := self._pool.allocate(num_pages)) is None:
-            if self._preempt_last(draft) is sequence:
+            if self._preempt_last(builder) is sequence:
                 return None
         return page_ids
 
-    def _preempt_last(self, draft: Draft) -> Sequence:
+    def _preempt_last(self, builder: PlanBuilder) -> TokenSequence:
         sequence = self._running.pop()
-        draft.drop(sequence)
+        builder.drop(sequence)
         self._give_back(sequence)
         sequence.status = Status.WAITING
         sequence.num_computed = sequence.num_scheduled = 0
@@ -430,7 +436,7 @@ class Scheduler:
         self._preempted.append(sequence)
         return sequence
 
-    def _give_back(self, sequence: Sequence) -> None:
+    def _give_back(self, sequence: TokenSequence) -> None:
         assert sequence.slot is not None, f"runs without a slot: {sequence.request_id=}"
         self._pool.release(reversed(sequence.pages))
         sequence.pages.clear()
@@ -439,5 +445,5 @@ class Scheduler:
         sequence.slot = None
 
 
-def _rank(sequence: Sequence) -> tuple[float, bool, int]:
+def _rank(sequence: TokenSequence) -> tuple[float, bool, int]:
     return sequence.rank

@@ -15,7 +15,7 @@ class Status(enum.Enum):
 
 
 @dataclass(slots=True, eq=False)
-class Sequence:
+class TokenSequence:
     """One continuation of one request: a request with n=3 has three.
 
     Compared and hashed by identity. The scheduler alone writes the fields below `arrival_s`.

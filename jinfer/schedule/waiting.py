@@ -3,7 +3,7 @@
 import heapq
 from collections.abc import Iterator
 
-from jinfer.schedule.sequence import Sequence
+from jinfer.schedule.sequence import TokenSequence
 
 
 class WaitingQueue:
@@ -21,29 +21,29 @@ class WaitingQueue:
         self._max_overtaken = max_overtaken
         # Heaps of (rank or order, serial, sequence). An entry counts if its serial is the
         # sequence's latest; the others are skipped when they come up.
-        self._by_rank: list[tuple[tuple[float, bool, int], int, Sequence]] = []
-        self._by_order: list[tuple[int, int, Sequence]] = []
-        self._serial_of: dict[Sequence, int] = {}
+        self._by_rank: list[tuple[tuple[float, bool, int], int, TokenSequence]] = []
+        self._by_order: list[tuple[int, int, TokenSequence]] = []
+        self._serial_of: dict[TokenSequence, int] = {}
         self._num_entries = 0
 
     def __len__(self) -> int:
         return len(self._serial_of)
 
-    def __iter__(self) -> Iterator[Sequence]:
+    def __iter__(self) -> Iterator[TokenSequence]:
         return iter(self._serial_of)
 
-    def add(self, sequence: Sequence) -> None:
+    def add(self, sequence: TokenSequence) -> None:
         serial = self._num_entries
         self._num_entries += 1
         self._serial_of[sequence] = serial
         heapq.heappush(self._by_rank, (sequence.rank, serial, sequence))
         heapq.heappush(self._by_order, (sequence.order, serial, sequence))
 
-    def discard(self, sequence: Sequence) -> None:
+    def discard(self, sequence: TokenSequence) -> None:
         """Takes out one that begins no more."""
         del self._serial_of[sequence]
 
-    def first(self, count: int) -> list[Sequence]:
+    def first(self, count: int) -> list[TokenSequence]:
         """Those that come first, at most `count`; they stay."""
         entries = []
         while self._by_rank and len(entries) < count:
@@ -54,7 +54,7 @@ class WaitingQueue:
             heapq.heappush(self._by_rank, entry)
         return [entry[2] for entry in entries]
 
-    def take(self, sequence: Sequence) -> None:
+    def take(self, sequence: TokenSequence) -> None:
         """Takes out one that begins now; the oldest one may have been overtaken by it."""
         self.discard(sequence)
         oldest = self._oldest()
@@ -66,13 +66,13 @@ class WaitingQueue:
             oldest.is_due = True
             self.add(oldest)
 
-    def step_back(self, sequence: Sequence) -> None:
+    def step_back(self, sequence: TokenSequence) -> None:
         """Puts one behind all of its priority that are not late."""
         self.discard(sequence)
         sequence.is_late = True
         self.add(sequence)
 
-    def _oldest(self) -> Sequence | None:
+    def _oldest(self) -> TokenSequence | None:
         while self._by_order:
             _, serial, sequence = self._by_order[0]
             if self._serial_of.get(sequence) == serial:

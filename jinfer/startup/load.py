@@ -22,8 +22,8 @@ from jinfer.config import EngineConfig, EnginePlan, GenerationDefaults, ModelCon
 from jinfer.hosts.distributed import gather
 from jinfer.models.decoder import Decoder, Params
 from jinfer.parallel.mesh import make_mesh
+from jinfer.parallel.model_shards import chip_shard, padded_model
 from jinfer.parallel.sharding import Placement
-from jinfer.parallel.shares import chip_share, held_model
 from jinfer.request.tokenizer import Tokenizer, load_tokenizer
 from jinfer.runner.model_runner import ModelRunner, free_arrays
 from jinfer.runner.page_mover import PageMover
@@ -118,21 +118,21 @@ def load(config: EngineConfig, devices: Sequence[jax.Device] | None = None) -> L
     check_host_tier(config, platform)
     placement = Placement(make_mesh(devices or jax.devices(), config.tensor_parallel_size))
     _require_every_process(placement)
-    held = held_model(model, config.tensor_parallel_size)
-    plan = _plan_for(config, model, held, placement, platform)
+    padded = padded_model(model, config.tensor_parallel_size)
+    plan = _plan_for(config, model, padded, placement, platform)
     for line in (*_plan_lines(plan), _capacity_line(plan)):
         say(line)
     if config.load_format != "dummy":
         if config.load_format == "safetensors":
             open_checkpoint(folder)  # refuses a folder of another kind
         open_checked(folder, model)  # refused now, not after minutes of compiling
-    state = state_shapes(plan, held, placement)
+    state = state_shapes(plan, padded, placement)
     programs = step_programs(plan, model, state, placement)
     pages = slots = runner = None
     with _compiling(programs, placement.devices, config.progress) as compiling:
         hold = hold_as(plan.weight_layout, placement.sharding)
         start_s = time.perf_counter()
-        params, weights = _load_weights(config, model, held, folder, plan, hold, say)
+        params, weights = _load_weights(config, model, padded, folder, plan, hold, say)
         try:
             jax.block_until_ready(params)
             weights_s = time.perf_counter() - start_s
@@ -198,16 +198,16 @@ class State(NamedTuple):
     slots: Any
 
 
-def state_shapes(plan: EnginePlan, held: ModelConfig, placement: Placement) -> State:
+def state_shapes(plan: EnginePlan, padded: ModelConfig, placement: Placement) -> State:
     """The weights, the pool and the slots that the plan asks for."""
     hold = hold_as(plan.weight_layout, placement.sharding)
-    params = param_shapes(held, dtype=plan.dtype, layer_loop=plan.layer_loop, hold=hold)
+    params = param_shapes(padded, dtype=plan.dtype, layer_loop=plan.layer_loop, hold=hold)
     pages = pages_shape(
-        held,
+        padded,
         num_pages=plan.num_pages,
         page_size=plan.page_size,
         dtype=plan.kv_dtype,
-        head_width=plan.kv_head_width,
+        head_dim=plan.kv_head_dim,
         sharding=placement.sharding("LPK"),
     )
     slots = placement.placed(jax.eval_shape(partial(_empty_slots, plan)))
@@ -247,12 +247,12 @@ def _require_same_plan(plans: Sequence[str]) -> None:
 
 
 def _room_beside_weights(
-    config: EngineConfig, held: ModelConfig, platform: str, free_bytes: int
+    config: EngineConfig, padded: ModelConfig, platform: str, free_bytes: int
 ) -> int:
     """What each device has left; weights are cut over them evenly."""
     dtype = resolve_dtype(config, platform)
-    share = chip_share(held, config.tensor_parallel_size)
-    weight_bytes = share.num_parameters * jnp.dtype(dtype).itemsize
+    shard = chip_shard(padded, config.tensor_parallel_size)
+    weight_bytes = shard.num_parameters * jnp.dtype(dtype).itemsize
     if weight_bytes > free_bytes:
         each = "" if config.tensor_parallel_size == 1 else " on each device"
         raise ValueError(
@@ -266,7 +266,7 @@ def _room_beside_weights(
 def _plan_for(
     config: EngineConfig,
     model: ModelConfig,
-    held: ModelConfig,
+    padded: ModelConfig,
     placement: Placement,
     platform: str,
 ) -> EnginePlan:
@@ -277,10 +277,10 @@ def _plan_for(
         config,
         model,
         platform=platform,
-        free_bytes=_room_beside_weights(config, held, platform, free_bytes),
+        free_bytes=_room_beside_weights(config, padded, platform, free_bytes),
         device_kind=placement.devices[0].device_kind,
     )
-    require_served(plan, chip_share(held, plan.tensor_parallel_size))
+    require_served(plan, chip_shard(padded, plan.tensor_parallel_size))
     return plan
 
 
@@ -291,13 +291,13 @@ def _folder_of(name: str | Path) -> Path:
 def _load_weights(
     config: EngineConfig,
     model: ModelConfig,
-    held: ModelConfig,
+    padded: ModelConfig,
     folder: Path,
     plan: EnginePlan,
     hold: Hold,
     say: Any,
 ) -> tuple[Params, LoadReport | None]:
-    tree: dict[str, Any] = {"dtype": plan.dtype, "layer_loop": plan.layer_loop, "held": held}
+    tree: dict[str, Any] = {"dtype": plan.dtype, "layer_loop": plan.layer_loop, "held": padded}
     if config.load_format == "dummy":
         params = dummy_params(model, **tree, seed=config.seed, hold=hold)
         say(f"made {model.num_parameters:,} random parameters, {plan.dtype}")

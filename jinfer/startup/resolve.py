@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 
 from jinfer.config import EngineConfig, EnginePlan, ModelConfig
-from jinfer.parallel.shares import chip_share, held_model
+from jinfer.parallel.model_shards import chip_shard, padded_model
 from jinfer.schedule.capacity import plan_pages, row_buckets, token_buckets
 from jinfer.startup.chips import chip_of
-from jinfer.step.attention import ATTENTION, default_attention, stored_head_width
+from jinfer.step.attention import ATTENTION, default_attention, stored_head_dim
 from jinfer.step.kv_cache import page_bytes
 from jinfer.step.page_moves import GROUPS_AT_ONCE, PAGES_PER_MOVE
 
@@ -190,8 +190,8 @@ def resolve_plan(
     """
     defaults = _DEFAULTS[platform]
     dtype = resolve_dtype(config, platform)
-    held = held_model(model, config.tensor_parallel_size)
-    share = chip_share(held, config.tensor_parallel_size)
+    padded = padded_model(model, config.tensor_parallel_size)
+    shard = chip_shard(padded, config.tensor_parallel_size)
     max_slots = config.max_num_seqs or defaults.max_slots
     max_step_tokens = config.max_num_batched_tokens or default_step_tokens(
         platform, device_kind, max_slots
@@ -200,13 +200,11 @@ def resolve_plan(
     max_decode_steps = config.max_decode_steps or defaults.max_decode_steps
     kv_dtype = _KV_DTYPES[config.kv_cache_dtype] or dtype
     attention = config.attention or default_attention(model, platform=platform, dtype=dtype)
-    kv_head_width = stored_head_width(attention, model.head_width)
+    kv_head_dim = stored_head_dim(attention, model.head_dim)
     page_size = config.page_size or default_page_size(platform, kv_dtype)
-    one_page_bytes = page_bytes(
-        share, page_size=page_size, dtype=kv_dtype, head_width=kv_head_width
-    )
+    one_page_bytes = page_bytes(shard, page_size=page_size, dtype=kv_dtype, head_dim=kv_head_dim)
     memory_share = config.gpu_memory_utilization * defaults.memory_share
-    scratch_bytes = _scratch_bytes(share, max_slots, max_step_tokens)
+    scratch_bytes = _scratch_bytes(shard, max_slots, max_step_tokens)
     if config.kv_offloading_size:  # pages on their way, of two plans in both directions
         scratch_bytes += 4 * GROUPS_AT_ONCE * PAGES_PER_MOVE * one_page_bytes
     room_bytes = max(0, int(free_bytes * memory_share) - scratch_bytes)
@@ -224,9 +222,9 @@ def resolve_plan(
         platform=platform,
         dtype=dtype,
         kv_dtype=kv_dtype,
-        kv_head_width=kv_head_width,
+        kv_head_dim=kv_head_dim,
         tensor_parallel_size=config.tensor_parallel_size,
-        vocab_size=held.vocab_size,
+        vocab_size=padded.vocab_size,
         max_model_len=max_model_len,
         max_slots=max_slots,
         max_step_tokens=max_step_tokens,
@@ -311,14 +309,15 @@ def default_page_size(platform: str, kv_dtype: str) -> int:
 
 def _context(config: EngineConfig, model: ModelConfig, room_tokens: int) -> int:
     asked = config.max_model_len
-    if asked is not None and asked > model.max_position:
+    if asked is not None and asked > model.max_position_embeddings:
         raise ValueError(
             "max_model_len must not exceed the context the checkpoint was trained for; got "
-            f"max_model_len={asked}, max_position_embeddings={model.max_position}. Lower it."
+            f"max_model_len={asked}, max_position_embeddings={model.max_position_embeddings}. "
+            "Lower it."
         )
     if asked is None and config.num_pages is None and room_tokens >= 2:
-        return min(model.max_position, room_tokens)  # what fits, where nothing was asked
-    return asked or model.max_position
+        return min(model.max_position_embeddings, room_tokens)  # what fits, where nothing was asked
+    return asked or model.max_position_embeddings
 
 
 def _num_host_pages(config: EngineConfig, one_page_bytes: int) -> int:
@@ -346,7 +345,7 @@ def _scratch_bytes(model: ModelConfig, max_slots: int, max_step_tokens: int) -> 
     """Room for a step's activations: float32 logits with the sampler's copies, and the layers'."""
     logits = 6 * max_slots * model.vocab_size * 4
     slots = 3 * max_slots * model.vocab_size * 4
-    hidden = 4 * max_step_tokens * (model.width + 2 * model.mlp_width) * 4
+    hidden = 4 * max_step_tokens * (model.hidden_size + 2 * model.intermediate_size) * 4
     return logits + slots + hidden
 
 

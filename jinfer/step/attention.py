@@ -35,23 +35,23 @@ def default_attention(model: ModelConfig, *, platform: str, dtype: str) -> str:
     if platform == "cpu":
         return "xla"
     # Narrow heads would leave more than half of each page empty.
-    fits = stored_head_width("tpu", model.head_width) <= 2 * model.head_width
+    fits = stored_head_dim("tpu", model.head_dim) <= 2 * model.head_dim
     return "tpu" if platform == "tpu" and fits and dtype in tpu.DTYPES else "xla_wide"
 
 
-def stored_head_width(attention: str, head_width: int) -> int:
+def stored_head_dim(attention: str, head_dim: int) -> int:
     """How wide the pool holds a head for this implementation: as it is, or filled with zeros."""
     kernels = {"tpu": tpu, "gpu": gpu}
     kernel = kernels.get(attention.removesuffix("_interpret"))
-    return kernel.stored_head_width(head_width) if kernel else head_width
+    return kernel.stored_head_dim(head_dim) if kernel else head_dim
 
 
-def require_served(plan: EnginePlan, share: ModelConfig) -> None:
+def require_served(plan: EnginePlan, shard: ModelConfig) -> None:
     """Lets the chosen implementation refuse the plan's shapes before any weight is read.
 
     Args:
       plan: with the name of the implementation.
-      share: of the model, whose heads attend on one chip.
+      shard: of the model, whose heads attend on one chip.
 
     Raises:
       NotImplementedError: the platform, a dtype or a size is not for it; says which and why.
@@ -67,18 +67,18 @@ def require_served(plan: EnginePlan, share: ModelConfig) -> None:
             "on TPU, 8-bit pages hold a multiple of 128 tokens; "
             f"got page_size={plan.page_size}. Leave it out, or choose such a one."
         )
-    num_tokens, num_rows, width = plan.max_step_tokens, plan.max_slots, share.head_width
+    num_tokens, num_rows, width = plan.max_step_tokens, plan.max_slots, shard.head_dim
     int32 = partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
     q_TNH, kv_TKH = (
         jax.ShapeDtypeStruct((num_tokens, num_heads, width), plan.dtype)
-        for num_heads in (share.num_q_heads, share.num_kv_heads)
+        for num_heads in (shard.num_q_heads, shard.num_kv_heads)
     )
     pages = pages_shape(
-        share,
+        shard,
         num_pages=plan.num_pages,
         page_size=plan.page_size,
         dtype=plan.kv_dtype,
-        head_width=plan.kv_head_width,
+        head_dim=plan.kv_head_dim,
     )
     rows = (int32((num_rows, plan.pages_per_slot)), *[int32((num_rows,))] * 3)
     attend = partial(ATTENTION[plan.attention], scale=width**-0.5)

@@ -20,7 +20,7 @@ class StepBatch:
     """
 
     token_T: Int32[Array, "T"]
-    drawn_T: Bool[Array, "T"]  # the token is its slot's last drawn one; token_T is ignored
+    sampled_T: Bool[Array, "T"]  # the token is its slot's last drawn one; token_T is ignored
     slot_T: Int32[Array, "T"]
     position_T: Int32[Array, "T"]  # place in the token's own sequence
 
@@ -33,10 +33,10 @@ class StepBatch:
     write_index_J: Int32[Array, "J"]
     write_page_J: Int32[Array, "J"]
 
-    read_token_R: Int32[Array, "R"]  # index into T of a token whose logits are wanted
-    read_slot_R: Int32[Array, "R"]
-    draws_R: Bool[Array, "R"]  # draw the next token here; else score target_R
-    target_R: Int32[Array, "R"]  # the token that does follow, where none is drawn
+    logits_index_R: Int32[Array, "R"]  # index into T of a token whose logits are wanted
+    logits_slot_R: Int32[Array, "R"]
+    samples_R: Bool[Array, "R"]  # draw the next token here; else score given_token_R
+    given_token_R: Int32[Array, "R"]  # the token that does follow, where none is drawn
     wants_logprobs_R: Bool[Array, "R"]
 
 
@@ -56,15 +56,15 @@ class StepOutput:
 class DecodeBatch:
     """What the device needs for one or more decode steps of the same rows.
 
-    Row b reads its newest token at position_B[b] and draws num_draws_B[b] tokens, one a step, or
+    Row b reads its newest token at position_B[b] and draws num_samples_B[b] tokens, one a step, or
     fewer if it draws a stop token. Padding rows stand on the bin slot and draw none.
     """
 
     slot_B: Int32[Array, "B"]
     position_B: Int32[Array, "B"]  # of the first step's input token
     token_B: Int32[Array, "B"]  # that token
-    drawn_B: Bool[Array, "B"]  # it is the slot's last drawn one; token_B is ignored
-    num_draws_B: Int32[Array, "B"]
+    sampled_B: Bool[Array, "B"]  # it is the slot's last drawn one; token_B is ignored
+    num_samples_B: Int32[Array, "B"]
     wants_logprobs_B: Bool[Array, "B"]
 
     write_slot_J: Int32[Array, "J"]  # page-table entries to set before the first step
@@ -76,8 +76,8 @@ class DecodeBatch:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class DecodeOutput:
-    """What decode steps bring up. Row b's first num_drawn_B[b] steps hold its tokens."""
+    """What decode steps bring up. Row b's first num_sampled_B[b] steps hold its tokens."""
 
-    num_drawn_B: Int32[Array, "B"]
+    num_sampled_B: Int32[Array, "B"]
     token_IB: Int32[Array, "I B"]  # I = the most steps of a dispatch
     logprobs: Logprobs  # each leaf [I, B, ...]

@@ -65,22 +65,22 @@ def run_decode(
     )
 
     def draws_at(i: Int32[Array, ""], slots: SlotState) -> Bool[Array, "B"]:
-        return (i < batch.num_draws_B) & ~slots.stopped_A[batch.slot_B]
+        return (i < batch.num_samples_B) & ~slots.stopped_A[batch.slot_B]
 
     def goes_on(carry: Any) -> Bool[Array, ""]:
         i, _, slots, _, _ = carry
         return (i < max_steps) & jnp.any(draws_at(i, slots))
 
     def one_step(carry: Any) -> Any:
-        i, pages, slots, num_drawn_B, room = carry
+        i, pages, slots, num_sampled_B, room = carry
         drawing_B = draws_at(i, slots)
         pages, slots, output = step(params, pages, slots, _step_batch(batch, slots, i, drawing_B))
         room = jax.tree.map(lambda all_, new: all_.at[i].set(new), room, output)
-        return i + 1, pages, slots, num_drawn_B + drawing_B, room
+        return i + 1, pages, slots, num_sampled_B + drawing_B, room
 
     start = (jnp.int32(0), pages, slots, jnp.zeros(num_rows, jnp.int32), room)
-    _, pages, slots, num_drawn_B, room = lax.while_loop(goes_on, one_step, start)
-    return pages, slots, _output(num_drawn_B, room)
+    _, pages, slots, num_sampled_B, room = lax.while_loop(goes_on, one_step, start)
+    return pages, slots, _output(num_sampled_B, room)
 
 
 def _enter(slots: SlotState, batch: DecodeBatch) -> SlotState:
@@ -88,7 +88,7 @@ def _enter(slots: SlotState, batch: DecodeBatch) -> SlotState:
     page_table_AM = slots.page_table_AM.at[batch.write_slot_J, batch.write_index_J].set(
         batch.write_page_J
     )
-    token_B = jnp.where(batch.drawn_B, slots.last_token_A[batch.slot_B], batch.token_B)
+    token_B = jnp.where(batch.sampled_B, slots.last_token_A[batch.slot_B], batch.token_B)
     last_token_A = slots.last_token_A.at[batch.slot_B].set(token_B)
     return dataclasses.replace(slots, page_table_AM=page_table_AM, last_token_A=last_token_A)
 
@@ -99,13 +99,13 @@ def _step_batch(
     """The i-th step: one token for each row that draws, an empty row for each that is quiet."""
     num_rows = batch.slot_B.shape[0]
     row_B = jnp.arange(num_rows, dtype=jnp.int32)
-    bin_slot = slots.last_token_A.shape[0] - 1
-    slot_B = jnp.where(draws_B, batch.slot_B, bin_slot)
+    null_slot = slots.last_token_A.shape[0] - 1
+    slot_B = jnp.where(draws_B, batch.slot_B, null_slot)
     position_B = jnp.where(draws_B, batch.position_B + i, 0)
     no_write_J = jnp.zeros(0, jnp.int32)
     return StepBatch(
         token_T=jnp.zeros(num_rows, jnp.int32),
-        drawn_T=jnp.ones(num_rows, bool),
+        sampled_T=jnp.ones(num_rows, bool),
         slot_T=slot_B,
         position_T=position_B,
         slot_B=slot_B,
@@ -115,13 +115,13 @@ def _step_batch(
         write_slot_J=no_write_J,
         write_index_J=no_write_J,
         write_page_J=no_write_J,
-        read_token_R=row_B,
-        read_slot_R=slot_B,
-        draws_R=draws_B,
-        target_R=jnp.zeros(num_rows, jnp.int32),
+        logits_index_R=row_B,
+        logits_slot_R=slot_B,
+        samples_R=draws_B,
+        given_token_R=jnp.zeros(num_rows, jnp.int32),
         wants_logprobs_R=batch.wants_logprobs_B & draws_B,
     )
 
 
-def _output(num_drawn_B: Int32[Array, "B"], room: StepOutput) -> DecodeOutput:
-    return DecodeOutput(num_drawn_B=num_drawn_B, token_IB=room.token_R, logprobs=room.logprobs)
+def _output(num_sampled_B: Int32[Array, "B"], room: StepOutput) -> DecodeOutput:
+    return DecodeOutput(num_sampled_B=num_sampled_B, token_IB=room.token_R, logprobs=room.logprobs)

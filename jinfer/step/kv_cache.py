@@ -20,7 +20,7 @@ def pages_shape(
     num_pages: int,
     page_size: int,
     dtype: str,
-    head_width: int,
+    head_dim: int,
     sharding: Sharding | None = None,
 ) -> Any:
     """The pool as shapes: cells `[L, P, K, Z, 2H]`, a token's key and value side by side.
@@ -30,19 +30,19 @@ def pages_shape(
       num_pages: the bin included.
       page_size: tokens per page.
       dtype: of the cells; those of 8 bits come with a scale per key and value.
-      head_width: as stored, which may be wider than the model's own.
+      head_dim: as stored, which may be wider than the model's own.
       sharding: of all parts of the pool, which begin with the same axes "LPK".
     """
     shaped: Any = partial(jax.ShapeDtypeStruct, sharding=sharding)
     per_head = (config.num_layers, num_pages, config.num_kv_heads)
-    cells = shaped((*per_head, page_size, 2 * head_width), jnp.dtype(dtype))
+    cells = shaped((*per_head, page_size, 2 * head_dim), jnp.dtype(dtype))
     scales = shaped((*per_head, 2, page_size), jnp.float32)
     return QuantizedPages(cells, scales) if dtype in LARGEST else cells
 
 
-def page_bytes(config: ModelConfig, *, page_size: int, dtype: str, head_width: int) -> int:
+def page_bytes(config: ModelConfig, *, page_size: int, dtype: str, head_dim: int) -> int:
     """Bytes of one page: `page_size` tokens of all layers, keys and values, and their scales."""
-    page = pages_shape(config, num_pages=1, page_size=page_size, dtype=dtype, head_width=head_width)
+    page = pages_shape(config, num_pages=1, page_size=page_size, dtype=dtype, head_dim=head_dim)
     return sum(math.prod(part.shape) * part.dtype.itemsize for part in jax.tree.leaves(page))
 
 

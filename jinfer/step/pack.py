@@ -19,7 +19,7 @@ class BucketShape:
     num_tokens: int  # T
     num_rows: int  # B, and R: there are never more readouts than rows or tokens
     num_page_writes: int  # J
-    bin_slot: int
+    null_slot: int
 
     @classmethod
     def of(cls, num_tokens: int, plan: EnginePlan) -> "BucketShape":
@@ -30,7 +30,7 @@ class BucketShape:
             num_tokens=num_tokens,
             num_rows=num_rows,
             num_page_writes=num_page_writes,
-            bin_slot=plan.max_slots,
+            null_slot=plan.max_slots,
         )
 
     def empty(self) -> StepBatch:
@@ -42,20 +42,20 @@ class BucketShape:
 
         return StepBatch(
             token_T=full(T),
-            drawn_T=full(T, dtype=np.bool_),
-            slot_T=full(T, self.bin_slot),
+            sampled_T=full(T, dtype=np.bool_),
+            slot_T=full(T, self.null_slot),
             position_T=full(T),
-            slot_B=full(R, self.bin_slot),
+            slot_B=full(R, self.null_slot),
             query_start_B=full(R, T),
             query_len_B=full(R),
             kv_len_B=full(R),
-            write_slot_J=full(J, self.bin_slot),
+            write_slot_J=full(J, self.null_slot),
             write_index_J=full(J),
             write_page_J=full(J),
-            read_token_R=full(R),
-            read_slot_R=full(R, self.bin_slot),
-            draws_R=full(R, dtype=np.bool_),
-            target_R=full(R),
+            logits_index_R=full(R),
+            logits_slot_R=full(R, self.null_slot),
+            samples_R=full(R, dtype=np.bool_),
+            given_token_R=full(R),
             wants_logprobs_R=full(R, dtype=np.bool_),
         )
 
@@ -70,7 +70,7 @@ class DecodeShape:
 
     num_rows: int  # B
     num_page_writes: int  # J
-    bin_slot: int
+    null_slot: int
 
     @classmethod
     def of(cls, num_rows: int, plan: EnginePlan) -> "DecodeShape":
@@ -79,7 +79,7 @@ class DecodeShape:
         return cls(
             num_rows=num_rows,
             num_page_writes=num_rows * pages_per_row,
-            bin_slot=plan.max_slots,
+            null_slot=plan.max_slots,
         )
 
     def empty(self) -> DecodeBatch:
@@ -90,13 +90,13 @@ class DecodeShape:
             return np.full(count, value, dtype)
 
         return DecodeBatch(
-            slot_B=full(B, self.bin_slot),
+            slot_B=full(B, self.null_slot),
             position_B=full(B),
             token_B=full(B),
-            drawn_B=full(B, dtype=np.bool_),
-            num_draws_B=full(B),
+            sampled_B=full(B, dtype=np.bool_),
+            num_samples_B=full(B),
             wants_logprobs_B=full(B, dtype=np.bool_),
-            write_slot_J=full(J, self.bin_slot),
+            write_slot_J=full(J, self.null_slot),
             write_index_J=full(J),
             write_page_J=full(J),
         )
@@ -115,10 +115,10 @@ def pack_decode(
         batch.slot_B[row] = chunk.slot
         batch.position_B[row] = chunk.start
         known = chunk.start < chunk.sequence.num_tokens
-        batch.drawn_B[row] = not known
+        batch.sampled_B[row] = not known
         if known:
             batch.token_B[row] = chunk.sequence.token_at(chunk.start)
-        batch.num_draws_B[row] = chunk.num_steps
+        batch.num_samples_B[row] = chunk.num_steps
         batch.wants_logprobs_B[row] = wants_logprobs(chunk)
     _pack_page_writes(batch, plan)
     return batch
@@ -133,12 +133,12 @@ def pack(
     finds them again by walking the plan.
     """
     batch = shape.empty()
-    token, readout = 0, 0
+    token, logits_row = 0, 0
     for row, chunk in enumerate(plan.chunks):
         _pack_row(batch, row, token, chunk)
-        start = readout
-        readout = _pack_readouts(batch, readout, token, chunk)
-        batch.wants_logprobs_R[start:readout] = wants_logprobs(chunk)
+        start = logits_row
+        logits_row = _pack_logits_rows(batch, logits_row, token, chunk)
+        batch.wants_logprobs_R[start:logits_row] = wants_logprobs(chunk)
         token += chunk.num_tokens
     _pack_page_writes(batch, plan)
     return batch
@@ -159,7 +159,7 @@ def _pack_row(batch: StepBatch, row: int, token: int, chunk: Chunk) -> None:
         known = sequence.tokens(chunk.start, chunk.start + num_known)
         batch.token_T[token : token + num_known] = known
     # A token that is still on its way up is read on the device, from where it was drawn.
-    batch.drawn_T[token + num_known : span.stop] = True
+    batch.sampled_T[token + num_known : span.stop] = True
     batch.slot_T[span] = chunk.slot
     batch.position_T[span] = np.arange(chunk.start, chunk.stop)
     batch.slot_B[row] = chunk.slot
@@ -168,15 +168,15 @@ def _pack_row(batch: StepBatch, row: int, token: int, chunk: Chunk) -> None:
     batch.kv_len_B[row] = chunk.stop
 
 
-def _pack_readouts(batch: StepBatch, readout: int, token: int, chunk: Chunk) -> int:
+def _pack_logits_rows(batch: StepBatch, logits_row: int, token: int, chunk: Chunk) -> int:
     for position in chunk.scored_positions:
-        batch.read_token_R[readout] = token + position - chunk.start
-        batch.read_slot_R[readout] = chunk.slot
-        batch.target_R[readout] = chunk.sequence.prompt_ids[position + 1]
-        readout += 1
+        batch.logits_index_R[logits_row] = token + position - chunk.start
+        batch.logits_slot_R[logits_row] = chunk.slot
+        batch.given_token_R[logits_row] = chunk.sequence.prompt_ids[position + 1]
+        logits_row += 1
     if chunk.samples:
-        batch.read_token_R[readout] = token + chunk.num_tokens - 1
-        batch.read_slot_R[readout] = chunk.slot
-        batch.draws_R[readout] = True
-        readout += 1
-    return readout
+        batch.logits_index_R[logits_row] = token + chunk.num_tokens - 1
+        batch.logits_slot_R[logits_row] = chunk.slot
+        batch.samples_R[logits_row] = True
+        logits_row += 1
+    return logits_row

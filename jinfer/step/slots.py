@@ -53,22 +53,22 @@ def write_pages(slots: SlotState, batch: StepBatch) -> SlotState:
     return dataclasses.replace(slots, page_table_AM=page_table_AM)
 
 
-def record_drawn(
+def record_sampled(
     slots: SlotState,
     slot_R: Int32[Array, "R"],
     token_R: Int32[Array, "R"],
-    draws_R: Bool[Array, "R"],
+    samples_R: Bool[Array, "R"],
     shards: Shards = WHOLE,
 ) -> SlotState:
     """Keeps what was drawn: for the next step's input, for penalties, and whether it stops."""
-    bin_slot = slots.last_token_A.shape[0] - 1
-    drawn_slot_R = jnp.where(draws_R, slot_R, bin_slot)
-    stops_R = jnp.any(slots.sampling.stop_ids_AJ[drawn_slot_R] == token_R[:, None], axis=-1)
+    null_slot = slots.last_token_A.shape[0] - 1
+    sampled_slot_R = jnp.where(samples_R, slot_R, null_slot)
+    stops_R = jnp.any(slots.sampling.stop_ids_AJ[sampled_slot_R] == token_R[:, None], axis=-1)
     return dataclasses.replace(
         slots,
-        last_token_A=slots.last_token_A.at[drawn_slot_R].set(token_R),
-        stopped_A=slots.stopped_A.at[drawn_slot_R].set(stops_R),
-        sampling=record(slots.sampling, slot_R, token_R, draws_R, shards),
+        last_token_A=slots.last_token_A.at[sampled_slot_R].set(token_R),
+        stopped_A=slots.stopped_A.at[sampled_slot_R].set(stops_R),
+        sampling=record(slots.sampling, slot_R, token_R, samples_R, shards),
     )
 
 

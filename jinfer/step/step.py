@@ -14,7 +14,7 @@ from jinfer.sampling.logprobs import read_logprobs
 from jinfer.sampling.sampler import sample
 from jinfer.step.batch import StepBatch, StepOutput
 from jinfer.step.kv_cache import KVPages
-from jinfer.step.slots import SlotState, record_drawn, write_pages
+from jinfer.step.slots import SlotState, record_sampled, write_pages
 
 PagedAttention = Callable[..., tuple[Array, KVPages]]
 
@@ -37,11 +37,11 @@ def run_step(
     """
     slots = write_pages(slots, batch)
     batch = _without_stopped(batch, slots)
-    token_T = jnp.where(batch.drawn_T, slots.last_token_A[batch.slot_T], batch.token_T)
+    token_T = jnp.where(batch.sampled_T, slots.last_token_A[batch.slot_T], batch.token_T)
     attend = _attend(batch, slots, decoder, paged_attention)
     with jax.default_matmul_precision(precision):
         hidden_TD, pages = decoder.hidden(params, token_T, batch.position_T, attend, pages)
-        logits_RV = decoder.logits(params, hidden_TD[batch.read_token_R])
+        logits_RV = decoder.logits(params, hidden_TD[batch.logits_index_R])
     slots, output = _read(logits_RV, slots, batch, max_logprobs, decoder.shards)
     return pages, slots, output
 
@@ -55,14 +55,14 @@ def _without_stopped(batch: StepBatch, slots: SlotState) -> StepBatch:
     return dataclasses.replace(
         batch,
         query_len_B=jnp.where(stopped_B, 0, batch.query_len_B),
-        draws_R=batch.draws_R & ~slots.stopped_A[batch.read_slot_R],
+        samples_R=batch.samples_R & ~slots.stopped_A[batch.logits_slot_R],
     )
 
 
 def _attend(
     batch: StepBatch, slots: SlotState, decoder: Decoder, paged_attention: PagedAttention
 ) -> Callable[..., tuple[Array, KVPages]]:
-    scale = decoder.config.head_width**-0.5
+    scale = decoder.config.head_dim**-0.5
     page_table_BM = slots.page_table_AM[batch.slot_B]
 
     def attend(
@@ -90,11 +90,11 @@ def _read(
 ) -> tuple[SlotState, StepOutput]:
     # The draw's key depends on the position the new token will take, and on nothing else
     # of the step: the same request draws the same tokens alone or among others.
-    position_R = batch.position_T[batch.read_token_R] + 1
+    position_R = batch.position_T[batch.logits_index_R] + 1
     with jax.named_scope("sample"):
-        drawn_R = sample(logits_RV, slots.sampling, batch.read_slot_R, position_R, shards)
-        token_R = jnp.where(batch.draws_R, drawn_R, batch.target_R)
-    slots = record_drawn(slots, batch.read_slot_R, token_R, batch.draws_R, shards)
+        sampled_R = sample(logits_RV, slots.sampling, batch.logits_slot_R, position_R, shards)
+        token_R = jnp.where(batch.samples_R, sampled_R, batch.given_token_R)
+    slots = record_sampled(slots, batch.logits_slot_R, token_R, batch.samples_R, shards)
     wants_R = batch.wants_logprobs_R
     with jax.named_scope("logprobs"):
         logprobs = read_logprobs(

@@ -92,7 +92,7 @@ def described_tree(source: Path, dtype: str | None) -> Params:
             axes=place.axes,
             shape=place.shape,
             stored_shape=place.shape,
-            head_width=config.head_width,
+            head_dim=config.head_dim,
             dtype=wanted_dtype or tensor.dtype,
             layers=(tensor,),
             stored_axes="".join(place.tensors[0].groups),

@@ -22,7 +22,7 @@ class ModelDescription:
     num_parameters: int
     file_bytes: int  # of the weight files
     stored_dtypes: dict[str, int]  # dtype to number of tensors
-    max_position: int  # tokens of context
+    max_position_embeddings: int  # tokens of context
     kv_bytes_per_token: dict[str, int]  # dtype of the cache to bytes
     tokenizer: str  # "tokenizers" | "sentencepiece" | "none"
     eos_token_ids: tuple[int, ...]
@@ -44,7 +44,7 @@ def describe(folder: Path) -> ModelDescription:
         num_parameters=config.num_parameters,
         file_bytes=sum(map(_bytes_on_disk, places)),
         stored_dtypes=dict(Counter(tensor.dtype.name for tensor in stored.values())),
-        max_position=config.max_position,
+        max_position_embeddings=config.max_position_embeddings,
         kv_bytes_per_token={
             "float32": config.kv_bytes_per_token(4),
             "bfloat16": config.kv_bytes_per_token(2),

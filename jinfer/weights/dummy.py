@@ -24,7 +24,7 @@ def dummy_params(
     dtype: str,
     layer_loop: str,
     seed: int,
-    held: ModelConfig | None = None,
+    padded: ModelConfig | None = None,
     hold: Hold | None = None,
 ) -> Params:
     """Draws the tree that `load_params` would give, without a file or a copy on the host.
@@ -38,7 +38,7 @@ def dummy_params(
       dtype: "float32", "bfloat16" or "float16".
       layer_loop: "unrolled" or "scan".
       seed: of every parameter; different leaves and layers get different numbers.
-      held: the model as it is cut, `jinfer.parallel.shares.held_model`; None = as it is.
+      padded: the model as it is cut, `jinfer.parallel.model_shards.padded_model`; None = as it is.
       hold: where each parameter goes, as `jinfer.weights.layout.hold_as` says; None = anywhere.
     """
     weights = FAMILIES[config.family].weight_map(config)
@@ -57,7 +57,7 @@ def dummy_params(
         # Drawn where it shall lie.
         draw = jax.jit(
             _uniform,
-            static_argnames=("parts", "num_shards", "head_width", "dtype"),
+            static_argnames=("parts", "num_shards", "head_dim", "dtype"),
             out_shardings=where,
         )
         return draw(
@@ -66,12 +66,12 @@ def dummy_params(
             fan_in**-0.5,
             parts=tuple(_Part(each.axes, each.shape, each.shape_in(weights)) for each in parts),
             num_shards=_num_shards(where, place),
-            head_width=config.head_width,
+            head_dim=config.head_dim,
             dtype=jax_dtype,
         )
 
-    held_weights = FAMILIES[config.family].weight_map(held or config)
-    return build_tree(held_weights, config.num_layers, layer_loop, make)
+    padded_weights = FAMILIES[config.family].weight_map(padded or config)
+    return build_tree(padded_weights, config.num_layers, layer_loop, make)
 
 
 class _Part(NamedTuple):
@@ -98,7 +98,7 @@ def _uniform(
     *,
     parts: tuple[_Part, ...],
     num_shards: int,
-    head_width: int,
+    head_dim: int,
     dtype: jnp.dtype,
 ) -> Array:
     """Hashes each element's place: unlike jax.random, one fused pass with no temporaries.
@@ -112,7 +112,7 @@ def _uniform(
       deviation: of every element.
       parts: one, or those that are joined in each shard.
       num_shards: of the axis of joining.
-      head_width: H.
+      head_dim: H.
       dtype: of the result.
     """
     axis = len(parts[0].axes) - len(parts[0].axes.removeprefix("L"))
@@ -124,21 +124,21 @@ def _uniform(
     for number, part, length in zip(numbers, parts, lengths, strict=True):
         index[axis] = shard * length + within - start
         salt = _mix(jnp.uint32(seed) + _mix(jnp.uint32(number)))
-        part_bits = _mix(_place(index, part, head_width) ^ salt)
+        part_bits = _mix(_place(index, part, head_dim) ^ salt)
         bits = jnp.where(within < start, bits, part_bits)
         start += length
     unit = bits.astype(jnp.int32).astype(jnp.float32) * 2.0**-31  # -1 to 1, deviation 3**-0.5
     return (unit * (3.0**0.5 * deviation)).astype(dtype)
 
 
-def _place(index: Sequence[Array], part: _Part, head_width: int) -> Array:
+def _place(index: Sequence[Array], part: _Part, head_dim: int) -> Array:
     """Each element's place in the part as it is stored, whatever is repeated as it is held."""
     place = jnp.uint32(0)
     for axis, letter in enumerate(part.axes):
         along = index[axis]
         if letter in "KC" and part.shape[axis] > part.stored_shape[axis]:
             num_repeats = part.shape[axis] // part.stored_shape[axis]
-            along = repeated(along, letter, num_repeats, head_width)
+            along = repeated(along, letter, num_repeats, head_dim)
         place = place + along * jnp.uint32(math.prod(part.stored_shape[axis + 1 :]) % 2**32)
     return place
 

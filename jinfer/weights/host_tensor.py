@@ -50,14 +50,14 @@ class Stored(Protocol):
 class HostTensor:
     """One parameter, described. Nothing is read before `read` is called.
 
-    It may be held larger than it is stored (`jinfer.parallel.shares`): rows of the vocabulary are
-    filled up with zeros, kv heads repeated side by side.
+    It may be larger than it is stored (`jinfer.parallel.model_shards`): rows of the vocabulary are
+    padded with zeros, kv heads repeated side by side.
     """
 
     axes: str  # one letter per axis, with a leading L if stacked
     shape: tuple[int, ...]  # as it is held
     stored_shape: tuple[int, ...]  # the same axes as they are stored
-    head_width: int  # H
+    head_dim: int  # H
     dtype: np.dtype  # wanted; the stored one may differ
     layers: tuple[Stored, ...]  # one, or one per layer if stacked
     stored_axes: str  # one layer's letters in the order of the file
@@ -109,13 +109,13 @@ class HostTensor:
     def _stored(self, letter: str, part: slice) -> Part:
         """Which entries of a stored axis a part of the held one consists of."""
         axis = self.axes.index(letter)
-        held, stored = self.shape[axis], self.stored_shape[axis]
-        start, stop, _ = part.indices(held)
-        if held == stored:
+        padded, stored = self.shape[axis], self.stored_shape[axis]
+        start, stop, _ = part.indices(padded)
+        if padded == stored:
             return slice(start, stop)
         if letter == "V":
             return slice(min(start, stored), min(stop, stored))
-        index = repeated(np.arange(start, stop), letter, held // stored, self.head_width)
+        index = repeated(np.arange(start, stop), letter, padded // stored, self.head_dim)
         first, last = int(index[0]), int(index[-1])
         return slice(first, last + 1) if last - first == stop - start - 1 else index
 
@@ -143,12 +143,12 @@ class JoinedTensor:
         """
         index = index or (slice(None),) * len(self.shape)
         axis = len(self.axes) - len(self.axes.removeprefix("L"))
-        held = self.shape[axis]
-        start, stop, _ = index[axis].indices(held)
-        assert held % (stop - start) == 0 == start % (stop - start), (
-            f"not one of equal shards: {start=}, {stop=}, {held=}"
+        padded = self.shape[axis]
+        start, stop, _ = index[axis].indices(padded)
+        assert padded % (stop - start) == 0 == start % (stop - start), (
+            f"not one of equal shards: {start=}, {stop=}, {padded=}"
         )
-        num_shards, number = held // (stop - start), start // (stop - start)
+        num_shards, number = padded // (stop - start), start // (stop - start)
         assert all(part.shape[axis] % num_shards == 0 for part in self.parts), f"{num_shards=}"
         lengths = [part.shape[axis] // num_shards for part in self.parts]
         target = _room_for(index, self.shape, self.dtype)
@@ -159,9 +159,9 @@ class JoinedTensor:
         return target
 
 
-def repeated(index: Any, letter: str, num_repeats: int, head_width: int) -> Any:
+def repeated(index: Any, letter: str, num_repeats: int, head_dim: int) -> Any:
     """Where an entry of a repeated axis of kv heads, K or C, stands on the axis as stored."""
-    width = head_width if letter == "C" else 1
+    width = head_dim if letter == "C" else 1
     return index // width // num_repeats * width + index % width
 
 

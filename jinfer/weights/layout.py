@@ -36,7 +36,7 @@ def hold_as(weight_layout: str, sharding_of: Callable[[str], Sharding]) -> Hold:
     def hold(path: str, axes: str) -> Sharding | Format:
         leaf = path.rsplit(".", 1)[-1]
         sharding = sharding_of(axes)
-        if tiles is None or not leaf.startswith(("w_", "unembed_")):
+        if tiles is None or not leaf.startswith(("w_", "lm_head_")):
             return sharding
         return Format(Layout(tuple(range(len(axes))), tiles), sharding)
 

@@ -70,7 +70,7 @@ def load_params(
     *,
     dtype: str,
     layer_loop: str,
-    held: ModelConfig | None = None,
+    padded: ModelConfig | None = None,
     put: Put | None = None,
     joined: bool = True,
 ) -> tuple[Params, LoadReport]:
@@ -81,7 +81,7 @@ def load_params(
       config: what `read_model_config` gave for it.
       dtype: of the parameters: "float32", "bfloat16" or "float16", whatever is stored.
       layer_loop: "unrolled" gives a dict per layer, "scan" one dict with a leading L axis.
-      held: the model as it is cut, `jinfer.parallel.shares.held_model`; None = as stored.
+      padded: the model as it is cut, `jinfer.parallel.model_shards.padded_model`; None = as stored.
       put: moves one parameter to its device or devices, given its path in the tree, such as
         "blocks.3.w_o_DQ" or, stacked, "blocks.w_o_DQ"; None = whole, to the first device.
       joined: gives the tree that the decoder takes; False = parameter by parameter as stored.
@@ -95,7 +95,7 @@ def load_params(
     started_s = time.perf_counter()
     wanted_dtype = require_dtype(dtype)
     weights = map_of(folder, config)
-    weights_held = map_of(folder, held or config)
+    padded_weights = map_of(folder, padded or config)
     stored = open_checked(folder, config)
     put = put or put_on_first_device
 
@@ -104,7 +104,7 @@ def load_params(
             axes=place.axes,
             shape=place.shape,
             stored_shape=place.shape_in(weights),
-            head_width=config.head_width,
+            head_dim=config.head_dim,
             dtype=wanted_dtype,
             layers=tuple(stored[tensor.name] for tensor in place.tensors),
             stored_axes="".join(place.tensors[0].groups),
@@ -116,7 +116,7 @@ def load_params(
         parts = tuple(map(tensor_at, place.parts))
         return put(place.path, JoinedTensor(axes=place.axes, shape=place.shape, parts=parts))
 
-    params = build_tree(weights_held, config.num_layers, layer_loop, make, joined=joined)
+    params = build_tree(padded_weights, config.num_layers, layer_loop, make, joined=joined)
     jax.block_until_ready(params)
     used = [stored[tensor.name] for tensor in weights.stored_tensors(config.num_layers)]
     return params, LoadReport(
@@ -145,7 +145,7 @@ def open_checked(folder: Path, config: ModelConfig) -> Mapping[str, Stored]:
     return stored
 
 
-def param_shapes(held: ModelConfig, *, dtype: str, layer_loop: str, hold: Hold) -> Params:
+def param_shapes(padded: ModelConfig, *, dtype: str, layer_loop: str, hold: Hold) -> Params:
     """The tree that `load_params` gives, as shapes: programs compile for it before it is there."""
     wanted_dtype = require_dtype(dtype)
 
@@ -153,8 +153,8 @@ def param_shapes(held: ModelConfig, *, dtype: str, layer_loop: str, hold: Hold) 
         where: Any = hold(place.path, place.axes)
         return jax.ShapeDtypeStruct(place.shape, wanted_dtype, sharding=where)
 
-    weights = FAMILIES[held.family].weight_map(held)
-    return build_tree(weights, held.num_layers, layer_loop, make)
+    weights = FAMILIES[padded.family].weight_map(padded)
+    return build_tree(weights, padded.num_layers, layer_loop, make)
 
 
 def put_on_first_device(path: str, tensor: Tensor) -> jax.Array:

@@ -1,6 +1,6 @@
 """The parameter tree: a plain nested dict whose leaves end in their axes.
 
-"embed_VD", "final_norm_D", "unembed_VD" unless tied, and "blocks": a list of one dict per layer
+"embed_VD", "final_norm_D", "lm_head_VD" unless tied, and "blocks": a list of one dict per layer
 when the layer loop is unrolled, one dict of arrays with a leading L axis when it is scanned. What
 is stored as several parameters and multiplied as one is one leaf (`JOINED`).
 """

@@ -19,12 +19,12 @@ class Case:
     num_padding: int = 3  # tokens of no row
     num_q_heads: int = 4
     num_kv_heads: int = 2
-    head_width: int = 64
+    head_dim: int = 64
     page_size: int = 8  # tokens
     spare_pages: int = 2  # page-table entries past the longest row
     dtype: str = "float32"
     pages_dtype: str | None = None  # None = dtype; 8-bit ones come with scales
-    stored_width: int | None = None  # of a head in the pool; None = head_width
+    stored_width: int | None = None  # of a head in the pool; None = head_dim
     window: int | None = None
     soft_cap: float | None = None
     sinks: bool = False
@@ -69,9 +69,9 @@ CASES = (
     _mixed("group_4", num_q_heads=4, num_kv_heads=1),
     _mixed("group_8", num_q_heads=16, num_kv_heads=2),
     _mixed("group_16", num_q_heads=16, num_kv_heads=1),
-    _mixed("width_96", head_width=96),
-    _mixed("width_128", head_width=128),
-    _mixed("width_256", head_width=256),
+    _mixed("width_96", head_dim=96),
+    _mixed("width_128", head_dim=128),
+    _mixed("width_256", head_dim=256),
     _mixed("window", window=6),
     _mixed("window_of_one", window=1),
     _mixed("soft_cap", soft_cap=0.5),
@@ -80,10 +80,10 @@ CASES = (
     _mixed("bfloat16", dtype="bfloat16"),
     _mixed("bfloat16_sinks", dtype="bfloat16", window=11, sinks=True),
     _mixed("float16", dtype="float16"),
-    _mixed("width_96_stored_as_128", head_width=96, stored_width=128),
+    _mixed("width_96_stored_as_128", head_dim=96, stored_width=128),
     _mixed("int8_pages", pages_dtype="int8"),
     _mixed("fp8_pages", pages_dtype="float8_e4m3fn", page_size=32),
-    _mixed("int8_pages_of_width_128", pages_dtype="int8", head_width=128, page_size=32),
+    _mixed("int8_pages_of_width_128", pages_dtype="int8", head_dim=128, page_size=32),
     _mixed("int8_pages_all_options", pages_dtype="int8", window=11, soft_cap=2.0, sinks=True),
     _mixed("bfloat16_int8_pages", dtype="bfloat16", pages_dtype="int8", page_size=64),
     _mixed("bfloat16_fp8_pages", dtype="bfloat16", pages_dtype="float8_e4m3fn", sinks=True),
@@ -105,7 +105,7 @@ def build(case: Case, seed: int = 0) -> Inputs:
     owned_T = np.any((start_B <= token_T) & (token_T < start_B + query_len_B), axis=1)
 
     def draw(num_heads: int) -> Any:
-        values = rng.standard_normal((num_tokens, num_heads, case.head_width))
+        values = rng.standard_normal((num_tokens, num_heads, case.head_dim))
         return jnp.asarray(np.where(owned_T[:, None, None], values, np.nan), case.dtype)
 
     page_table_BM, num_pages = _page_table(rng, case)
@@ -121,7 +121,7 @@ def build(case: Case, seed: int = 0) -> Inputs:
             *(jnp.asarray(a, jnp.int32) for a in (page_table_BM, kv_len_B, start_B, query_len_B)),
         ),
         options={
-            "scale": case.head_width**-0.5,
+            "scale": case.head_dim**-0.5,
             "window": case.window,
             "soft_cap": case.soft_cap,
             "sinks_N": jnp.asarray(sinks_N, jnp.float32) if case.sinks else None,
@@ -152,20 +152,20 @@ def _page_table(rng: np.random.Generator, case: Case) -> tuple[np.ndarray, int]:
 def _poisoned_pages(
     rng: np.random.Generator, case: Case, page_table_BM: np.ndarray, num_pages: int
 ) -> Any:
-    head_width = case.stored_width or case.head_width
-    shape = (NUM_LAYERS, num_pages, case.num_kv_heads, case.page_size, 2 * head_width)
+    head_dim = case.stored_width or case.head_dim
+    shape = (NUM_LAYERS, num_pages, case.num_kv_heads, case.page_size, 2 * head_dim)
     pages = np.full(shape, np.nan, np.float32)
     for row, (kv_len, query_len) in enumerate(zip(case.kv_len, case.query_len, strict=True)):
         for position in range(kv_len - query_len):
             page = page_table_BM[row, position // case.page_size]
-            old_K2H = rng.standard_normal((case.num_kv_heads, 2, case.head_width))
-            old_K2H = np.pad(old_K2H, ((0, 0), (0, 0), (0, head_width - case.head_width)))
+            old_K2H = rng.standard_normal((case.num_kv_heads, 2, case.head_dim))
+            old_K2H = np.pad(old_K2H, ((0, 0), (0, 0), (0, head_dim - case.head_dim)))
             old_K2H = old_K2H.reshape(case.num_kv_heads, -1)
             pages[LAYER, page, :, position % case.page_size] = old_K2H
     if case.pages_dtype is None:
         return jnp.asarray(pages, case.dtype)
     # A line per layer, page, head and token; in it the key, then the value.
-    merged = jnp.asarray(pages).reshape(-1, 2, head_width)
+    merged = jnp.asarray(pages).reshape(-1, 2, head_dim)
     cells, scales = quantize(merged, case.pages_dtype)
     # What was NaN is garbage now, its scale NaN still.
     scales = jnp.where(jnp.isnan(merged).any(-1), np.nan, scales)

@@ -90,7 +90,7 @@ def paged_attention_gpu(  # noqa: PLR0913 - the contract of every implementation
       ValueError: if shapes or integer dtypes disagree, or a tile size is out of range.
       NotImplementedError: for a chip other than Hopper and Blackwell (sm_100), jax before 0.11,
         or a dtype, page size, group or head width of the pool that the kernel does not take. The
-        heads' own may be any up to 256: `stored_head_width` says what to allocate.
+        heads' own may be any up to 256: `stored_head_dim` says what to allocate.
 
     Donates: as `paged_attention_xla`.
     Cost: reads each visible page once per tile; the queries' and outputs' copies are 8 rows
@@ -117,7 +117,7 @@ def paged_attention_gpu(  # noqa: PLR0913 - the contract of every implementation
     # Jax before 0.11 lacks what that file imports.
     from kernels_pallas.paged_attention.gpu_attend import AttendOptions, attend_tiles
 
-    head_width = q_TNH.shape[2]
+    head_dim = q_TNH.shape[2]
     q_TNH, k_TKH, v_TKH = widened(pages, q_TNH, k_TKH, v_TKH)
     _, num_pages, num_kv_heads, page_size, _ = cells_of(pages).shape
     (num_tokens, num_q_heads, stored_width), num_rows = q_TNH.shape, page_table_BM.shape[0]
@@ -150,20 +150,20 @@ def paged_attention_gpu(  # noqa: PLR0913 - the contract of every implementation
     num_used = tile_tokens * group
     out_XCKQH, log_XCKQ = out_XCKQH[:, :, :, :num_used], log_XCKQ[..., :num_used]
     out_XKQH = _combined(out_XCKQH, log_XCKQ, sinks_N)
-    return _untiled(out_XKQH, tiles.token_XU, q_TNH)[..., :head_width], pages
+    return _untiled(out_XKQH, tiles.token_XU, q_TNH)[..., :head_dim], pages
 
 
-def stored_head_width(head_width: int) -> int:
+def stored_head_dim(head_dim: int) -> int:
     """The head width to allocate a pool with, so that the kernel takes it.
 
     Raises:
       NotImplementedError: if the heads are wider than the widest that it takes.
     """
     for stored_width in STAGES_OF_HEAD_WIDTH:
-        if head_width <= stored_width:
+        if head_dim <= stored_width:
             return stored_width
     raise NotImplementedError(
-        f"on GPU, heads are at most {max(STAGES_OF_HEAD_WIDTH)} wide; got {head_width=}. "
+        f"on GPU, heads are at most {max(STAGES_OF_HEAD_WIDTH)} wide; got {head_dim=}. "
         "Choose the xla implementation."
     )
 
@@ -176,7 +176,7 @@ def _check_arrays(q_TNH: Any, k_TKH: Any, v_TKH: Any, pages: Pages) -> None:
         allowed = sorted(STAGES_OF_HEAD_WIDTH)
         raise NotImplementedError(
             f"on GPU, the pool's head width must be one of {allowed}; got {stored_width}. "
-            f"Allocate it with {stored_head_width(stored_width)}, zeros fill the heads up, "
+            f"Allocate it with {stored_head_dim(stored_width)}, zeros fill the heads up, "
             "or choose the xla implementation."
         )
     # A copy to shared memory lands on a multiple of 128 bytes: of scales those are 32 tokens.

@@ -88,9 +88,9 @@ def attend_tiles(
       8 bits 169 kB and 148 bytes. For sm_100a, 16 and 24 kB more: 246 registers at width 64;
       at 128 255 and 268 bytes spilled, of 8 bits 540. One block per multiprocessor.
     """
-    num_tiles, num_kv_heads, num_rows, head_width = q_XKQH.shape
+    num_tiles, num_kv_heads, num_rows, head_dim = q_XKQH.shape
     grid = (num_tiles, options.num_parts, num_kv_heads)
-    scratch = _scratch(q_XKQH.dtype, head_width, pages, options)
+    scratch = _scratch(q_XKQH.dtype, head_dim, pages, options)
     interpret = options.interpret or None
     if interpret is True:
         # Checked against jax 0.10, which has no such simulator.
@@ -99,7 +99,7 @@ def attend_tiles(
         # A fresh object: JAX 0.11 caches a kernel's jaxpr by the identity of its function.
         partial(_kernel, options=options),
         out_type=(
-            jax.ShapeDtypeStruct((*grid, num_rows, head_width), q_XKQH.dtype),
+            jax.ShapeDtypeStruct((*grid, num_rows, head_dim), q_XKQH.dtype),
             jax.ShapeDtypeStruct((*grid, options.query_rows), jnp.float32),
         ),
         scratch_types=scratch,
@@ -114,10 +114,10 @@ def attend_tiles(
     return attend(tile_X4, table_BM, q_XKQH, pages)
 
 
-def _scratch(dtype: Any, head_width: int, pages: Pages, options: AttendOptions) -> list[Any]:
+def _scratch(dtype: Any, head_dim: int, pages: Pages, options: AttendOptions) -> list[Any]:
     cells, quantized = cells_of(pages), isinstance(pages, QuantizedPages)
     num_stages, query_rows = options.num_stages, options.query_rows
-    ring = _tiled_smem(cells.dtype, num_stages, BLOCK_TOKENS, 2 * head_width)
+    ring = _tiled_smem(cells.dtype, num_stages, BLOCK_TOKENS, 2 * head_dim)
     if quantized:
         scales: Any = plgpu.SMEM((num_stages, 2, BLOCK_TOKENS), jnp.float32)
         ring = QuantizedPages(ring, scales)
@@ -129,10 +129,10 @@ def _scratch(dtype: Any, head_width: int, pages: Pages, options: AttendOptions) 
         product = plgpu.TMEM((query_rows, LANES), jnp.float32)
         tensor = (product, plgpu.Barrier(orders_tensor_core=True))
     return [
-        _tiled_smem(dtype, query_rows, head_width),  # queries, then outputs
+        _tiled_smem(dtype, query_rows, head_dim),  # queries, then outputs
         ring,
         # The block that is computed on, if the ring holds it in 8 bits.
-        _tiled_smem(dtype, BLOCK_TOKENS, 2 * head_width) if quantized else None,
+        _tiled_smem(dtype, BLOCK_TOKENS, 2 * head_dim) if quantized else None,
         _tiled_smem(dtype, query_rows, BLOCK_TOKENS),  # softmax weights
         tensor,
         plgpu.SMEM((query_rows,), jnp.float32),
@@ -230,7 +230,7 @@ def _cells_and_scales(refs: Any) -> tuple[Any, Any]:
     return cells_of(refs), scales_of(refs)
 
 
-def _start(head_width: int, options: AttendOptions):
+def _start(head_dim: int, options: AttendOptions):
     """The online softmax before its first key: weighted values, peak score, total weight."""
 
     def filled(value: float, *shape: int):
@@ -239,7 +239,7 @@ def _start(head_width: int, options: AttendOptions):
 
     lanes = filled(0, options.query_rows, LANES)
     peak, total = filled(MASKED, options.query_rows), filled(0, options.query_rows)
-    return (lanes,) * (head_width // LANES), peak, total
+    return (lanes,) * (head_dim // LANES), peak, total
 
 
 def _accumulate(buffers, span, blocks, options, j, carry):
@@ -247,15 +247,15 @@ def _accumulate(buffers, span, blocks, options, j, carry):
     q_smem, ring, wide_smem, weight_smem, tensor, full, free = buffers
     (first, last, position), (first_block, num_blocks) = span, blocks
     weighted, peak, total = carry
-    head_width = q_smem.shape[1]
+    head_dim = q_smem.shape[1]
     stage = lax.rem(j, options.num_stages)
     start = (first_block + j) * BLOCK_TOKENS
     plgpu.barrier_wait(full.at[stage])
 
     column = options.layout.reduce(0)
     kv_smem, key_scale, value_scale = _ready(ring, wide_smem, stage, column)
-    key_smem = kv_smem.at[:, pl.ds(0, head_width)]
-    value_smem = kv_smem.at[:, pl.ds(head_width, head_width)]
+    key_smem = kv_smem.at[:, pl.ds(0, head_dim)]
+    value_smem = kv_smem.at[:, pl.ds(head_dim, head_dim)]
     multiply = partial(_multiply, tensor)
     score = multiply(q_smem, key_smem.transpose((1, 0)))
     if key_scale is not None:

@@ -39,7 +39,7 @@ def paged_attention_reference(  # noqa: PLR0913 - the contract of every implemen
     """
     cells, scales = np.array(cells_of(pages)), np.array(scales_of(pages))
     page_size, half = cells.shape[3], cells.shape[4] // 2
-    group, (_, _, head_width) = q_TNH.shape[1] // k_TKH.shape[1], q_TNH.shape
+    group, (_, _, head_dim) = q_TNH.shape[1] // k_TKH.shape[1], q_TNH.shape
     has_scales = isinstance(pages, QuantizedPages)
     # The pool may store wider heads than there are: zeros fill them up.
     k_TKH, v_TKH = widened(pages, k_TKH, v_TKH)
@@ -65,7 +65,7 @@ def paged_attention_reference(  # noqa: PLR0913 - the contract of every implemen
             low = 0 if window is None else max(0, position - window + 1)
             seen_SN2H = kv_SN2H[low : position + 1]
             q_NH = np.asarray(q_TNH[start + i], np.float32)
-            score_SN = scale * np.einsum("NH,SNH->SN", q_NH, seen_SN2H[..., :head_width])
+            score_SN = scale * np.einsum("NH,SNH->SN", q_NH, seen_SN2H[..., :head_dim])
             if soft_cap is not None:
                 score_SN = soft_cap * np.tanh(score_SN / soft_cap)
             sink_1N = np.full((1, group * k_TKH.shape[1]), -np.inf, np.float32)
@@ -74,7 +74,7 @@ def paged_attention_reference(  # noqa: PLR0913 - the contract of every implemen
             peak_1N = np.maximum(score_SN.max(axis=0, keepdims=True), sink_1N)
             weight_SN = np.exp(score_SN - peak_1N)
             total_1N = weight_SN.sum(axis=0, keepdims=True) + np.exp(sink_1N - peak_1N)
-            value_SNH = seen_SN2H[..., half : half + head_width]
+            value_SNH = seen_SN2H[..., half : half + head_dim]
             out_TNH[start + i] = np.einsum("SN,SNH->NH", weight_SN / total_1N, value_SNH)
     if not has_scales:
         return out_TNH, cells

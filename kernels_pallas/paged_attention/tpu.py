@@ -90,7 +90,7 @@ def paged_attention_tpu(  # noqa: PLR0913 - the contract of every implementation
     Raises:
       ValueError: if shapes or integer dtypes disagree, or a tile size is below 1.
       NotImplementedError: if a dtype is another one, or the pool's head width is not a multiple
-        of 64. The heads' own may be smaller: `stored_head_width` says what to allocate.
+        of 64. The heads' own may be smaller: `stored_head_dim` says what to allocate.
 
     Donates: nothing by itself; inside a jit that donates the pool the update is in place.
     Sharding: call it inside `jax.shard_map(..., check_vma=False)` with all heads cut along K.
@@ -111,7 +111,7 @@ def paged_attention_tpu(  # noqa: PLR0913 - the contract of every implementation
         soft_cap=soft_cap,
         sinks_N=sinks_N,
     )
-    head_width = q_TNH.shape[2]
+    head_dim = q_TNH.shape[2]
     q_TNH, k_TKH, v_TKH = widened(pages, q_TNH, k_TKH, v_TKH)
     _check_limits(cells_of(pages), q=q_TNH, k=k_TKH, v=v_TKH)
     tile_tokens = _fitting_tile(q_TNH, k_TKH.shape[1]) if tile_tokens is None else tile_tokens
@@ -127,7 +127,7 @@ def paged_attention_tpu(  # noqa: PLR0913 - the contract of every implementation
     def attend(chosen: Rows, tile_tokens: int) -> Float[Array, "T N H"]:
         where = (pages, layer, page_table_BM)
         out_TNH = attend_rows(q_TNH, sinks_N, *where, chosen, tile_tokens, options)
-        return out_TNH[..., :head_width]
+        return out_TNH[..., :head_dim]
 
     num_tokens = q_TNH.shape[0]
     if tile_tokens == 1 or num_tokens <= FEW_TOKENS:
@@ -140,9 +140,9 @@ def paged_attention_tpu(  # noqa: PLR0913 - the contract of every implementation
     return _where(wide_T, attend(prefilling, tile_tokens), out_TNH), pages
 
 
-def stored_head_width(head_width: int) -> int:
+def stored_head_dim(head_dim: int) -> int:
     """The head width to allocate a pool with, so that a cell is whole rows of lanes."""
-    return -(-2 * head_width // LANES) * LANES // 2
+    return -(-2 * head_dim // LANES) * LANES // 2
 
 
 def _check_limits(cells: Any, **arrays: Any) -> None:
@@ -158,18 +158,18 @@ def _check_limits(cells: Any, **arrays: Any) -> None:
                 f"on TPU, {name} must be {' or '.join(allowed)}; "
                 f"got dtype={values.dtype}. Convert it, or choose the xla implementation."
             )
-    head_width = cells.shape[4] // 2
-    if stored_head_width(head_width) != head_width:
+    head_dim = cells.shape[4] // 2
+    if stored_head_dim(head_dim) != head_dim:
         # Compiled all the same, XLA lays the pool out otherwise and copies it on every call.
         raise NotImplementedError(
-            f"on TPU, the pool's head width must be a multiple of {LANES // 2}; got {head_width=}. "
-            f"Allocate it with {stored_head_width(head_width)}, or choose the xla implementation."
+            f"on TPU, the pool's head width must be a multiple of {LANES // 2}; got {head_dim=}. "
+            f"Allocate it with {stored_head_dim(head_dim)}, or choose the xla implementation."
         )
 
 
 def _fitting_tile(q_TNH: Float[Array, "T N H"], num_kv_heads: int) -> int:
-    _, num_q_heads, head_width = q_TNH.shape
-    lanes = head_width if head_width % LANES == 0 else 2 * head_width
+    _, num_q_heads, head_dim = q_TNH.shape
+    lanes = head_dim if head_dim % LANES == 0 else 2 * head_dim
     # Two buffers each of queries, outputs and first peaks; peak, total and weighted values.
     # A column of float32 takes whole rows of lanes.
     row_bytes = lanes * (4 * q_TNH.dtype.itemsize + 4) + LANES * 4 * 4

@@ -38,13 +38,13 @@ def attend_rows(
     options: AttendOptions,
 ) -> Float[Array, "T N H"]:
     """Attends for the rows whose `query_len_B` is not 0; other tokens' outputs are garbage."""
-    num_tokens, num_q_heads, head_width = q_TNH.shape
+    num_tokens, num_q_heads, head_dim = q_TNH.shape
     _, _, num_kv_heads, page_size, _ = cells_of(pages).shape
     group = num_q_heads // num_kv_heads
     items, num_used = attend_items(rows, tile_tokens, num_tokens)
     # A half of a cell that is not whole lanes is not worth cutting off: queries get zeros
     # where the values are, and of the outputs the values' half is kept.
-    joined = head_width % LANES != 0
+    joined = head_dim % LANES != 0
     q_IKQO = _pack(q_TNH, num_kv_heads, tile_tokens, joined)
     num_blocks, _, num_queries, lanes = q_IKQO.shape
     peak_KQ1 = _first_peak(sinks_N, num_kv_heads, group, num_queries)
@@ -98,22 +98,22 @@ def attend_rows(
 
 def _pack(q_TNH: Array, num_kv_heads: int, tile_tokens: int, joined: bool) -> Array:
     """Lays each kv head's queries of a block out as rows of one matrix, token-major."""
-    num_tokens, num_q_heads, head_width = q_TNH.shape
+    num_tokens, num_q_heads, head_dim = q_TNH.shape
     group = num_q_heads // num_kv_heads
     num_blocks = -(-num_tokens // tile_tokens)
     more_tokens = num_blocks * tile_tokens - num_tokens
-    q_TNO = jnp.pad(q_TNH, ((0, more_tokens), (0, 0), (0, head_width if joined else 0)))
+    q_TNO = jnp.pad(q_TNH, ((0, more_tokens), (0, 0), (0, head_dim if joined else 0)))
     q_IUKGO = q_TNO.reshape(num_blocks, tile_tokens, num_kv_heads, group, -1)
     return q_IUKGO.swapaxes(1, 2).reshape(num_blocks, num_kv_heads, tile_tokens * group, -1)
 
 
 def _unpack(out_IKQO: Array, shape_TNH: tuple[int, ...], tile_tokens: int) -> Array:
-    num_tokens, num_q_heads, head_width = shape_TNH
+    num_tokens, num_q_heads, head_dim = shape_TNH
     num_blocks, num_kv_heads, _, lanes = out_IKQO.shape
     group = num_q_heads // num_kv_heads
     out_IKUGO = out_IKQO.reshape(num_blocks, num_kv_heads, tile_tokens, group, lanes)
     out_TNO = out_IKUGO.swapaxes(1, 2).reshape(num_blocks * tile_tokens, num_q_heads, lanes)
-    return out_TNO[:num_tokens, :, lanes - head_width :]
+    return out_TNO[:num_tokens, :, lanes - head_dim :]
 
 
 def _first_peak(

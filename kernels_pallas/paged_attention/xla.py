@@ -114,7 +114,7 @@ def paged_attention_xla(  # noqa: PLR0913 - the contract of every implementation
             f"tile sizes must be >= 1; got {tile_tokens=}, {tiles_at_once=}, {block_tokens=}. "
             "Leave them out for the defaults."
         )
-    head_width = q_TNH.shape[2]
+    head_dim = q_TNH.shape[2]
     q_TNH, k_TKH, v_TKH = widened(pages, q_TNH, k_TKH, v_TKH)
     pages = _write(pages, k_TKH, v_TKH, layer, page_table_BM, rows)
     attend = partial(
@@ -128,12 +128,12 @@ def paged_attention_xla(  # noqa: PLR0913 - the contract of every implementation
     )
     out_TNH = jnp.zeros_like(q_TNH)
     if tile_tokens == 1 or q_TNH.shape[0] <= FEW_TOKENS:
-        return attend(out_TNH, rows, tile_tokens=1)[..., :head_width], pages
+        return attend(out_TNH, rows, tile_tokens=1)[..., :head_dim], pages
     single_B = query_len_B == 1
     decoding = rows._replace(query_len_B=jnp.where(single_B, 1, 0))
     prefilling = rows._replace(query_len_B=jnp.where(single_B, 0, query_len_B))
     out_TNH = attend(out_TNH, decoding, tile_tokens=1)
-    return attend(out_TNH, prefilling, tile_tokens=tile_tokens)[..., :head_width], pages
+    return attend(out_TNH, prefilling, tile_tokens=tile_tokens)[..., :head_dim], pages
 
 
 class _Options(NamedTuple):
@@ -271,15 +271,15 @@ def _attend_tiles(
 ) -> Float[Array, "Y U N H"]:
     """Online softmax of a few tiles over all the blocks of pages that they can see."""
     _, num_kv_heads, page_size, _ = cells_of(flat_pages).shape
-    num_tiles, tile_tokens, num_q_heads, head_width = q_YUNH.shape
+    num_tiles, tile_tokens, num_q_heads, head_dim = q_YUNH.shape
     group = num_q_heads // num_kv_heads
     pages_per_block = min(max(1, options.block_tokens // page_size), page_table_BM.shape[1])
     block_tokens = pages_per_block * page_size
     first_block_Y = tiles.first_X // block_tokens
     position_YQ = jnp.repeat(tiles.position_XU, group, axis=1)
 
-    q_YUKGH = q_YUNH.reshape(num_tiles, tile_tokens, num_kv_heads, group, head_width)
-    q_YKQH = q_YUKGH.swapaxes(1, 2).reshape(num_tiles, num_kv_heads, -1, head_width)
+    q_YUKGH = q_YUNH.reshape(num_tiles, tile_tokens, num_kv_heads, group, head_dim)
+    q_YKQH = q_YUKGH.swapaxes(1, 2).reshape(num_tiles, num_kv_heads, -1, head_dim)
     joined = tile_tokens * group <= FEW_QUERIES
     if joined:  # the values' half of a cell meets zeros here, the keys' half is cut off below
         q_YKQH = jnp.concatenate([q_YKQH, jnp.zeros_like(q_YKQH)], axis=-1)
@@ -310,8 +310,8 @@ def _attend_tiles(
     num_blocks = jnp.max(tiles.last_X // block_tokens + 1 - first_block_Y)
     start = _start(q_YKQH, group, options.sinks_N)
     _, total_YKQ, weighted = lax.fori_loop(0, num_blocks, attend_block, start)
-    out_YKQH = weighted[..., -head_width:] / jnp.maximum(total_YKQ, 1e-30)[..., None]
-    out_YKUGH = out_YKQH.reshape(num_tiles, num_kv_heads, tile_tokens, group, head_width)
+    out_YKQH = weighted[..., -head_dim:] / jnp.maximum(total_YKQ, 1e-30)[..., None]
+    out_YKUGH = out_YKQH.reshape(num_tiles, num_kv_heads, tile_tokens, group, head_dim)
     return out_YKUGH.swapaxes(1, 2).reshape(q_YUNH.shape)
 
 

@@ -18,20 +18,20 @@ from jinfer.bench.table import WIDTH
 from jinfer.bench.workload import Job
 from jinfer.config import ModelConfig
 from jinfer.schedule.plan import Chunk
-from jinfer.schedule.sequence import Sequence
+from jinfer.schedule.sequence import TokenSequence
 
 CEILINGS = Ceilings(copy_bytes_per_s=1e9, read_bytes_per_s=5e8, flops_per_s=1e10, dtype="float32")
 MODEL = ModelConfig(
     family="llama",
     vocab_size=100,
-    width=8,
-    mlp_width=16,
+    hidden_size=8,
+    intermediate_size=16,
     num_layers=3,
     num_q_heads=4,
     num_kv_heads=2,
-    head_width=2,
-    max_position=64,
-    rms_eps=1e-5,
+    head_dim=2,
+    max_position_embeddings=64,
+    rms_norm_eps=1e-5,
     rope_theta=1e4,
 )
 
@@ -43,9 +43,9 @@ def test_spreads() -> None:
     assert spread == Spread(mean=50.0, median=50.0, p99=99.0)
 
 
-def chunk(start: int, num_tokens: int, num_readouts: int) -> Chunk:
-    sequence = Sequence(request_id="a", index=0, prompt_ids=(), max_length=64)
-    return Chunk(sequence, 0, start, num_tokens, True, num_readouts)  # pyright: ignore
+def chunk(start: int, num_tokens: int, num_logits_rows: int) -> Chunk:
+    sequence = TokenSequence(request_id="a", index=0, prompt_ids=(), max_length=64)
+    return Chunk(sequence, 0, start, num_tokens, True, num_logits_rows)  # pyright: ignore
 
 
 def test_costs_are_those_of_the_model() -> None:
@@ -54,7 +54,7 @@ def test_costs_are_those_of_the_model() -> None:
     norms = 2 * 8
     assert costs.weight_bytes == 2 * (3 * (block + norms) + 8 + 800)  # the unembedding, not both
     assert costs.flops_per_token == 2 * 3 * block
-    assert costs.flops_per_readout == 2 * 800
+    assert costs.flops_per_logits_row == 2 * 800
 
 
 def test_a_step_counts_what_is_seen() -> None:
@@ -63,7 +63,7 @@ def test_a_step_counts_what_is_seen() -> None:
     pairs = 6 + (3 + 4 + 5)
     assert work.num_bytes == costs.weight_bytes + (6 + 5) * 96
     assert work.num_flops == (
-        4 * costs.flops_per_token + pairs * costs.flops_per_pair + 2 * costs.flops_per_readout
+        4 * costs.flops_per_token + pairs * costs.flops_per_pair + 2 * costs.flops_per_logits_row
     )
     assert costs.flops_per_pair == 2 * 2 * 3 * 4 * 2  # two products, each multiply and add
 

@@ -23,12 +23,12 @@ from jinfer.startup.resolve import resolve_plan
 TINY = replace(
     LLAMA_3_8B,
     vocab_size=128,
-    width=32,
-    mlp_width=48,
+    hidden_size=32,
+    intermediate_size=48,
     num_layers=2,
     num_q_heads=4,
     num_kv_heads=2,
-    head_width=8,
+    head_dim=8,
 )
 VECTOR_4 = jax.ShapeDtypeStruct((4,), jnp.float32)
 

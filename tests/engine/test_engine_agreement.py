@@ -215,7 +215,7 @@ def test_preempted_equals_undisturbed(checkpoint: Path, engine: Engine) -> None:
         tight.add(request)
     while tight.has_work:
         tight.step()
-    num_preemptions = sum(r.continuations[0].sequence.num_preemptions for r in requests)
+    num_preemptions = sum(r.completions[0].sequence.num_preemptions for r in requests)
     assert num_preemptions > 3
     assert tight.scheduler.num_free_pages == 16
     tight.close()

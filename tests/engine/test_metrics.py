@@ -52,8 +52,8 @@ def test_a_snapshot_stays_as_it_was() -> None:
 def test_prometheus_text() -> None:
     metrics = EngineMetrics()
     metrics.admitted(queue_s=0.2, num_prompt_tokens=7, num_cached_tokens=4)
-    metrics.drew_token(ttft_s=0.3, gap_s=None)
-    metrics.drew_token(ttft_s=None, gap_s=0.02)
+    metrics.sampled_token(ttft_s=0.3, gap_s=None)
+    metrics.sampled_token(ttft_s=None, gap_s=0.02)
     metrics.finished("length", e2e_s=0.32, tpot_s=0.02)
     text = snapshot_of(metrics).prometheus('a "model"\\')
     lines = text.splitlines()

@@ -98,7 +98,7 @@ def pair(monkeypatch: pytest.MonkeyPatch) -> Iterator[Pair]:
 def test_the_follower_makes_the_same_calls_with_the_same_values(pair: Pair) -> None:
     pair.start(CONFIG)
     _, runner = load_everywhere(CONFIG)
-    batch = BucketShape(num_tokens=3, num_rows=2, num_page_writes=4, bin_slot=2)
+    batch = BucketShape(num_tokens=3, num_rows=2, num_page_writes=4, null_slot=2)
     assert runner.run("step of 3 tokens", batch.empty()) == "output of run"
     runner.write_slots(np.arange(8), admission_rows([], 100), np.ones((8, 2), np.int32))
     runner.restore_counts(3, np.arange(5, dtype=np.int32))

@@ -1,12 +1,12 @@
 """What a request makes of the tokens it is given: text, reasons to end, logprobs."""
 
-from collections.abc import Sequence as Seq
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 
-from jinfer.engine.running import RunningRequest, bad_word_ids
+from jinfer.engine.running import Request, bad_word_ids
 from jinfer.errors import RequestError
 from jinfer.request.output import RequestMetrics
 from jinfer.request.params import SamplingParams
@@ -25,9 +25,12 @@ def tokenizer() -> Tokenizer:
 
 
 def request_of(
-    tokenizer: Tokenizer | None, prompt_ids: Seq[int] = (1, 5, 6), max_model_len: int = 100, **asked
-) -> RunningRequest:
-    return RunningRequest(
+    tokenizer: Tokenizer | None,
+    prompt_ids: Sequence[int] = (1, 5, 6),
+    max_model_len: int = 100,
+    **asked,
+) -> Request:
+    return Request(
         request_id="r",
         prompt=None,
         prompt_ids=prompt_ids,
@@ -38,17 +41,19 @@ def request_of(
     )
 
 
-def step_output(token_ids: Seq[int], top: Seq[Seq[tuple[int, float]]] = ()) -> StepOutput:
+def step_output(
+    token_ids: Sequence[int], top: Sequence[Sequence[tuple[int, float]]] = ()
+) -> StepOutput:
     """One readout per token; its logprob is -9 and its rank 9, unless it is among its top."""
     num_top = max((len(row) for row in top), default=0)
     ids_RJ = np.zeros((len(token_ids), num_top), np.int32)
     values_RJ = np.full((len(token_ids), num_top), -np.inf, np.float32)
     logprob_R, rank_R = np.full(len(token_ids), -9.0, np.float32), np.full(len(token_ids), 9)
-    for readout, row in enumerate(top):
+    for logits_row, row in enumerate(top):
         for place, (token_id, logprob) in enumerate(row):
-            ids_RJ[readout, place], values_RJ[readout, place] = token_id, logprob
-            if token_id == token_ids[readout]:
-                logprob_R[readout], rank_R[readout] = logprob, place + 1
+            ids_RJ[logits_row, place], values_RJ[logits_row, place] = token_id, logprob
+            if token_id == token_ids[logits_row]:
+                logprob_R[logits_row], rank_R[logits_row] = logprob, place + 1
     logprobs = Logprobs(
         token_logprob_R=logprob_R,
         rank_R=rank_R,
@@ -58,27 +63,27 @@ def step_output(token_ids: Seq[int], top: Seq[Seq[tuple[int, float]]] = ()) -> S
     return StepOutput(token_R=np.array(token_ids, np.int32), logprobs=logprobs)
 
 
-def draw(request: RunningRequest, token_id: int, place: int = 0, top: Any = (), now=5.0) -> None:
+def draw(request: Request, token_id: int, place: int = 0, top: Any = (), now=5.0) -> None:
     """Gives one continuation its next token, as the engine does after a commit."""
-    continuation = request.continuations[place]
-    sequence = continuation.sequence
-    chunk = Chunk(sequence, 0, sequence.num_tokens - 1, 1, samples=True, num_readouts=1)
+    completion = request.completions[place]
+    sequence = completion.sequence
+    chunk = Chunk(sequence, 0, sequence.num_tokens - 1, 1, samples=True, num_logits_rows=1)
     sequence.output_ids.append(token_id)
-    continuation.accept(chunk, range(1), step_output([token_id], [top] if top else ()), now)
+    completion.append(chunk, range(1), step_output([token_id], [top] if top else ()), now)
 
 
-def type_in(request: RunningRequest, tokenizer: Tokenizer, text: str) -> list[str]:
+def type_in(request: Request, tokenizer: Tokenizer, text: str) -> list[str]:
     """Draws the tokens of `text` until the output ends; the text that was shown after each."""
     shown = []
     for token_id in tokenizer.encode(text, add_special_tokens=False):
         draw(request, token_id)
-        shown.append(request.continuations[0].text)
+        shown.append(request.completions[0].text)
         if request.finished:
             break
     return shown
 
 
-def end_of(request: RunningRequest) -> tuple[str, str | None, Any]:
+def end_of(request: Request) -> tuple[str, str | None, Any]:
     one = request.output().outputs[0]
     return one.text, one.finish_reason, one.stop_reason
 
@@ -117,7 +122,7 @@ def test_an_end_token_is_told_by_vllms_rules(
 ) -> None:
     request = request_of(tokenizer, **asked)
     draw(request, 400)
-    before = request.continuations[0].text
+    before = request.completions[0].text
     draw(request, ending)
     assert end_of(request) == (before, *want)
     assert request.output().outputs[0].token_ids == [400, ending]
@@ -144,7 +149,7 @@ def test_what_was_held_back_for_a_stop_string_is_shown_in_the_end(tokenizer: Tok
     request = request_of(tokenizer, stop=["fox and hen"])
     shown = type_in(request, tokenizer, " the fox and")
     assert shown[-1] == " the " and not request.finished
-    request.continuations[0].abort()
+    request.completions[0].abort()
     assert end_of(request) == (" the fox and", "abort", None)
 
 
@@ -152,7 +157,7 @@ def test_min_tokens_makes_a_stop_string_only_text(tokenizer: Tokenizer) -> None:
     request = request_of(tokenizer, stop=["fox"], min_tokens=20)
     type_in(request, tokenizer, " the fox and the hen")
     assert not request.finished
-    assert request.continuations[0].text.startswith(" the fox and the")
+    assert request.completions[0].text.startswith(" the fox and the")
 
 
 def test_an_unfinished_character_is_replaced_at_the_end(tokenizer: Tokenizer) -> None:
@@ -161,7 +166,7 @@ def test_an_unfinished_character_is_replaced_at_the_end(tokenizer: Tokenizer) ->
     cut = [one for one in pieces if tokenizer.token_bytes(one)[:1] >= b"\x80"][:2]
     request = request_of(tokenizer, max_tokens=2)
     draw(request, cut[0])
-    assert request.continuations[0].text == ""
+    assert request.completions[0].text == ""
     draw(request, cut[1])
     assert end_of(request) == ("\N{REPLACEMENT CHARACTER}", "length", None)
 
@@ -201,12 +206,12 @@ def test_logprobs_hold_the_chosen_first_and_then_the_likeliest(tokenizer: Tokeni
 
 def test_prompt_logprobs_are_scored_once_for_all_continuations() -> None:
     request = request_of(None, prompt_ids=[1, 5, 6, 7], prompt_logprobs=1, n=3)
-    assert [c.sequence.scores_prompt for c in request.continuations] == [True, False, False]
-    sequence = request.continuations[0].sequence
+    assert [c.sequence.scores_prompt for c in request.completions] == [True, False, False]
+    sequence = request.completions[0].sequence
     for start, stop, targets in ((0, 2, [5, 6]), (2, 3, [7])):  # in two chunks
-        chunk = Chunk(sequence, 0, start, stop - start, samples=False, num_readouts=len(targets))
+        chunk = Chunk(sequence, 0, start, stop - start, samples=False, num_logits_rows=len(targets))
         output = step_output(targets, [[(9, -1.0)]] * len(targets))
-        request.continuations[0].accept(chunk, range(len(targets)), output, 1.0)
+        request.completions[0].append(chunk, range(len(targets)), output, 1.0)
     scores = request.output().prompt_logprobs
     assert scores is not None and scores[0] is None
     assert [list(entry or ()) for entry in scores[1:]] == [[5, 9], [6, 9], [7, 9]]

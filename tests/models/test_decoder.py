@@ -19,7 +19,7 @@ def all_logits(folder: Path, token_ids: list[int], layer_loop: str) -> np.ndarra
     params, _ = load_params(folder, config, dtype="float32", layer_loop=layer_loop)
     decoder = Decoder(config)
     num_tokens = len(token_ids)
-    shape = (config.num_layers, 8, config.num_kv_heads, 16, 2 * config.head_width)
+    shape = (config.num_layers, 8, config.num_kv_heads, 16, 2 * config.head_dim)
 
     def attend(q_TNH, k_TKH, v_TKH, pages, layer):
         return paged_attention_xla(
@@ -32,7 +32,7 @@ def all_logits(folder: Path, token_ids: list[int], layer_loop: str) -> np.ndarra
             jnp.array([num_tokens]),
             jnp.array([0]),
             jnp.array([num_tokens]),
-            scale=config.head_width**-0.5,
+            scale=config.head_dim**-0.5,
         )
 
     @jax.jit

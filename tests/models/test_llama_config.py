@@ -20,7 +20,7 @@ LLAMA3_SCALING = RopeScaling(
     factor=32.0,
     low_freq_factor=1.0,
     high_freq_factor=4.0,
-    original_max_position=8192,
+    original_max_position_embeddings=8192,
 )
 
 
@@ -34,26 +34,26 @@ def test_every_field_comes_from_its_key() -> None:
     assert got == ModelConfig(
         family="llama",
         vocab_size=128,
-        width=64,
-        mlp_width=96,
+        hidden_size=64,
+        intermediate_size=96,
         num_layers=2,
         num_q_heads=4,
         num_kv_heads=2,
-        head_width=16,
-        max_position=256,
-        rms_eps=1e-5,
+        head_dim=16,
+        max_position_embeddings=256,
+        rms_norm_eps=1e-5,
         rope_theta=5e5,
         attention_bias=True,
         mlp_bias=True,
-        tied_embeddings=True,
+        tie_word_embeddings=True,
     )
 
 
 def test_first_llamas_lack_the_later_keys() -> None:
     later = ("num_key_value_heads", "head_dim", "attention_bias", "mlp_bias")
     got = parse(**dict.fromkeys((*later, "tie_word_embeddings", "rope_theta", "rope_scaling"), ...))
-    assert (got.num_kv_heads, got.head_width, got.rope_theta) == (4, 16, 10_000.0)
-    assert (got.attention_bias, got.mlp_bias, got.tied_embeddings) == (False, False, False)
+    assert (got.num_kv_heads, got.head_dim, got.rope_theta) == (4, 16, 10_000.0)
+    assert (got.attention_bias, got.mlp_bias, got.tie_word_embeddings) == (False, False, False)
     assert got.rope_scaling is None
 
 

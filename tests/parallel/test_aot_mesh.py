@@ -29,7 +29,7 @@ def test_70b_exchanges_two_sums_per_layer_and_copies_nothing(name: str) -> None:
         if program["collectives"] is None:
             assert jax.__version_info__ < (0, 11) and is_tpu(target)
             continue
-        check_exchanged(program["collectives"], num_tokens * model.width, num_sums)
+        check_exchanged(program["collectives"], num_tokens * model.hidden_size, num_sums)
 
 
 def check_exchanged(collectives: list[list[Any]], num_activations: int, num_sums: int) -> None:

@@ -12,8 +12,8 @@ from random_checkpoint import write_llama_checkpoint
 
 from jinfer.config import ModelConfig
 from jinfer.parallel.mesh import make_mesh
+from jinfer.parallel.model_shards import padded_model
 from jinfer.parallel.sharding import Placement
-from jinfer.parallel.shares import held_model
 from jinfer.request.output import RequestOutput
 from jinfer.request.params import SamplingParams
 from jinfer.startup.load import state_shapes, step_programs
@@ -125,7 +125,7 @@ def test_weights_are_read_into_their_shards(
 ) -> None:
     folder, _ = alone[num_kv_heads]
     model = read_model_config(folder)
-    held = held_model(model, size)
+    padded = padded_model(model, size)
     placement = Placement(make_mesh(jax.devices(), size))
     hold = hold_as("default", placement.sharding)
     tree: dict[str, Any] = {"dtype": "float32", "layer_loop": layer_loop}
@@ -133,12 +133,12 @@ def test_weights_are_read_into_their_shards(
         (
             load_params(folder, model, **tree)[0],
             load_params(
-                folder, model, held=held, **tree, put=lambda p, t: put_held(p, t, hold=hold)
+                folder, model, padded=padded, **tree, put=lambda p, t: put_held(p, t, hold=hold)
             )[0],
         ),
         (
             dummy_params(model, seed=3, **tree),
-            dummy_params(model, seed=3, held=held, hold=hold, **tree),
+            dummy_params(model, seed=3, padded=padded, hold=hold, **tree),
         ),
     ):
         jax.tree_util.tree_map_with_path(
@@ -155,17 +155,17 @@ def assert_held(name: str, whole: jax.Array, cut: jax.Array, model: ModelConfig,
     if axes.startswith("K"):
         want = np.repeat(want, num_repeats, axis=-2)
     if axes.startswith("U"):
-        num_q = model.num_q_heads * model.head_width
-        num_kv = model.num_kv_heads * model.head_width
+        num_q = model.num_q_heads * model.head_dim
+        num_kv = model.num_kv_heads * model.head_dim
         q, k, v = np.split(want, (num_q, num_q + num_kv), axis=-2)
-        k, v = (repeated_heads(each, num_repeats, model.head_width) for each in (k, v))
+        k, v = (repeated_heads(each, num_repeats, model.head_dim) for each in (k, v))
         shares = zip(*(np.split(each, size, axis=-2) for each in (q, k, v)), strict=True)
-        want = np.concatenate([each for share in shares for each in share], axis=-2)
+        want = np.concatenate([each for shard in shares for each in shard], axis=-2)
     if axes.startswith("Y"):
         shares = zip(
             *(np.split(each, size, axis=-2) for each in np.split(want, 2, axis=-2)), strict=True
         )
-        want = np.concatenate([each for share in shares for each in share], axis=-2)
+        want = np.concatenate([each for shard in shares for each in shard], axis=-2)
     got = np.asarray(cut)[: want.shape[0]] if axes.startswith("V") else np.asarray(cut)
     np.testing.assert_array_equal(got, want)
     if set(axes) & set("VNQKCFUY"):
@@ -174,9 +174,9 @@ def assert_held(name: str, whole: jax.Array, cut: jax.Array, model: ModelConfig,
         assert cut.is_fully_replicated
 
 
-def repeated_heads(weight: np.ndarray, num_repeats: int, head_width: int) -> np.ndarray:
+def repeated_heads(weight: np.ndarray, num_repeats: int, head_dim: int) -> np.ndarray:
     """A matrix [..., C, D] with each head's rows so many times, side by side."""
-    heads = weight.reshape(*weight.shape[:-2], -1, head_width, weight.shape[-1])
+    heads = weight.reshape(*weight.shape[:-2], -1, head_dim, weight.shape[-1])
     return np.repeat(heads, num_repeats, axis=-3).reshape(*weight.shape[:-2], -1, weight.shape[-1])
 
 
@@ -186,12 +186,12 @@ def test_a_step_exchanges_two_sums_per_layer_and_nothing_large(alone: Any) -> No
     plan, model = engine.plan, engine.model
     engine.close()
     placement = Placement(make_mesh(jax.devices(), 4))
-    state = state_shapes(plan, held_model(model, 4), placement)
+    state = state_shapes(plan, padded_model(model, 4), placement)
     programs = {p.name: p for p in step_programs(plan, model, state, placement)}
     step = programs["step of 16 tokens"]
     exchanged = collectives_in(step.compile().as_text() or "")
-    wide = [one for one in exchanged if one[2] >= 16 * model.width]
+    wide = [one for one in exchanged if one[2] >= 16 * model.hidden_size]
     # Each layer's two, and the one that looks up embeddings.
-    assert wide == [("all-reduce", "f32", 16 * model.width)] * (2 * NUM_LAYERS + 1)
-    num_readouts = 4 + 1
-    assert all(one[2] <= num_readouts * 128 for one in exchanged if one not in wide)
+    assert wide == [("all-reduce", "f32", 16 * model.hidden_size)] * (2 * NUM_LAYERS + 1)
+    num_logits_rows = 4 + 1
+    assert all(one[2] <= num_logits_rows * 128 for one in exchanged if one not in wide)

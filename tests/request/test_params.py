@@ -94,7 +94,7 @@ def test_is_a_value() -> None:
         ({"stop_token_ids": [-1]}, r"stop_token_ids\[0\] must be in \[0, 2147483647\]"),
         ({"stop_token_ids": [5, True]}, r"stop_token_ids\[1\] must be an integer; got .*=True"),
         ({"stop_token_ids": range(65)}, "stop_token_ids holds at most 64 entries; got 65"),
-        ({"bad_words": ["w"] * 257}, "bad_words holds at most 256 entries; got 257"),
+        ({"bad_words": ["w"] * 129}, "bad_words holds at most 128 entries; got 129"),
         ({"bad_words": ["a", "\ud800"]}, r"bad_words\[1\] must be valid Unicode; got '.ud800'"),
         ({"stop": "a\ud800"}, r"stop\[0\] must be valid Unicode; got .* at character 1. Replace"),
         ({"n": [1] * 10**5}, r"n must be an integer; got n=\[1, 1.{,60}\.\.\.\. Pass an int"),

@@ -40,7 +40,6 @@ def test_ids_outside_the_vocabulary_are_refused(token: int) -> None:
         lambda: masks.pad_stop_ids([token], 40),
         lambda: masks.pad_bias({token: 1.0}, 40),
         lambda: masks.pad_bad_words([[1, token]], 40),
-        lambda: masks.count_tokens([token], 40),
     ):
         with pytest.raises(RequestError, match=message):
             build()
@@ -83,10 +82,6 @@ def test_history_of_a_request_that_resumes() -> None:
     assert masks.recent_window([], 40).tolist() == [40] * 7
     assert masks.recent_window([5, 6], 40).tolist() == [40] * 5 + [5, 6]
     assert masks.recent_window(range(10), 40).tolist() == [3, 4, 5, 6, 7, 8, 9]
-    count_V = masks.count_tokens([5, 5, 39], 40)
-    assert count_V.dtype == np.int32 and count_V.shape == (40,)
-    assert np.flatnonzero(count_V).tolist() == [5, 39] and count_V[5] == 2
-    assert masks.count_tokens([], 40).tolist() == [0] * 40
 
 
 def test_seed_words_keep_64_bits_and_tell_continuations_apart() -> None:

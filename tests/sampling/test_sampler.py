@@ -49,7 +49,7 @@ def request_row(params: dict[str, Any], *, seed: int = 7, vocab: int = VOCAB) ->
         "bad_words_AJ8": masks.pad_bad_words([word for word in words if len(word) > 1], vocab),
         "prompt_bits_AW": masks.pack_bits(GOLDEN["prompt_ids"], vocab),
         "recent_A7": masks.recent_window(GOLDEN["output_ids"], vocab),
-        "output_count_AV": masks.count_tokens(GOLDEN["output_ids"], vocab),
+        "output_count_AV": np.bincount(GOLDEN["output_ids"], minlength=vocab),
     }
     blank = empty_state(1, vocab, np)
     return dataclasses.replace(
@@ -69,16 +69,16 @@ def slots_of(*rows: SamplingState) -> SamplingState:
     )
 
 
-def draw_many(logits_V: np.ndarray, row: SamplingState, num_draws: int = NUM_DRAWS) -> np.ndarray:
+def draw_many(logits_V: np.ndarray, row: SamplingState, num_samples: int = NUM_DRAWS) -> np.ndarray:
     """One draw at each of the positions that follow the golden output."""
     first = len(GOLDEN["prompt_ids"]) + len(GOLDEN["output_ids"])
-    logits_RV = jnp.broadcast_to(jnp.asarray(logits_V), (num_draws, len(logits_V)))
-    position_R = first + jnp.arange(num_draws, dtype=jnp.int32)
+    logits_RV = jnp.broadcast_to(jnp.asarray(logits_V), (num_samples, len(logits_V)))
+    position_R = first + jnp.arange(num_samples, dtype=jnp.int32)
     # All draws stand at the golden position for min_tokens: 100 reaches past none of them.
     row = dataclasses.replace(
         row, min_length_A=np.where(row.min_length_A > first, np.int32(2**30), row.min_length_A)
     )
-    slot_R = jnp.zeros(num_draws, jnp.int32)
+    slot_R = jnp.zeros(num_samples, jnp.int32)
     return np.asarray(sample_jit(logits_RV, slots_of(row), slot_R, position_R))
 
 
@@ -284,18 +284,18 @@ def test_exponentials_are_those_of_mean_one_down_to_the_smallest() -> None:
 def test_rare_tokens_are_drawn_as_often_as_they_should_be() -> None:
     # One token in ten thousand is not the likeliest: half of these stand in its block, half in 49
     # others.
-    likeliest, num_draws = 700, 400_000
+    likeliest, num_samples = 700, 400_000
     weight_V = np.full(50 * 128, 0.5e-4 / (49 * 128), np.float32)
     weight_V[640:768] = 0.5e-4 / 127
     weight_V[likeliest] = 1.0
     rare: list[int] = []
-    for start in range(0, num_draws, 4000):
+    for start in range(0, num_samples, 4000):
         seed_R2 = np.tile(masks.seed_words(3, 0), (4000, 1))
         token_R = race(np.tile(weight_V, (4000, 1)), seed_R2, jnp.arange(start, start + 4000))
         rare.extend(token_R[token_R != likeliest].tolist())
     num_within = sum(token // 128 == likeliest // 128 for token in rare)
-    assert stats.binomtest(num_within, num_draws, 0.5e-4).pvalue > 1e-3
-    assert stats.binomtest(len(rare) - num_within, num_draws, 0.5e-4).pvalue > 1e-3
+    assert stats.binomtest(num_within, num_samples, 0.5e-4).pvalue > 1e-3
+    assert stats.binomtest(len(rare) - num_within, num_samples, 0.5e-4).pvalue > 1e-3
     assert len(set(rare)) > 0.9 * len(rare)
 
 
@@ -387,18 +387,18 @@ def test_a_state_of_another_vocabulary_is_refused() -> None:
 
 def test_record_keeps_counts_and_window_of_the_drawn_rows_only() -> None:
     state = empty_state(4, 50)  # slots 0-2 and the bin
-    drawn_ids: dict[int, list[int]] = {0: [], 1: [], 2: []}
+    sampled_ids: dict[int, list[int]] = {0: [], 1: [], 2: []}
     rng = np.random.default_rng(1)
     for _ in range(12):
         slot_R = rng.permutation(3)
         token_R = rng.integers(0, 50, size=3)
-        drawn_R = rng.random(3) < 0.7
-        state = record_jit(state, slot_R, token_R, drawn_R)
-        for slot, token, drawn in zip(slot_R, token_R, drawn_R, strict=True):
+        sampled_R = rng.random(3) < 0.7
+        state = record_jit(state, slot_R, token_R, sampled_R)
+        for slot, token, drawn in zip(slot_R, token_R, sampled_R, strict=True):
             if drawn:
-                drawn_ids[int(slot)].append(int(token))
-    for slot, ids in drawn_ids.items():
-        np.testing.assert_array_equal(state.output_count_AV[slot], masks.count_tokens(ids, 50))
+                sampled_ids[int(slot)].append(int(token))
+    for slot, ids in sampled_ids.items():
+        np.testing.assert_array_equal(state.output_count_AV[slot], np.bincount(ids, minlength=50))
         np.testing.assert_array_equal(state.recent_A7[slot], masks.recent_window(ids, 50))
 
 

@@ -8,7 +8,7 @@ import pytest
 from jinfer.schedule.capacity import bucket_for
 from jinfer.schedule.pace import Awaited, Pace
 from jinfer.schedule.scheduler import Scheduler
-from jinfer.schedule.sequence import Sequence
+from jinfer.schedule.sequence import TokenSequence
 from jinfer.schedule.step_times import StepTimes
 
 SIZES = (1, 8, 16, 32, 64)
@@ -130,11 +130,11 @@ def serve(pace: Pace, arrivals: list[tuple[float, int, int]], *, max_slots: int 
         max_overtaken=16, pace=pace,
     )  # fmt: skip
     now, coming = 0.0, sorted(arrivals)
-    seen: dict[Sequence, Seen] = {}
+    seen: dict[TokenSequence, Seen] = {}
     while coming or scheduler.has_work:
         while coming and coming[0][0] <= now:
             arrival_s, num_prompt, num_output = coming.pop(0)
-            sequence = Sequence("r", 0, [7] * num_prompt, num_prompt + num_output)
+            sequence = TokenSequence("r", 0, [7] * num_prompt, num_prompt + num_output)
             sequence.arrival_s = arrival_s
             seen[sequence] = Seen(arrival_s)
             scheduler.add(sequence)

@@ -9,7 +9,7 @@ from jinfer.axes import Slot
 from jinfer.schedule.pace import Pace
 from jinfer.schedule.plan import PageCopy, PageWrite, StepPlan
 from jinfer.schedule.scheduler import Scheduler
-from jinfer.schedule.sequence import Sequence, Status
+from jinfer.schedule.sequence import Status, TokenSequence
 
 LIMITS = dict(max_slots=4, max_step_tokens=16, page_size=4, num_pages=50, max_model_len=64)
 
@@ -20,9 +20,9 @@ def make(**changes: Any) -> Scheduler:
 
 def add(
     scheduler: Scheduler, *num_prompt_tokens: int, max_length: int = 64, scores_prompt: bool = False
-) -> list[Sequence]:
+) -> list[TokenSequence]:
     sequences = [
-        Sequence("r", i, list(range(100, 100 + num_tokens)), max_length, scores_prompt)
+        TokenSequence("r", i, list(range(100, 100 + num_tokens)), max_length, scores_prompt)
         for i, num_tokens in enumerate(num_prompt_tokens)
     ]
     for sequence in sequences:
@@ -47,7 +47,7 @@ def run_step(scheduler: Scheduler) -> StepPlan:
     return step
 
 
-def rows(step: StepPlan, sequences: Iterable[Sequence]) -> list[tuple[int, int, int, bool]]:
+def rows(step: StepPlan, sequences: Iterable[TokenSequence]) -> list[tuple[int, int, int, bool]]:
     """Of each chunk: which sequence, from, to, and whether it samples."""
     order = list(sequences)
     return [(order.index(c.sequence), c.start, c.stop, c.samples) for c in step.chunks]
@@ -70,7 +70,7 @@ def test_a_prompt_and_then_its_tokens() -> None:
         PageWrite(Slot(0), 0, a.pages[0]),
         PageWrite(Slot(0), 1, a.pages[1]),
     )
-    assert (step.num_tokens, step.num_readouts, step.preempted) == (6, 1, ())
+    assert (step.num_tokens, step.num_logits_rows, step.preempted) == (6, 1, ())
     assert (a.slot, a.status, a.num_computed) == (0, Status.RUNNING, 0)
     commit(scheduler, step, 42)
     assert (a.output_ids, a.num_computed, a.num_tokens) == ([42], 6, 7)
@@ -123,7 +123,7 @@ def test_chunks_of_any_size_make_the_same_prompt(max_chunk_tokens: int) -> None:
     while not a.output_ids:
         step = run_step(scheduler)
         (chunk,) = step.chunks
-        assert chunk.num_readouts == chunk.samples
+        assert chunk.num_logits_rows == chunk.samples
         num_pages += len(step.page_writes)
         assert num_pages == -(-chunk.stop // 4)  # no page before its chunk
         stops.append(chunk.stop)
@@ -213,7 +213,7 @@ def test_a_decoding_row_preempts_a_younger_one() -> None:
         run_step(scheduler)  # both fill their second
     step = plan(scheduler)
     assert rows(step, [a]) == [(0, 8, 9, True)]
-    assert (step.preempted, step.num_tokens, step.num_readouts) == ((b,), 1, 1)
+    assert (step.preempted, step.num_tokens, step.num_logits_rows) == ((b,), 1, 1)
 
 
 def test_a_prefill_preempts_a_younger_decoding_row_of_the_same_plan() -> None:
@@ -228,13 +228,13 @@ def test_a_prefill_preempts_a_younger_decoding_row_of_the_same_plan() -> None:
     assert step.preempted == (b,)
     assert step.page_writes == (PageWrite(Slot(0), 5, a.pages[5]),)
     assert a.pages[:5] == page_ids
-    assert (step.num_tokens, step.num_readouts) == (2, 0)
+    assert (step.num_tokens, step.num_logits_rows) == (2, 0)
     assert (b.num_unread, b.num_in_flight, b.num_scheduled, b.num_computed) == (0, 0, 0, 0)
     assert scheduler.num_free_pages == 3
 
 
-def test_scored_prompts_are_cut_to_the_readouts() -> None:
-    scheduler = make(max_readouts=4)
+def test_scored_prompts_are_cut_to_the_rows_of_logits() -> None:
+    scheduler = make(max_slots=4)
     (a,) = add(scheduler, 10, scores_prompt=True)
     steps = [run_step(scheduler) for _ in range(4)]
     assert [rows(s, [a])[0][1:] for s in steps] == [
@@ -243,32 +243,32 @@ def test_scored_prompts_are_cut_to_the_readouts() -> None:
         (8, 10, True),
         (10, 11, True),
     ]
-    positions = [step.chunks[0].readout_positions for step in steps]
-    assert positions == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9], [10]]
+    positions = [step.chunks[0].scored_positions for step in steps]
+    assert list(map(list, positions)) == [[0, 1, 2, 3], [4, 5, 6, 7], [8], []]
     assert a.num_scored == 9
 
 
-def test_the_draw_waits_when_scores_take_the_last_readout() -> None:
-    scheduler = make(max_readouts=4)
+def test_sampling_waits_when_scores_take_the_last_row_of_logits() -> None:
+    scheduler = make(max_slots=4)
     (a,) = add(scheduler, 5, scores_prompt=True)
     assert rows(run_step(scheduler), [a]) == [(0, 0, 4, False)]
     assert rows(run_step(scheduler), [a]) == [(0, 4, 5, True)]
 
 
-def test_scoring_leaves_a_readout_to_every_row() -> None:
-    scheduler = make(max_readouts=5, max_chunk_tokens=4)
+def test_scoring_leaves_a_row_of_logits_to_every_sequence() -> None:
+    scheduler = make(max_slots=5, max_chunk_tokens=4)
     a, b, c = sequences = add(scheduler, 20, 8, 8)
     a.scores_prompt = True
     step = run_step(scheduler)
     assert rows(step, sequences) == [(0, 0, 4, False), (1, 0, 4, False), (2, 0, 4, False)]
-    assert step.num_readouts == 4
+    assert step.num_logits_rows == 4
     step = run_step(scheduler)  # b and c want to draw, so a may score three
     assert rows(step, sequences) == [(0, 4, 7, False), (1, 4, 8, True), (2, 4, 8, True)]
-    assert step.num_readouts == 5
+    assert step.num_logits_rows == 5
 
 
-def test_without_a_readout_left_nobody_is_admitted() -> None:
-    scheduler = make(max_readouts=4)
+def test_without_a_row_of_logits_left_nobody_is_admitted() -> None:
+    scheduler = make(max_slots=4)
     a, b = sequences = add(scheduler, 20, 2, scores_prompt=True)
     assert rows(run_step(scheduler), sequences) == [(0, 0, 4, False)]
     assert b.status is Status.WAITING
@@ -282,12 +282,12 @@ def test_what_was_scored_is_not_scored_again() -> None:
         run_step(scheduler)
     (b,) = add(scheduler, 12, max_length=16, scores_prompt=True)
     steps = [run_step(scheduler) for _ in range(9)]
-    assert [p for step in steps[:8] for p in step.chunks[1].readout_positions] == list(range(8))
+    assert [p for step in steps[:8] for p in step.chunks[1].scored_positions] == list(range(8))
     assert (steps[8].preempted, b.num_computed, b.num_scored) == ((b,), 0, 8)
     scheduler.finish(a)
     steps = [run_step(scheduler) for _ in range(12)]
-    positions = [step.chunks[0].readout_positions for step in steps]
-    assert positions == [[]] * 8 + [[8], [9], [10], [11]]
+    positions = [step.chunks[0].scored_positions for step in steps]
+    assert list(map(list, positions)) == [[]] * 8 + [[8], [9], [10], []]
     assert (b.num_scored, b.output_ids) == (11, [7])
 
 
@@ -364,7 +364,7 @@ def test_misuse_is_caught() -> None:
     with pytest.raises(AssertionError, match="added twice: .*'r'"):
         scheduler.add(a)
     with pytest.raises(AssertionError, match="never added: .*'r'"):
-        scheduler.abort(Sequence("r", 0, [1], 2))
+        scheduler.abort(TokenSequence("r", 0, [1], 2))
     step = plan(scheduler)
     with pytest.raises(AssertionError, match=r"chunk.samples=True, token_id=None"):
         scheduler.commit(step.chunks[0], None)
@@ -387,7 +387,6 @@ def test_lengths_that_cannot_run(num_prompt_tokens: int, max_length: int) -> Non
     [
         dict(max_step_tokens=3),
         dict(max_slots=0),
-        dict(max_readouts=3),
         dict(num_pages=16),
         dict(max_chunk_tokens=0),
     ],
@@ -399,8 +398,8 @@ def test_limits_that_cannot_run(changes: dict[str, int]) -> None:
         make(**changes)
 
 
-def with_prompts(scheduler: Scheduler, *prompts: list[int]) -> list[Sequence]:
-    sequences = [Sequence(f"r{i}", 0, prompt, 64) for i, prompt in enumerate(prompts)]
+def with_prompts(scheduler: Scheduler, *prompts: list[int]) -> list[TokenSequence]:
+    sequences = [TokenSequence(f"r{i}", 0, prompt, 64) for i, prompt in enumerate(prompts)]
     for sequence in sequences:
         scheduler.add(sequence)
     return sequences
@@ -408,7 +407,7 @@ def with_prompts(scheduler: Scheduler, *prompts: list[int]) -> list[Sequence]:
 
 def test_the_last_in_rank_is_preempted() -> None:
     scheduler = make(num_pages=6, max_model_len=16)
-    a, b = [Sequence("r", i, [1, 2, 3, 4], 16, priority=-i) for i in range(2)]
+    a, b = [TokenSequence("r", i, [1, 2, 3, 4], 16, priority=-i) for i in range(2)]
     for sequence in (a, b):
         scheduler.add(sequence)
     for _ in range(5):
@@ -463,7 +462,7 @@ def test_a_partial_page_is_copied_for_the_same_prompt() -> None:
 def test_a_salt_keeps_partial_pages_apart() -> None:
     scheduler = make(prefix_caching=True)
     prompt = list(range(11))
-    a, b = [Sequence("r", i, prompt, 64, root_key=bytes([i])) for i in range(2)]
+    a, b = [TokenSequence("r", i, prompt, 64, root_key=bytes([i])) for i in range(2)]
     for sequence in (a, b):
         scheduler.add(sequence)
     for _ in range(2):

@@ -18,7 +18,7 @@ from jinfer.schedule.pace import Pace
 from jinfer.schedule.page_pool import pages_for
 from jinfer.schedule.plan import Chunk, StepPlan
 from jinfer.schedule.scheduler import Scheduler
-from jinfer.schedule.sequence import Sequence, Status
+from jinfer.schedule.sequence import Status, TokenSequence
 
 STOP = 0  # the token that ends a sequence, one draw in 40
 
@@ -30,7 +30,6 @@ class Limits:
     page_size: int = 4
     num_pages: int = 200
     max_model_len: int = 48
-    max_readouts: int = 8
     max_chunk_tokens: int | None = None
     pace: Pace | None = None  # one that trims steps
     prefix_caching: bool = False
@@ -46,7 +45,7 @@ class Limits:
         return not self.prefix_caching and self.num_priorities == 1
 
 
-def rank(sequence: Sequence) -> tuple[float, int]:
+def rank(sequence: TokenSequence) -> tuple[float, int]:
     return sequence.rank
 
 
@@ -54,7 +53,7 @@ def draw(tokens: tuple[int, ...]) -> int:
     return hash(tokens) % 40
 
 
-def outputs_alone(sequence: Sequence) -> list[int]:
+def outputs_alone(sequence: TokenSequence) -> list[int]:
     tokens = list(sequence.prompt_ids)
     while len(tokens) < sequence.max_length and tokens[-1] != STOP:
         tokens.append(draw(tuple(tokens)))
@@ -69,18 +68,18 @@ class Simulation:
         others = ("max_steps", "num_priorities")
         own = {name: value for name, value in vars(limits).items() if name not in others}
         self.scheduler = Scheduler(**own)
-        self.sequences: list[Sequence] = []  # all there ever were, in order of arrival
-        self.alive: list[Sequence] = []
-        self.first_admitted: list[Sequence] = []
-        self.scored: dict[Sequence, list[int]] = {}
+        self.sequences: list[TokenSequence] = []  # all there ever were, in order of arrival
+        self.alive: list[TokenSequence] = []
+        self.first_admitted: list[TokenSequence] = []
+        self.scored: dict[TokenSequence, list[int]] = {}
         self.table: dict[int, dict[int, int]] = {i: {} for i in range(limits.max_slots)}
-        self.cells: dict[tuple[int, int], tuple[Sequence, int, int]] = {}
+        self.cells: dict[tuple[int, int], tuple[TokenSequence, int, int]] = {}
         self.last_token: dict[int, int] = {}  # of each slot
         self.in_flight: deque[tuple[StepPlan, list[list[int | None]]]] = deque()
         self.stopped: set[int] = set()  # slots that drew the end token
         self.num_long = 0  # dispatches of several steps
-        self.host: dict[bytes, dict[int, tuple[Sequence, int, int]]] = {}  # cells of each page
-        self.num_overtaken: Counter[Sequence] = Counter()  # while it was the oldest that waits
+        self.host: dict[bytes, dict[int, tuple[TokenSequence, int, int]]] = {}  # cells of each page
+        self.num_overtaken: Counter[TokenSequence] = Counter()  # while it was the oldest that waits
         self.num_restored = self.num_copied = 0
 
     # The moves.
@@ -94,7 +93,7 @@ class Simulation:
             before = self.sequences[-1].prompt_ids if self.sequences else prompt
             if number % 4 == 3 and len(before) < max_length:
                 prompt = before  # another continuation of the same request
-        sequence = Sequence(f"r{number}", 0, prompt, max_length, scores_prompt)
+        sequence = TokenSequence(f"r{number}", 0, prompt, max_length, scores_prompt)
         sequence.priority = number * 7 % self.limits.num_priorities
         self.sequences.append(sequence)
         self.alive.append(sequence)
@@ -103,7 +102,7 @@ class Simulation:
         assert sequence.order == number
         self.check_ownership()
 
-    def end(self, sequence: Sequence, *, by_abort: bool) -> None:
+    def end(self, sequence: TokenSequence, *, by_abort: bool) -> None:
         self.alive.remove(sequence)
         if by_abort:
             self.scheduler.abort(sequence)
@@ -143,7 +142,7 @@ class Simulation:
         self.check_ownership()
         return True
 
-    def count_overtaken(self, waiting: list[Sequence], plan: StepPlan) -> None:
+    def count_overtaken(self, waiting: list[TokenSequence], plan: StepPlan) -> None:
         if not self.in_flight and not plan.preempted and not plan.admitted and waiting:
             assert len(plan.chunks)  # somebody else gets on
         left = sorted(waiting, key=lambda s: s.order)
@@ -258,11 +257,13 @@ class Simulation:
     def check_budgets(self, plan: StepPlan) -> None:
         limits = self.limits
         assert plan.num_tokens == sum(chunk.num_tokens for chunk in plan.chunks)
-        assert plan.num_readouts == sum(len(chunk.readout_positions) for chunk in plan.chunks)
+        assert plan.num_logits_rows == sum(
+            len(chunk.scored_positions) + chunk.samples for chunk in plan.chunks
+        )
         assert plan.num_tokens <= limits.max_step_tokens
         if limits.pace and len(plan.chunks) <= limits.pace.fill(plan.num_tokens):
             assert plan.num_tokens == limits.pace.fill(plan.num_tokens)
-        assert plan.num_readouts <= limits.max_readouts
+        assert plan.num_logits_rows <= limits.max_slots
         num_written = sum(chunk.num_tokens + chunk.num_steps - 1 for chunk in plan.chunks)
         assert len(plan.page_writes) <= len(plan.chunks) + num_written // limits.page_size
         if plan.only_decodes:  # what a decode program of so many rows enters
@@ -278,7 +279,7 @@ class Simulation:
             assert last.stop == chunk.sequence.num_scheduled
             # A draw in flight was added to the length by planning it.
             assert chunk.samples == (last.stop == chunk.sequence.length - chunk.samples)
-            assert chunk.num_readouts == len(chunk.scored_positions) + chunk.samples
+            assert chunk.num_logits_rows == len(chunk.scored_positions) + chunk.samples
         assert not {s for s in plan.preempted if s.slot is not None}
         assert all(s.num_scheduled for s in plan.admitted)
 
@@ -294,7 +295,7 @@ class Simulation:
         assert (
             len(running) == limits.max_slots
             or plan.num_tokens == limits.max_step_tokens
-            or plan.num_readouts == limits.max_readouts
+            or plan.num_logits_rows == limits.max_slots
             or wanted + promised > self.scheduler.num_free_pages
         )
 
@@ -324,7 +325,7 @@ class Simulation:
             if s.status is not Status.RUNNING:
                 assert s.slot is None and not s.pages
 
-    def check_answer(self, sequence: Sequence) -> None:
+    def check_answer(self, sequence: TokenSequence) -> None:
         assert sequence.output_ids == outputs_alone(sequence)
         num_scored = sequence.num_prompt_tokens - 1 if sequence.scores_prompt else 0
         assert self.scored[sequence] == list(range(num_scored))
@@ -373,12 +374,12 @@ CASES = {
     "roomy": ROOMY,
     "tight": TIGHT,
     "tight_chunks_of_1": Limits(num_pages=16, max_chunk_tokens=1),
-    "tight_chunks_of_7": Limits(num_pages=16, max_chunk_tokens=7, max_readouts=20),
+    "tight_chunks_of_7": Limits(num_pages=16, max_chunk_tokens=7),
     "tight_pages_of_1": Limits(num_pages=60, page_size=1, max_chunk_tokens=16),
     "smallest_step": Limits(num_pages=20, max_step_tokens=8),
-    "one_slot": Limits(max_slots=1, num_pages=13, max_readouts=1),
+    "one_slot": Limits(max_slots=1, num_pages=13),
     "trimmed_steps": Limits(num_pages=20, pace=Pace((1, 8, 20, 32), step_cost_tokens=2)),
-    "many_readouts": Limits(num_pages=30, max_readouts=64, max_chunk_tokens=64, max_step_tokens=64),
+    "long_steps": Limits(num_pages=30, max_chunk_tokens=64, max_step_tokens=64),
 }
 
 
@@ -450,7 +451,6 @@ def test_random_requests_of_several_priorities(name: str, prefix_caching: bool) 
     num_more_tokens=st.integers(0, 20),
     page_size=st.integers(1, 9),
     num_more_pages=st.integers(0, 10),
-    num_more_readouts=st.integers(0, 10),
     max_chunk_tokens=st.one_of(st.none(), st.integers(1, 20)),
     step_cost_tokens=st.one_of(st.none(), st.integers(0, 4)),
     depth=st.integers(0, 3),
@@ -458,7 +458,7 @@ def test_random_requests_of_several_priorities(name: str, prefix_caching: bool) 
 )
 @settings(max_examples=60, deadline=None, derandomize=True, database=None)
 def test_any_limits(
-    *, order, max_steps, max_slots, num_more_tokens, page_size, num_more_pages, num_more_readouts,
+    *, order, max_steps, max_slots, num_more_tokens, page_size, num_more_pages,
     max_chunk_tokens, step_cost_tokens, depth, seed,
 ) -> None:  # fmt: skip
     max_step_tokens = max_slots + num_more_tokens
@@ -470,7 +470,6 @@ def test_any_limits(
         page_size=page_size,
         num_pages=1 + pages_for(24, page_size) + num_more_pages,
         max_model_len=24,
-        max_readouts=max_slots + num_more_readouts,
         max_chunk_tokens=max_chunk_tokens,
         max_steps=max_steps,
         **order,
@@ -480,7 +479,7 @@ def test_any_limits(
 
 @pytest.mark.parametrize("depth", [0, 1], ids=["read_at_once", "one_step_ahead"])
 def test_an_abort_at_each_possible_point(depth: int) -> None:
-    limits = Limits(max_slots=3, max_step_tokens=6, num_pages=7, max_model_len=24, max_readouts=4)
+    limits = Limits(max_slots=3, max_step_tokens=6, num_pages=7, max_model_len=24)
     lengths = ((9, 24), (14, 20), (3, 24), (5, 18))
     states = set()
     for victim in range(len(lengths)):

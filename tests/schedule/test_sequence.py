@@ -2,11 +2,11 @@
 
 import pytest
 
-from jinfer.schedule.sequence import Sequence
+from jinfer.schedule.sequence import TokenSequence
 
 
 def test_tokens_span_prompt_and_outputs() -> None:
-    sequence = Sequence("a", 0, [10, 11, 12], max_length=9)
+    sequence = TokenSequence("a", 0, [10, 11, 12], max_length=9)
     sequence.output_ids += [20, 21]
     whole = [10, 11, 12, 20, 21]
     for start in range(6):
@@ -18,13 +18,13 @@ def test_tokens_span_prompt_and_outputs() -> None:
 
 @pytest.mark.parametrize(("start", "stop"), [(0, 4), (-1, 2), (2, 1), (4, 5)])
 def test_unknown_tokens_are_refused(start: int, stop: int) -> None:
-    sequence = Sequence("a", 0, (10, 11, 12), max_length=9)
+    sequence = TokenSequence("a", 0, (10, 11, 12), max_length=9)
     with pytest.raises(AssertionError, match=f"{start=}, {stop=}"):
         sequence.tokens(start, stop)
 
 
 def test_length_counts_tokens_in_flight() -> None:
-    sequence = Sequence("a", 0, [1, 2, 3], max_length=5)
+    sequence = TokenSequence("a", 0, [1, 2, 3], max_length=5)
     assert (sequence.length, sequence.num_unscheduled) == (3, 3)
     sequence.num_scheduled, sequence.num_unread = 3, 1
     assert (sequence.num_tokens, sequence.length, sequence.num_unscheduled) == (3, 4, 1)
@@ -33,6 +33,6 @@ def test_length_counts_tokens_in_flight() -> None:
 
 
 def test_two_alike_are_not_the_same() -> None:
-    a, b = Sequence("a", 0, [1], max_length=2), Sequence("a", 0, [1], max_length=2)
+    a, b = TokenSequence("a", 0, [1], max_length=2), TokenSequence("a", 0, [1], max_length=2)
     assert a != b
     assert len({a, b}) == 2

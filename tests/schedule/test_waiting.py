@@ -3,12 +3,12 @@
 import random
 
 from jinfer.schedule.scheduler import Scheduler
-from jinfer.schedule.sequence import Sequence, Status
+from jinfer.schedule.sequence import Status, TokenSequence
 from jinfer.schedule.waiting import WaitingQueue
 
 
-def make(order: int, priority: int = 0) -> Sequence:
-    return Sequence(f"r{order}", 0, [1, 2, 3], 8, priority=priority, order=order)
+def make(order: int, priority: int = 0) -> TokenSequence:
+    return TokenSequence(f"r{order}", 0, [1, 2, 3], 8, priority=priority, order=order)
 
 
 def test_by_priority_and_then_by_arrival() -> None:
@@ -51,8 +51,8 @@ def test_who_steps_back_goes_behind_its_own_priority_only() -> None:
 def test_random_use_agrees_with_a_list() -> None:
     rng = random.Random(0)
     queue = WaitingQueue(max_overtaken=3)
-    inside: list[Sequence] = []
-    outside: list[Sequence] = []
+    inside: list[TokenSequence] = []
+    outside: list[TokenSequence] = []
     for order in range(3000):
         choice = rng.random()
         if choice < 0.4:
@@ -77,13 +77,13 @@ def test_nobody_starves_under_endless_requests_of_higher_priority() -> None:
     scheduler = Scheduler(
         max_slots=2, max_step_tokens=8, page_size=4, num_pages=9, max_model_len=16, max_overtaken=7
     )
-    low = [Sequence(f"low{i}", 0, [1, 2, 3], 16, priority=1) for i in range(3)]
+    low = [TokenSequence(f"low{i}", 0, [1, 2, 3], 16, priority=1) for i in range(3)]
     for sequence in low:
         scheduler.add(sequence)
     num_added = num_begun = 0
     while any(s.status is not Status.FINISHED for s in low):
         while scheduler.num_waiting < 6:
-            scheduler.add(Sequence(f"high{num_added}", 0, [1, 2, 3], 16, priority=0))
+            scheduler.add(TokenSequence(f"high{num_added}", 0, [1, 2, 3], 16, priority=0))
             num_added += 1
         plan = scheduler.plan()
         assert plan is not None

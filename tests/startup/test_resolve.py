@@ -24,14 +24,14 @@ from jinfer.startup.resolve import (
 MODEL = ModelConfig(
     family="llama",
     vocab_size=128,
-    width=64,
-    mlp_width=96,
+    hidden_size=64,
+    intermediate_size=96,
     num_layers=2,
     num_q_heads=4,
     num_kv_heads=2,
-    head_width=16,
-    max_position=256,
-    rms_eps=1e-5,
+    head_dim=16,
+    max_position_embeddings=256,
+    rms_norm_eps=1e-5,
     rope_theta=1e4,
 )
 GIB = 2**30
@@ -74,16 +74,16 @@ def test_pages_of_8_bits_count_their_scales(asked: str, kv_dtype: str) -> None:
 
 
 def test_heads_are_stored_as_wide_as_the_attention_needs() -> None:
-    wide = dataclasses.replace(MODEL, head_width=96)
+    wide = dataclasses.replace(MODEL, head_dim=96)
     config = EngineConfig(model="m", page_size=8, dtype="bfloat16")
     plans = {
         platform: resolve_plan(config, wide, platform=platform, free_bytes=GIB)
         for platform in ("cpu", "tpu")
     }
-    assert (plans["cpu"].attention, plans["cpu"].kv_head_width) == ("xla", 96)
-    assert (plans["tpu"].attention, plans["tpu"].kv_head_width) == ("tpu", 128)
+    assert (plans["cpu"].attention, plans["cpu"].kv_head_dim) == ("xla", 96)
+    assert (plans["tpu"].attention, plans["tpu"].kv_head_dim) == ("tpu", 128)
     hopper = dataclasses.replace(config, attention="gpu")
-    assert resolve_plan(hopper, wide, platform="gpu", free_bytes=GIB).kv_head_width == 128
+    assert resolve_plan(hopper, wide, platform="gpu", free_bytes=GIB).kv_head_dim == 128
     assert plans["cpu"].page_bytes == 8 * 2 * 2 * 2 * 96 * 2
     assert plans["tpu"].page_bytes == 8 * 2 * 2 * 2 * 128 * 2
     placement = Placement(make_mesh(jax.devices(), 1))
@@ -178,7 +178,7 @@ def test_the_context_is_cut_to_what_fits_where_nothing_was_asked() -> None:
 def test_twice_the_share_is_twice_the_pages() -> None:
     sizes = dict(free_bytes=30_000_000, max_num_seqs=512, max_num_batched_tokens=512)
     half, whole = (
-        plan_of("gpu", gpu_memory_utilization=share, **sizes).num_pages for share in (0.5, 1.0)
+        plan_of("gpu", gpu_memory_utilization=shard, **sizes).num_pages for shard in (0.5, 1.0)
     )
     scratch_pages = (9 * 512 * 128 + 4 * 512 * (64 + 2 * 96)) * 4 // 4096
     assert whole + scratch_pages == pytest.approx(2 * (half + scratch_pages), rel=0.01)

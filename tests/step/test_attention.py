@@ -22,7 +22,7 @@ from kernels_pallas.paged_attention.pages import cells_of
 
 
 @pytest.mark.parametrize(
-    ("platform", "head_width", "want"),
+    ("platform", "head_dim", "want"),
     [
         ("cpu", 64, "xla"),
         ("gpu", 64, "xla_wide"),
@@ -31,8 +31,8 @@ from kernels_pallas.paged_attention.pages import cells_of
         ("tpu", 24, "xla_wide"),
     ],
 )
-def test_default(platform: str, head_width: int, want: str, tmp_path: Path) -> None:
-    model = read_model_config(write_llama_checkpoint(tmp_path, seed=0, head_dim=head_width))
+def test_default(platform: str, head_dim: int, want: str, tmp_path: Path) -> None:
+    model = read_model_config(write_llama_checkpoint(tmp_path, seed=0, head_dim=head_dim))
     assert default_attention(model, platform=platform, dtype="bfloat16") == want
 
 

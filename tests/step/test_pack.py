@@ -10,7 +10,7 @@ from jinfer.config import EnginePlan
 from jinfer.schedule.capacity import bucket_for, token_buckets
 from jinfer.schedule.plan import Chunk, StepPlan
 from jinfer.schedule.scheduler import Scheduler
-from jinfer.schedule.sequence import Sequence
+from jinfer.schedule.sequence import TokenSequence
 from jinfer.step.batch import StepBatch
 from jinfer.step.pack import BucketShape, pack
 
@@ -22,7 +22,7 @@ def shape_of(num_tokens: int, max_slots: int, page_size: int) -> BucketShape:
         platform="cpu",
         dtype="float32",
         kv_dtype="float32",
-        kv_head_width=1,
+        kv_head_dim=1,
         tensor_parallel_size=1,
         vocab_size=8,
         max_model_len=50,
@@ -46,9 +46,9 @@ def shape_of(num_tokens: int, max_slots: int, page_size: int) -> BucketShape:
     return BucketShape.of(num_tokens, plan)
 
 
-def random_sequence(rng: random.Random, number: int, max_model_len: int) -> Sequence:
+def random_sequence(rng: random.Random, number: int, max_model_len: int) -> TokenSequence:
     prompt_ids = [rng.randrange(1, 1000) for _ in range(rng.randint(1, max_model_len - 2))]
-    return Sequence(
+    return TokenSequence(
         request_id=str(number),
         index=0,
         prompt_ids=prompt_ids,
@@ -83,7 +83,7 @@ def test_random_plans_are_packed_exactly(seed: int) -> None:
             num_plans += 1
             size = bucket_for(buckets, plan.num_tokens)
             shape = shape_of(size, max_slots, page_size)
-            batch = pack(plan, shape, wants_logprobs=lambda chunk: chunk.num_readouts > 1)
+            batch = pack(plan, shape, wants_logprobs=lambda chunk: chunk.num_logits_rows > 1)
             check(batch, plan, shape, table, page_size)
             unread.append(plan)
         if unread and (plan is None or len(unread) > 1):  # one step ahead, as the engine
@@ -115,7 +115,7 @@ def check(
     for place, write in enumerate(plan.page_writes):
         table[write.slot, write.index] = int(batch.write_page_J[place])
         assert batch.write_slot_J[place] == write.slot and batch.write_index_J[place] == write.index
-    token, readout = 0, 0
+    token, logits_row = 0, 0
     for row, chunk in enumerate(plan.chunks):
         span = slice(token, token + chunk.num_tokens)
         assert batch.slot_B[row] == chunk.slot
@@ -132,49 +132,55 @@ def check(
                 table[chunk.slot, position // page_size]
                 == (chunk.sequence.pages[position // page_size])
             )
-        readout = check_readouts(batch, readout, token, chunk)
+        logits_row = check_logits_rows(batch, logits_row, token, chunk)
         token = span.stop
-    check_padding(batch, shape, len(plan.chunks), token, readout, len(plan.page_writes))
+    check_padding(batch, shape, len(plan.chunks), token, logits_row, len(plan.page_writes))
 
 
 def check_token(batch: StepBatch, place: int, chunk: Chunk, position: int) -> None:
     """The token's value, or the mark that its value is on its way from the device."""
     sequence = chunk.sequence
     if position < sequence.num_prompt_tokens:
-        assert not batch.drawn_T[place] and batch.token_T[place] == sequence.prompt_ids[position]
+        assert not batch.sampled_T[place] and batch.token_T[place] == sequence.prompt_ids[position]
     elif position < sequence.num_tokens:
-        assert not batch.drawn_T[place] and batch.token_T[place] == DRAWN + position
+        assert not batch.sampled_T[place] and batch.token_T[place] == DRAWN + position
     else:
         # The device keeps one token per slot, so only the last one drawn before may be unread.
-        assert batch.drawn_T[place] and position == sequence.num_tokens == chunk.stop - 1
+        assert batch.sampled_T[place] and position == sequence.num_tokens == chunk.stop - 1
         assert sequence.num_unread - chunk.samples == 1
 
 
-def check_readouts(batch: StepBatch, readout: int, token: int, chunk: Chunk) -> int:
-    for position in chunk.readout_positions:
-        assert batch.read_token_R[readout] == token + position - chunk.start
-        assert batch.read_slot_R[readout] == chunk.slot
+def check_logits_rows(batch: StepBatch, logits_row: int, token: int, chunk: Chunk) -> int:
+    ends = [chunk.stop - 1] if chunk.samples else []
+    for position in [*chunk.scored_positions, *ends]:
+        assert batch.logits_index_R[logits_row] == token + position - chunk.start
+        assert batch.logits_slot_R[logits_row] == chunk.slot
         draws = chunk.samples and position == chunk.stop - 1
-        assert batch.draws_R[readout] == draws
-        assert batch.wants_logprobs_R[readout] == (chunk.num_readouts > 1)
+        assert batch.samples_R[logits_row] == draws
+        assert batch.wants_logprobs_R[logits_row] == (chunk.num_logits_rows > 1)
         if not draws:
-            assert batch.target_R[readout] == chunk.sequence.prompt_ids[position + 1]
-        readout += 1
-    return readout
+            assert batch.given_token_R[logits_row] == chunk.sequence.prompt_ids[position + 1]
+        logits_row += 1
+    return logits_row
 
 
 def check_padding(
-    batch: StepBatch, shape: BucketShape, num_rows: int, token: int, readout: int, num_writes: int
+    batch: StepBatch,
+    shape: BucketShape,
+    num_rows: int,
+    token: int,
+    logits_row: int,
+    num_writes: int,
 ) -> None:
     """What is left of every array stands on the bin and asks for nothing."""
-    assert num_rows <= shape.num_rows and readout <= shape.num_rows and token <= shape.num_tokens
-    assert (batch.slot_T[token:] == shape.bin_slot).all() and not batch.drawn_T[token:].any()
-    assert (batch.slot_B[num_rows:] == shape.bin_slot).all()
+    assert num_rows <= shape.num_rows and logits_row <= shape.num_rows and token <= shape.num_tokens
+    assert (batch.slot_T[token:] == shape.null_slot).all() and not batch.sampled_T[token:].any()
+    assert (batch.slot_B[num_rows:] == shape.null_slot).all()
     assert not batch.query_len_B[num_rows:].any() and not batch.kv_len_B[num_rows:].any()
     assert (batch.query_start_B[num_rows:] == shape.num_tokens).all()
-    assert (batch.read_slot_R[readout:] == shape.bin_slot).all()
-    assert not batch.draws_R[readout:].any() and not batch.wants_logprobs_R[readout:].any()
-    assert (batch.write_slot_J[num_writes:] == shape.bin_slot).all()
+    assert (batch.logits_slot_R[logits_row:] == shape.null_slot).all()
+    assert not batch.samples_R[logits_row:].any() and not batch.wants_logprobs_R[logits_row:].any()
+    assert (batch.write_slot_J[num_writes:] == shape.null_slot).all()
     assert not batch.write_page_J[num_writes:].any()
 
 
@@ -185,7 +191,7 @@ def test_a_bucket_holds_the_most_page_writes_there_can_be() -> None:
     )
     for number, length in enumerate([5, 5, 20]):
         scheduler.add(
-            Sequence(request_id=str(number), index=0, prompt_ids=[7] * length, max_length=40)
+            TokenSequence(request_id=str(number), index=0, prompt_ids=[7] * length, max_length=40)
         )
     plan = scheduler.plan()
     assert plan is not None and plan.num_tokens == 16

@@ -11,7 +11,7 @@ from jinfer.errors import RequestError
 from jinfer.request.params import SamplingParams
 from jinfer.sampling.admission import check_row, sampling_row
 from jinfer.sampling.sampler import SamplingState
-from jinfer.schedule.sequence import Sequence
+from jinfer.schedule.sequence import TokenSequence
 from jinfer.step.pack import BucketShape
 from jinfer.step.slots import (
     ADMISSION_ROWS,
@@ -19,14 +19,14 @@ from jinfer.step.slots import (
     SlotState,
     admission_rows,
     empty_slots,
-    record_drawn,
+    record_sampled,
     restore_counts,
     write_pages,
     write_slots,
 )
 
 VOCAB_SIZE, MAX_SLOTS, BIN = 70, 4, 4
-SHAPE = BucketShape(num_tokens=4, num_rows=4, num_page_writes=5, bin_slot=BIN)
+SHAPE = BucketShape(num_tokens=4, num_rows=4, num_page_writes=5, null_slot=BIN)
 
 NO_PAGES = jnp.zeros((ADMISSION_ROWS, 3), jnp.int32)
 
@@ -37,7 +37,7 @@ def slots() -> SlotState:
 
 
 def row_of(params: SamplingParams, prompt_ids: list[int], output_ids: list[int]) -> SamplingState:
-    sequence = Sequence(request_id="r", index=0, prompt_ids=prompt_ids, max_length=50)
+    sequence = TokenSequence(request_id="r", index=0, prompt_ids=prompt_ids, max_length=50)
     sequence.output_ids = output_ids
     return sampling_row(params, sequence, seed=9, stop_ids=[2], bad_words=[], vocab_size=VOCAB_SIZE)
 
@@ -83,7 +83,7 @@ def test_a_slot_taken_again_forgets_who_was_there(slots: SlotState) -> None:
     slot_A = jnp.full(ADMISSION_ROWS, BIN, jnp.int32).at[0].set(1)
     fresh = write_slots(slots, slot_A, admission_rows([nothing], VOCAB_SIZE), NO_PAGES)
     used = write_slots(slots, slot_A, admission_rows([everything], VOCAB_SIZE), NO_PAGES)
-    used = record_drawn(used, jnp.array([1]), jnp.array([9]), jnp.array([True]))
+    used = record_sampled(used, jnp.array([1]), jnp.array([9]), jnp.array([True]))
     again = write_slots(used, slot_A, admission_rows([nothing], VOCAB_SIZE), NO_PAGES)
     again = dataclasses.replace(again, last_token_A=fresh.last_token_A)  # stale, and not read
     assert same(again, fresh, 1)
@@ -99,8 +99,8 @@ def test_restored_counts_are_those_of_the_output(slots: SlotState) -> None:
 
 
 def test_only_rows_that_draw_are_recorded(slots: SlotState) -> None:
-    draws_R = jnp.array([True, False, True])
-    after = record_drawn(slots, jnp.array([0, 1, 3]), jnp.array([11, 12, 13]), draws_R)
+    samples_R = jnp.array([True, False, True])
+    after = record_sampled(slots, jnp.array([0, 1, 3]), jnp.array([11, 12, 13]), samples_R)
     assert after.last_token_A.tolist()[:4] == [11, 0, 0, 13]
     counts_AV = after.sampling.output_count_AV
     assert counts_AV[0, 11] == counts_AV[3, 13] == 1 and not counts_AV[1].any()

@@ -25,7 +25,7 @@ def test_describes_a_checkpoint(tmp_path, tied, bias) -> None:
         num_parameters=sum(tensor.size for tensor in tensors.values()),
         file_bytes=sum(path.stat().st_size for path in folder.glob("*.safetensors")),
         stored_dtypes={"bfloat16": len(tensors)},
-        max_position=256,
+        max_position_embeddings=256,
         kv_bytes_per_token={"float32": 2 * 2 * 2 * 16 * 4, "bfloat16": 2 * 2 * 2 * 16 * 2},
         tokenizer="none",
         eos_token_ids=(2,),

@@ -39,7 +39,7 @@ def test_scale_is_the_inverse_root_of_the_inputs(folder) -> None:
     blocks = params["blocks"]
     for array, fan_in in (
         (params["embed_VD"], 64),
-        (params["unembed_VD"], 64),
+        (params["lm_head_VD"], 64),
         (blocks["w_qkv_UD"], 64),
         (blocks["w_o_DQ"], 4 * 16),
         (blocks["w_gate_up_YD"], 64),
@@ -72,7 +72,7 @@ def test_seed_decides_and_layers_and_leaves_differ(folder) -> None:
 def test_drawing_needs_no_room_beside_the_result() -> None:
     for dtype in (jnp.dtype(jnp.bfloat16), F32):
         for parts in ((MLP,), (QUERIES, REPEATED, REPEATED)):
-            draw = partial(_uniform, parts=parts, num_shards=4, head_width=16, dtype=dtype)
+            draw = partial(_uniform, parts=parts, num_shards=4, head_dim=16, dtype=dtype)
             numbers = tuple(range(len(parts)))
             program = jax.jit(draw).lower(0, numbers, 0.5).compile()
             assert program.memory_analysis().temp_size_in_bytes == 0
@@ -81,7 +81,7 @@ def test_drawing_needs_no_room_beside_the_result() -> None:
 def test_joined_parts_are_drawn_as_they_are_alone() -> None:
     def draw(parts, numbers, num_shards):
         return np.asarray(
-            _uniform(5, numbers, 0.5, parts=parts, num_shards=num_shards, head_width=16, dtype=F32)
+            _uniform(5, numbers, 0.5, parts=parts, num_shards=num_shards, head_dim=16, dtype=F32)
         )
 
     q, k, v = draw((QUERIES,), (3,), 1), draw((REPEATED,), (4,), 1), draw((REPEATED,), (7,), 1)

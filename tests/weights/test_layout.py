@@ -39,7 +39,7 @@ def assert_held(plain: Any, held: Any) -> None:
     for path, array in jax.tree_util.tree_leaves_with_path(held):
         name = path[-1].key
         order = array.format.layout.major_to_minor
-        is_matrix = name.startswith("w_") or name == "unembed_VD"
+        is_matrix = name.startswith("w_") or name == "lm_head_VD"
         assert (order[-1] != array.ndim - 1) == is_matrix, name
 
 

@@ -19,7 +19,7 @@ from random_checkpoint import (
 )
 
 from jinfer.errors import CheckpointError
-from jinfer.parallel.shares import held_model
+from jinfer.parallel.model_shards import padded_model
 from jinfer.weights.host_tensor import HostTensor
 from jinfer.weights.load import load_params, put_on_first_device, read_model_config
 from jinfer.weights.safetensors import open_checkpoint
@@ -29,8 +29,8 @@ BIASED = {"attention_bias": True, "mlp_bias": True}
 
 def load(folder, *, dtype="float32", layer_loop="unrolled", put=None, num_chips=1):
     config = read_model_config(folder)
-    held = held_model(config, num_chips)
-    return load_params(folder, config, dtype=dtype, layer_loop=layer_loop, held=held, put=put)
+    padded = padded_model(config, num_chips)
+    return load_params(folder, config, dtype=dtype, layer_loop=layer_loop, padded=padded, put=put)
 
 
 def rewrite(folder, change):
@@ -73,7 +73,7 @@ def expected_tree(tensors):
         "embed_VD": tensors["model.embed_tokens.weight"],
         "blocks": [expected_block(tensors, layer) for layer in range(2)],
         "final_norm_D": tensors["model.norm.weight"],
-        "unembed_VD": tensors["lm_head.weight"],
+        "lm_head_VD": tensors["lm_head.weight"],
     }
 
 
@@ -128,7 +128,7 @@ def test_a_parameter_may_be_held_in_another_order_than_it_is_stored(tmp_path) ->
         axes="LDF",
         shape=(1, 1024, 1400),
         stored_shape=(1, 1024, 1400),
-        head_width=16,
+        head_dim=16,
         dtype=np.dtype(np.float32),
         layers=(stored,),
         stored_axes="FD",
@@ -221,7 +221,7 @@ def test_harmless_extras_are_ignored(tmp_path) -> None:
         tensors[name] = np.ones(8, np.float32)
     write_tensors(folder, tensors)
     params, report = load(folder)
-    assert "unembed_VD" not in params
+    assert "lm_head_VD" not in params
     assert report.num_tensors == len(tensors) - 3
 
 

@@ -24,8 +24,8 @@ from random_checkpoint import (
 from jinfer import LLM, SamplingParams
 from jinfer.cli import main
 from jinfer.errors import CheckpointError
+from jinfer.parallel.model_shards import padded_model
 from jinfer.parallel.sharding import spec_of
-from jinfer.parallel.shares import held_model
 from jinfer.shipped import target_folder
 from jinfer.weights.convert import convert
 from jinfer.weights.describe import describe
@@ -67,7 +67,7 @@ def load(
         model,
         dtype=dtype,
         layer_loop=layer_loop,
-        held=held_model(model, num_chips),
+        padded=padded_model(model, num_chips),
         put=put,
         joined=joined,
     )

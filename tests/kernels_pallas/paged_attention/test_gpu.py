@@ -16,7 +16,7 @@ from kernels_pallas.paged_attention.gpu import (
     _num_parts,
     _unit_of_chip,
     paged_attention_gpu,
-    stored_head_width,
+    stored_head_dim,
 )
 from kernels_pallas.paged_attention.reference import paged_attention_reference
 
@@ -31,7 +31,7 @@ LONG = Case(name="long", kv_len=(1200, 0, 65, 64), query_len=(1, 0, 1, 1), page_
 LONG_CHUNK = Case(name="long_chunk", kv_len=(600,), query_len=(40,), page_size=16, window=300)
 LONG_FP8 = replace(LONG, name="long_fp8", pages_dtype="float8_e4m3fn")
 LONG_CHUNK_INT8 = replace(LONG_CHUNK, name="long_chunk_int8", page_size=64, pages_dtype="int8")
-WIDTH_96 = replace(LONG_CHUNK_INT8, name="width_96_int8", head_width=96, stored_width=128)
+WIDTH_96 = replace(LONG_CHUNK_INT8, name="width_96_int8", head_dim=96, stored_width=128)
 # Each takes seconds to interpret. These have every option, reuse stages, and split contexts.
 FAST = ("window_soft_cap_sinks-parts_1", "long-parts_3", "long_fp8-parts_3")
 SMALL_PAGES = "on GPU, 8-bit pages hold 32 or a multiple of 64 tokens; got page_size=8. Choose"
@@ -65,11 +65,11 @@ RUNS = [
             if DECLINED.get(case.name) == SMALL_PAGES
         ),
         *((case, num_parts) for case in (LONG, LONG_CHUNK) for num_parts in (1, 3)),
-        (replace(LONG, name="pages_of_128", page_size=128, head_width=128), 1),
-        (replace(LONG_CHUNK, name="width_256_long", head_width=256), 2),
+        (replace(LONG, name="pages_of_128", page_size=128, head_dim=128), 1),
+        (replace(LONG_CHUNK, name="width_256_long", head_dim=256), 2),
         *((case, num_parts) for case in (LONG_FP8, LONG_CHUNK_INT8) for num_parts in (1, 3)),
-        (replace(LONG_FP8, name="fp8_pages_of_128", page_size=128, head_width=128), 1),
-        (replace(LONG_CHUNK_INT8, name="width_256_int8", head_width=256), 2),
+        (replace(LONG_FP8, name="fp8_pages_of_128", page_size=128, head_dim=128), 1),
+        (replace(LONG_CHUNK_INT8, name="width_256_int8", head_dim=256), 2),
         (WIDTH_96, 1),
     )
 ]
@@ -194,8 +194,8 @@ REFUSALS = (
     ({"page_size": 16, "pages_dtype": "int8"}, r"pages hold 32 or .*; got page_size=16\. Choose"),
     ({"num_q_heads": 130}, r"at most 64 query heads; got 65\. Choose the xla implementation"),
     (
-        {"head_width": 320},
-        r"on GPU, heads are at most 256 wide; got head_width=320\. Choose the xl",
+        {"head_dim": 320},
+        r"on GPU, heads are at most 256 wide; got head_dim=320\. Choose the xl",
     ),
     (
         {"dtype": "float16", "pages_dtype": "int8", "page_size": 32},
@@ -217,8 +217,8 @@ def test_refuses_mixed_dtypes():
         paged_attention_gpu(q_TNH.astype(jnp.float32), *others, **options)
 
 
-def test_stored_head_width_is_the_next_that_the_kernel_takes():
-    widths = [stored_head_width(head_width) for head_width in (40, 64, 80, 96, 128, 192, 256)]
+def test_stored_head_dim_is_the_next_that_the_kernel_takes():
+    widths = [stored_head_dim(head_dim) for head_dim in (40, 64, 80, 96, 128, 192, 256)]
     assert widths == [64, 64, 128, 128, 128, 256, 256]
 
 
@@ -290,7 +290,7 @@ def test_refuses_unknown_units_and_wide_heads_on_blackwell():
     args, options = arrays()
     with pytest.raises(ValueError, match="unit must be wgmma or tcgen05; got unit='mma'. Leave"):
         paged_attention_gpu(*args, **options, unit="mma", interpret=True)
-    args, options = arrays(head_width=256)
+    args, options = arrays(head_dim=256)
     message = "on Blackwell, the pool's head width must be 64 or 128; got 256. Choose the xla"
     with pytest.raises(NotImplementedError, match=message):
         paged_attention_gpu(*args, **options, unit="tcgen05", interpret=True)

@@ -44,7 +44,7 @@ def compiled(  # noqa: PLR0913 - what a shape may change
     table_width=64,
     num_kv_heads=8,
     group=4,
-    head_width=128,
+    head_dim=128,
     page_size=16,
     dtype="bfloat16",
     pages_dtype=None,
@@ -64,7 +64,7 @@ def compiled(  # noqa: PLR0913 - what a shape may change
     def one(pages, q_TNH, k_TKH, v_TKH, sinks_N, layer, rows):
         return paged_attention_gpu(
             *(q_TNH, k_TKH, v_TKH, pages, layer, *rows),
-            scale=head_width**-0.5,
+            scale=head_dim**-0.5,
             sinks_N=sinks_N if sinks else None,
             **options,
         )
@@ -80,15 +80,15 @@ def compiled(  # noqa: PLR0913 - what a shape may change
         return lax.scan(body, (q_TNH, pages), jnp.arange(NUM_LAYERS, dtype=jnp.int32))[0]
 
     per_row = shaped((num_rows,), jnp.int32)
-    shape = (NUM_LAYERS, NUM_PAGES, num_kv_heads, page_size, 2 * (stored_width or head_width))
+    shape = (NUM_LAYERS, NUM_PAGES, num_kv_heads, page_size, 2 * (stored_width or head_dim))
     pages = shaped(shape, pages_dtype or dtype)
     if pages_dtype:
         scales = shaped((*shape[:3], 2, page_size), jnp.float32)
         pages = QuantizedPages(pages, scales)
-    kv_TKH = shaped((num_tokens, num_kv_heads, head_width), dtype)
+    kv_TKH = shaped((num_tokens, num_kv_heads, head_dim), dtype)
     args = (
         pages,
-        shaped((num_tokens, num_kv_heads * group, head_width), dtype),
+        shaped((num_tokens, num_kv_heads * group, head_dim), dtype),
         *(kv_TKH, kv_TKH),
         shaped((num_kv_heads * group,), jnp.float32),
         shaped((), jnp.int32),
@@ -112,8 +112,8 @@ SHAPES = {
     "prefill_8b": {"num_tokens": 256, "num_rows": 8},
     "few_rows_long_context": {"num_tokens": 2, "num_rows": 2, "table_width": 512},
     "one_token": {"num_tokens": 1, "num_rows": 1, "table_width": 4},
-    "width_64": {"head_width": 64},
-    "width_64_pages_of_64": {"head_width": 64, "page_size": 64},
+    "width_64": {"head_dim": 64},
+    "width_64_pages_of_64": {"head_dim": 64, "page_size": 64},
     "pages_of_8": {"page_size": 8},
     "pages_of_32": {"page_size": 32},
     "pages_of_64": {"page_size": 64},
@@ -123,22 +123,22 @@ SHAPES = {
     "group_16_of_1_head": {"group": 16, "num_kv_heads": 1},
     "all_options": {"window": 100, "soft_cap": 30.0, "sinks": True},
     "float16": {"dtype": "float16"},
-    "width_96_stored_as_128": {"head_width": 96, "stored_width": 128},
+    "width_96_stored_as_128": {"head_dim": 96, "stored_width": 128},
     "scanned": {"scanned": True},
     "int8": {**INT8, "page_size": 64},
     "int8_prefill": {**INT8, "page_size": 64, "num_tokens": 256, "num_rows": 8},
     "int8_pages_of_32": {**INT8, "page_size": 32},
     "int8_pages_of_256": {**INT8, "page_size": 256},
-    "int8_width_64": {**INT8, "page_size": 64, "head_width": 64},
+    "int8_width_64": {**INT8, "page_size": 64, "head_dim": 64},
     "int8_width_96_stored_as_128": {
         **INT8,
         "page_size": 64,
-        "head_width": 96,
+        "head_dim": 96,
         "stored_width": 128,
     },
     "int8_scanned": {**INT8, "page_size": 64, "scanned": True},
     "fp8": {**FP8, "page_size": 64},
-    "fp8_width_64": {**FP8, "page_size": 64, "head_width": 64},
+    "fp8_width_64": {**FP8, "page_size": 64, "head_dim": 64},
     "fp8_all_options": {**FP8, "page_size": 32, "window": 100, "soft_cap": 30.0, "sinks": True},
 }
 
@@ -162,7 +162,7 @@ def test_width_256_compiles_with_few_spills(shape, most_spilled, monkeypatch, ca
     # two spills as much; products of 32 lanes instead of 64 spill 76 bytes, and read the weights
     # twice as often.
     monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
-    program, pool_bytes = compiled(head_width=256, **shape)
+    program, pool_bytes = compiled(head_dim=256, **shape)
     report = "".join(capfd.readouterr())
     spilled = [int(number) for number in re.findall(r"(\d+) bytes spill stores", report)]
     assert spilled and max(spilled) <= most_spilled, report
@@ -171,7 +171,7 @@ def test_width_256_compiles_with_few_spills(shape, most_spilled, monkeypatch, ca
 
 @pytest.mark.parametrize(
     ("shape", "most_spilled"),
-    [({"head_width": 64}, 0), ({}, 320), ({"num_tokens": 256, "num_rows": 8}, 320)]
+    [({"head_dim": 64}, 0), ({}, 320), ({"num_tokens": 256, "num_rows": 8}, 320)]
     + [({**INT8, "page_size": 64}, 640), ({**FP8, "page_size": 32}, 640)],
 )
 def test_compiles_for_b200(shape, most_spilled):

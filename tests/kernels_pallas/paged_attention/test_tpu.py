@@ -205,8 +205,8 @@ def test_write_items_cover_every_cell_once_and_no_slab_twice(seed, page_size, sl
     assert not items.page_X[int(num_used) :].any() and not items.slab_X[int(num_used) :].any()
 
 
-def one_row(dtype="float32", head_width=64, page_size=8, **tiling):
-    shape = {"dtype": dtype, "head_width": head_width, "page_size": page_size}
+def one_row(dtype="float32", head_dim=64, page_size=8, **tiling):
+    shape = {"dtype": dtype, "head_dim": head_dim, "page_size": page_size}
     inputs = build(Case(name="one_row", kv_len=(9,), query_len=(4,), **shape))
     return lambda: paged_attention_tpu(*inputs.args, **inputs.options, **tiling)
 
@@ -216,7 +216,7 @@ def one_row(dtype="float32", head_width=64, page_size=8, **tiling):
     [
         ({"dtype": "float16"}, "on TPU, pages must be float32 or .*; got dtype=float16. Convert"),
         ({"page_size": 12}, "a page holds a multiple of 8 tokens; got page_size=12. Choose"),
-        ({"head_width": 96}, "a multiple of 64; got head_width=96. Allocate it with 128, or"),
+        ({"head_dim": 96}, "a multiple of 64; got head_dim=96. Allocate it with 128, or"),
     ],
 )
 def test_refuses_what_it_cannot_do(changes, message):

@@ -60,7 +60,7 @@ def memory_of(  # noqa: PLR0913 - one for each thing that a shape may change
     table_width=64,
     num_kv_heads=2,
     group=4,
-    head_width=128,
+    head_dim=128,
     page_size=64,
     num_cells=NUM_CELLS,
     dtype="bfloat16",
@@ -80,7 +80,7 @@ def memory_of(  # noqa: PLR0913 - one for each thing that a shape may change
     def one(pages, q_TNH, k_TKH, v_TKH, sinks_N, layer, rows):
         return paged_attention_tpu(
             *(q_TNH, k_TKH, v_TKH, pages, layer, *rows),
-            scale=head_width**-0.5,
+            scale=head_dim**-0.5,
             sinks_N=sinks_N if sinks else None,
             **options,
         )
@@ -88,14 +88,14 @@ def memory_of(  # noqa: PLR0913 - one for each thing that a shape may change
     per_row = shaped((num_rows,), jnp.int32)
     num_pages = num_cells // page_size
     per_head = (NUM_LAYERS, num_pages, num_kv_heads)
-    width = 2 * (stored_width or head_width)
+    width = 2 * (stored_width or head_dim)
     pages = shaped((*per_head, page_size, width), pages_dtype or dtype)
     if pages_dtype is not None:
         pages = QuantizedPages(pages, shaped((*per_head, 2, page_size), jnp.float32))
-    kv_TKH = shaped((num_tokens, num_kv_heads, head_width), dtype)
+    kv_TKH = shaped((num_tokens, num_kv_heads, head_dim), dtype)
     args = (
         pages,
-        shaped((num_tokens, num_q_heads, head_width), dtype),
+        shaped((num_tokens, num_q_heads, head_dim), dtype),
         *(kv_TKH, kv_TKH),
         shaped((num_q_heads,), jnp.float32),
         shaped((), jnp.int32),
@@ -138,8 +138,8 @@ def check(chip, **shape):
 
 SHAPES = {
     "llama_8b": {"num_kv_heads": 8},
-    "width_64_group_16": {"num_kv_heads": 1, "group": 16, "head_width": 64, "page_size": 16},
-    "width_256": {"group": 8, "head_width": 256, "page_size": 128},
+    "width_64_group_16": {"num_kv_heads": 1, "group": 16, "head_dim": 64, "page_size": 16},
+    "width_256": {"group": 8, "head_dim": 256, "page_size": 128},
     "all_options": {"window": 100, "soft_cap": 30.0, "sinks": True},
     "int8_pages": {"num_kv_heads": 8, "pages_dtype": "int8", "page_size": 128},
     "fp8_pages": {"num_kv_heads": 8, "pages_dtype": "float8_e4m3fn", "page_size": 128},
@@ -158,16 +158,16 @@ V5E_SHAPES = {
     "table_past_scalar_memory": {"num_rows": 64, "table_width": 8192, "page_size": 16},
     "bfloat16_page_of_8": {"page_size": 8},
     "group_1": {"num_kv_heads": 8, "group": 1},
-    "group_3": {"num_kv_heads": 4, "group": 3, "head_width": 64},
+    "group_3": {"num_kv_heads": 4, "group": 3, "head_dim": 64},
     "group_16_of_8_heads": {"num_kv_heads": 8, "group": 16},
     "no_grouping_32_heads": {"num_kv_heads": 32, "group": 1},
-    "width_256_of_8_heads": {"num_kv_heads": 8, "head_width": 256},
+    "width_256_of_8_heads": {"num_kv_heads": 8, "head_dim": 256},
     "float32": {"num_kv_heads": 8, "page_size": 16, "dtype": "float32"},
-    "float32_width_256": {"head_width": 256, "dtype": "float32"},
-    "width_96_stored_as_128": {"head_width": 96, "stored_width": 128},
+    "float32_width_256": {"head_dim": 256, "dtype": "float32"},
+    "width_96_stored_as_128": {"head_dim": 96, "stored_width": 128},
     "int8_pages_of_32": {"pages_dtype": "int8", "page_size": 32},
-    "int8_pages_of_64_width_64": {"pages_dtype": "int8", "head_width": 64},
-    "fp8_pages_of_64_width_256": {"pages_dtype": "float8_e4m3fn", "head_width": 256},
+    "int8_pages_of_64_width_64": {"pages_dtype": "int8", "head_dim": 64},
+    "fp8_pages_of_64_width_256": {"pages_dtype": "float8_e4m3fn", "head_dim": 256},
     "int8_full_step": {
         "num_tokens": 2048,
         "num_rows": 256,

@@ -8,7 +8,7 @@ from jinfer.config import ModelConfig
 VOCAB_BLOCK = 128
 
 
-def held_model(model: ModelConfig, tensor_parallel_size: int) -> ModelConfig:
+def padded_model(model: ModelConfig, tensor_parallel_size: int) -> ModelConfig:
     """The model as its weights are laid down, cut evenly over so many chips.
 
     kv heads that are fewer than the chips are repeated, side by side, so that each chip has one;
@@ -22,7 +22,7 @@ def held_model(model: ModelConfig, tensor_parallel_size: int) -> ModelConfig:
         return model
     for name, count in (
         ("num_attention_heads", model.num_q_heads),
-        ("intermediate_size", model.mlp_width),
+        ("intermediate_size", model.intermediate_size),
     ):
         if count % size:
             raise ValueError(
@@ -44,13 +44,13 @@ def held_model(model: ModelConfig, tensor_parallel_size: int) -> ModelConfig:
     )
 
 
-def chip_share(held: ModelConfig, tensor_parallel_size: int) -> ModelConfig:
+def chip_shard(padded: ModelConfig, tensor_parallel_size: int) -> ModelConfig:
     """What one of the chips has of a held model: its heads, its feed-forward width, its tokens."""
     size = tensor_parallel_size
     return replace(
-        held,
-        num_q_heads=held.num_q_heads // size,
-        num_kv_heads=held.num_kv_heads // size,
-        mlp_width=held.mlp_width // size,
-        vocab_size=held.vocab_size // size,
+        padded,
+        num_q_heads=padded.num_q_heads // size,
+        num_kv_heads=padded.num_kv_heads // size,
+        intermediate_size=padded.intermediate_size // size,
+        vocab_size=padded.vocab_size // size,
     )

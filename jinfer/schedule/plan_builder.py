@@ -4,17 +4,17 @@ from dataclasses import dataclass, field
 
 from jinfer.axes import Slot
 from jinfer.schedule.plan import Chunk, PageCopy, PageRestore, PageWrite, StepPlan
-from jinfer.schedule.sequence import Sequence
+from jinfer.schedule.sequence import TokenSequence
 
 
 @dataclass(slots=True)
-class Draft:
+class PlanBuilder:
     """Who computes what so far, and what is left of the step's budgets."""
 
     num_tokens_left: int
-    num_readouts_left: int
-    chunks: dict[Sequence, Chunk] = field(default_factory=dict)
-    admitted: list[Sequence] = field(default_factory=list)
+    num_logits_rows_left: int
+    chunks: dict[TokenSequence, Chunk] = field(default_factory=dict)
+    admitted: list[TokenSequence] = field(default_factory=list)
     page_writes: list[PageWrite] = field(default_factory=list)
     copies: list[PageCopy] = field(default_factory=list)
     restores: list[PageRestore] = field(default_factory=list)
@@ -22,9 +22,9 @@ class Draft:
     def add(self, chunk: Chunk) -> None:
         self.chunks[chunk.sequence] = chunk
         self.num_tokens_left -= chunk.num_tokens
-        self.num_readouts_left -= chunk.num_readouts
+        self.num_logits_rows_left -= chunk.num_logits_rows
 
-    def drop(self, sequence: Sequence) -> None:
+    def drop(self, sequence: TokenSequence) -> None:
         """Takes out a sequence about to lose its slot. What it was given stays spent."""
         if self.chunks.pop(sequence, None) is not None:
             self.page_writes = [w for w in self.page_writes if w.slot != sequence.slot]
@@ -43,6 +43,6 @@ class Draft:
             copies=tuple(self.copies),
             restores=tuple(self.restores),
             num_tokens=sum(chunk.num_tokens for chunk in chunks),
-            num_readouts=sum(chunk.num_readouts for chunk in chunks),
+            num_logits_rows=sum(chunk.num_logits_rows for chunk in chunks),
             **moves,
         )
