@@ -1,4 +1,4 @@
-"""The asyncio API: many callers, one engine loop in a thread of its own."""
+"""The asyncio API: many callers, and one thread that runs the engine."""
 
 import asyncio
 import threading
@@ -22,15 +22,15 @@ from jinfer.shipped import DEFAULT_MODEL
 class AsyncLLM:
     """Answers prompts for concurrent coroutines; the arguments are those of `LLM`.
 
-    One thread turns the engine's loop while there is work and sleeps while there is none.
-    Leaving an `async for` early, or cancelling its task, ends the request.
+    One thread runs the engine's steps, and sleeps when there is no work. Leaving an `async for`
+    early, or cancelling its task, ends the request.
     """
 
     def __init__(self, model: str | Path = DEFAULT_MODEL, **engine_args: Any) -> None:
         self._llm = LLM(model, **engine_args)
         self._wake = threading.Condition()
         self._commands: deque[Callable[[], None]] = deque()  # for the engine's thread to run
-        self._streams: dict[str, _Stream] = {}  # only the engine's thread touches it
+        self._streams: dict[str, _Stream] = {}  # used by the engine's thread only
         self._failure: BaseException | None = None
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="jinfer-engine", daemon=True)
@@ -59,17 +59,17 @@ class AsyncLLM:
     ) -> AsyncIterator[RequestOutput]:
         """Yields the output so far whenever it grew; the last one is finished.
 
-        A caller slower than the engine skips intermediate outputs and never the last.
-        `SamplingParams.output_kind` asks for what is new in each, or for the last alone.
+        A slow caller may miss intermediate outputs, never the last. `SamplingParams.output_kind`
+        chooses between the whole output, its new part, and the last output only.
 
         Args:
           prompt: text, token ids, or a dict as in `LLM.generate`.
-          sampling_params: None = as the checkpoint suggests.
-          request_id: unique among the running ones; None = a random one.
-          priority: of two that wait, the lower begins first.
+          sampling_params: None = the checkpoint's defaults.
+          request_id: unique among unfinished requests; None = a random one.
+          priority: a waiting request with a lower value starts first.
 
         Raises:
-          RequestError: the prompt or a parameter cannot be honoured.
+          RequestError: the prompt or a parameter is not supported.
           RuntimeError: the engine is closed or failed.
         """
         unit = as_prompt(prompt)
@@ -94,9 +94,9 @@ class AsyncLLM:
             yield output
 
     def abort(self, request_id: str | Iterable[str]) -> "_Nothing":
-        """Ends requests where they stand; their streams yield a last output, "abort".
+        """Ends requests now; their streams yield a last output with finish_reason "abort".
 
-        Returns at once. vLLM's is awaited, so this may be; and need not.
+        Returns at once. `await` is allowed, as in vLLM, but not needed.
 
         Raises:
           RequestError: an id is not a string.
@@ -108,9 +108,9 @@ class AsyncLLM:
         return _Nothing()
 
     def reset_prefix_cache(self) -> "_Nothing":
-        """As `LLM.reset_prefix_cache`, between two steps; what runs goes on.
+        """As `LLM.reset_prefix_cache`, between two steps; running requests go on.
 
-        Returns at once. vLLM's is awaited, so this may be; and need not.
+        Returns at once. `await` is allowed, as in vLLM, but not needed.
 
         Raises:
           RuntimeError: the engine is closed or failed.
@@ -120,11 +120,11 @@ class AsyncLLM:
         return _Nothing()
 
     def metrics(self) -> MetricsSnapshot:
-        """As `LLM.metrics`; from any thread, also while the engine runs."""
+        """As `LLM.metrics`; callable from any thread, also during a step."""
         return self._llm.metrics()
 
     def prometheus(self) -> str:
-        """As `LLM.prometheus`, for a service to answer a scrape with."""
+        """As `LLM.prometheus`: the answer to a Prometheus scrape."""
         return self._llm.prometheus()
 
     def _why_stopped(self) -> RuntimeError:
@@ -140,7 +140,7 @@ class AsyncLLM:
     ) -> AsyncIterator[RequestOutput]:
         request_id = f"request-{uuid4().hex}" if request_id is None else request_id
         _check_id(request_id)
-        # Rendering and tokenizing take milliseconds: not on the event loop.
+        # Rendering and tokenizing take milliseconds, too long for the event loop.
         request = await asyncio.to_thread(
             lambda: self._llm.prepare(make_prompt(), params, request_id, priority)
         )
@@ -162,7 +162,7 @@ class AsyncLLM:
                 self._submit(lambda: self._leave(request_id, stream))
 
     def _submit(self, command: Callable[[], None]) -> bool:
-        """Hands a command to the engine's thread; False if that has ended."""
+        """Gives a command to the engine's thread; False if the thread has ended."""
         with self._wake:
             if self._closing:
                 return False
@@ -176,30 +176,30 @@ class AsyncLLM:
             while self._take_commands():
                 for request in engine.step():
                     self._tell(request)
-        except BaseException as error:  # told to every caller, here and in `_submit`
+        except BaseException as error:  # raised for every caller, here and after `_submit`
             self._failure = error
         with self._wake:
             self._closing = True
             commands, self._commands = self._commands, deque()
-        for command in commands:  # that came too late: their streams must hear of the end
-            with suppress(Exception):  # of an engine that failed; nobody may miss that
+        for command in commands:  # left in the queue; their streams must end too
+            with suppress(Exception):  # a failed engine raises; the other streams must still end
                 command()
         for stream in self._streams.values():
             stream.fail(self._why_stopped())
 
     def _take_commands(self) -> bool:
-        """Waits for work and runs what callers submitted; False when it is time to end."""
+        """Waits for work and runs submitted commands; False when closing."""
         with self._wake:
             while not (self._commands or self._llm.engine.has_work or self._closing):
                 self._wake.wait()
-        while self._commands:  # one by one: after one that fails, `_run` still tells the others
+        while self._commands:  # one by one: if one fails, `_run` still handles the rest
             self._commands.popleft()()
         return not self._closing
 
     def _add(self, request: Request, stream: "_Stream") -> None:
         try:
             self._llm.engine.add(request)
-        except Exception as error:  # its id is taken, or the engine is down: for its caller alone
+        except Exception as error:  # a duplicate id, or a failed engine: only this caller gets it
             stream.fail(error)
         else:
             self._streams[request.request_id] = stream
@@ -210,7 +210,7 @@ class AsyncLLM:
             self._tell(request)
 
     def _leave(self, request_id: str, stream: "_Stream") -> None:
-        if self._streams.get(request_id) is stream:  # not another's of the same id
+        if self._streams.get(request_id) is stream:  # not a later request with the same id
             self._abort(request_id)
 
     def _tell(self, request: Request) -> None:
@@ -228,7 +228,7 @@ def _check_id(request_id: Any) -> None:
 
 
 class _Nothing:
-    """What there is to await of a call that is over."""
+    """An awaitable that is already done."""
 
     def __await__(self) -> Generator[None, None, None]:
         return
@@ -236,7 +236,7 @@ class _Nothing:
 
 
 class _Stream:
-    """The newest output of one request, on its way from the engine's thread to an event loop."""
+    """Passes a request's newest output from the engine's thread to an event loop."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
@@ -263,5 +263,5 @@ class _Stream:
             self._newest = newest
             self._changed.set()
 
-        with suppress(RuntimeError):  # the loop is closed, so its caller is gone
+        with suppress(RuntimeError):  # the loop is closed: no caller waits
             self._loop.call_soon_threadsafe(change)

@@ -1,4 +1,4 @@
-"""Three kinds of configuration: what the checkpoint fixes, what the user asks, what was decided."""
+"""Three configurations: of the model (checkpoint), of the engine (user), and the engine's plan."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,7 +32,7 @@ class RopeScaling:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
-    """What the checkpoint fixes. Hashable, so jit may take it as a static argument."""
+    """The model, as its checkpoint fixes it. Hashable, so jit may take it as a static argument."""
 
     family: str  # key of jinfer.models.registry, e.g. "llama"
     vocab_size: int  # V
@@ -48,7 +48,7 @@ class ModelConfig:
     rope_scaling: RopeScaling | None = None
     attention_bias: bool = False  # on the q, k, v and o projections
     mlp_bias: bool = False
-    tie_word_embeddings: bool = False  # the unembedding is the embedding
+    tie_word_embeddings: bool = False  # the lm_head is the embedding
 
     def __post_init__(self) -> None:
         if self.num_q_heads % self.num_kv_heads:
@@ -58,12 +58,12 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise ValueError(
-                f"rotary positions need an even head width; got head_dim={self.head_dim}."
+                f"rotary positions need an even head_dim; got head_dim={self.head_dim}."
             )
 
     @property
     def num_parameters(self) -> int:
-        """Trainable numbers, the unembedding counted once if tied."""
+        """Number of trainable parameters; a tied lm_head is not counted again."""
         heads = self.num_q_heads + 2 * self.num_kv_heads
         attention = self.hidden_size * self.head_dim * (heads + self.num_q_heads)
         block = attention + 3 * self.hidden_size * self.intermediate_size + 2 * self.hidden_size
@@ -81,7 +81,7 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GenerationDefaults:
-    """What `generation_config.json` says: end tokens, and sampling a user need not repeat.
+    """Contents of `generation_config.json`: end tokens, and defaults of SamplingParams.
 
     `sampling` holds only the keys the file names, in SamplingParams' spelling.
     """
@@ -92,15 +92,15 @@ class GenerationDefaults:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineConfig:
-    """What the user asks. `None` means: decide from the checkpoint and the hardware.
+    """The user's settings. `None`: the engine decides from the checkpoint and the hardware.
 
-    Names are vLLM's where vLLM has one, so that a script moves over unchanged.
+    Names are vLLM's where vLLM has one, so that its scripts run unchanged.
     """
 
     model: str | Path  # a Hugging Face folder, or a hub name such as "org/name"
     tokenizer: str | Path | None = None  # a folder; None = the model's own
-    skip_tokenizer_init: bool = False  # prompts must then be token ids
-    load_format: str = "auto"  # "auto" reads safetensors; "dummy" draws random weights
+    skip_tokenizer_init: bool = False  # True: prompts must be token ids
+    load_format: str = "auto"  # "auto" reads safetensors; "dummy" makes random weights
     dtype: str = "auto"  # "auto": float32 on CPU, else bfloat16; "float32" | "bfloat16" | "float16"
     kv_cache_dtype: str = "auto"  # of KV pages; "auto": as dtype; "int8" | "fp8" = "fp8_e4m3"
     tensor_parallel_size: int = 1  # chips that share one model
@@ -108,18 +108,18 @@ class EngineConfig:
     max_model_len: int | None = None  # tokens of prompt and output together
     max_num_seqs: int | None = None  # slots: sequences that run at the same time
     max_num_batched_tokens: int | None = None  # token budget of one step
-    max_decode_steps: int | None = None  # decode steps of one dispatch at most; 1 = always one
+    max_decode_steps: int | None = None  # most decode steps of one dispatch
     long_prefill_token_threshold: int | None = None  # longest prefill chunk; None = the budget
-    ttft_target_ms: float | None = None  # arrival to first token, to aim at; see schedule/pace.py
-    tpot_target_ms: float | None = None  # between tokens of a request in the mean, likewise
-    enable_prefix_caching: bool = True  # prompts that begin alike are computed once
-    kv_offloading_size: float | None = None  # GiB of host memory for KV pages the device gives up
+    ttft_target_ms: float | None = None  # goal, arrival to first token; see schedule/pace.py
+    tpot_target_ms: float | None = None  # goal, mean time between a request's tokens
+    enable_prefix_caching: bool = True  # compute a common prefix once
+    kv_offloading_size: float | None = None  # GiB of host memory for evicted KV pages
     page_size: int | None = None  # tokens per KV page
-    num_pages: int | None = None  # KV pages in the pool, the bin page included
-    gpu_memory_utilization: float = 0.9  # share of the device's free memory the engine may use
-    seed: int = 0  # of requests that bring none
+    num_pages: int | None = None  # KV pages in the pool, with the null page
+    gpu_memory_utilization: float = 0.9  # fraction of the device's free memory to use
+    seed: int = 0  # for requests without a seed
     generation_config: str = "auto"  # "auto": sampling defaults of the checkpoint; "vllm": none
-    max_logprobs: int = 20  # largest `logprobs` and `prompt_logprobs` a request may ask
+    max_logprobs: int = 20  # limit on a request's `logprobs` and `prompt_logprobs`
     layer_loop: str | None = None  # "scan" | "unrolled"
     attention: str | None = None  # name of a paged-attention implementation
     compilation_cache: str | Path | None = None  # folder; None = the user's cache directory
@@ -129,30 +129,30 @@ class EngineConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EnginePlan:
-    """What was decided, once, at start-up. No `None`, no sentinel, no later edits."""
+    """The engine's settings, fixed at start-up. No `None`, no sentinel, no later edits."""
 
     platform: str  # "cpu" | "gpu" | "tpu"
     dtype: str  # of weights and activations
-    kv_dtype: str  # of KV pages; those of 8 bits carry scales
-    kv_head_dim: int  # of a key or value in its page; the model's own, or wider
+    kv_dtype: str  # of KV pages; 8-bit pages have scales
+    kv_head_dim: int  # of keys and values in a page; the model's head_dim, or wider
     tensor_parallel_size: int  # chips that share the model
-    vocab_size: int  # V of logits and slots; the model's own, or filled up for the chips
+    vocab_size: int  # V of logits and slots; the model's, or padded for the chips
     max_model_len: int
     max_slots: int
     max_step_tokens: int
     max_chunk_tokens: int
     page_size: int
-    num_pages: int  # page 0, the bin, included
+    num_pages: int  # with page 0, the null page
     page_bytes: int  # of one page on one chip
-    num_host_pages: int  # room in host memory for pages that the pool gives up
+    num_host_pages: int  # host memory for evicted pages
     pages_per_slot: int  # M
     token_buckets: tuple[int, ...]  # T of a step, ascending; one program each
-    step_cost_tokens: int  # a step takes as long as its tokens and so many more
-    decode_buckets: tuple[int, ...]  # B of decode programs, likewise; none if of one step at most
+    step_cost_tokens: int  # fixed cost of a step, counted in tokens
+    decode_buckets: tuple[int, ...]  # B of multi-step decode programs, ascending
     max_decode_steps: int
     max_logprobs: int  # J of the top-logprob lists
     layer_loop: str
-    weight_layout: str  # "default" | "16x128": tiles of weight matrices in device memory
+    weight_layout: str  # "default" | "16x128": tiling of weight matrices in memory
     attention: str
 
     @property

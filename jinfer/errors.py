@@ -1,4 +1,4 @@
-"""What can go wrong by the user's doing, as types a caller can tell apart.
+"""Exceptions for errors of the user.
 
 Every message says: the rule; got name=value. What to do.
 """
@@ -10,15 +10,15 @@ from typing import Any
 
 
 class RequestError(ValueError):
-    """One request cannot be served as asked; the others are unaffected."""
+    """One request cannot be served; the others are unaffected."""
 
 
 class CheckpointError(ValueError):
-    """A model folder is missing something, holds something extra, or is damaged."""
+    """A model folder lacks a file or tensor, has one too many, or is damaged."""
 
 
 def shown(value: Any) -> str:
-    """A value as Python spells it, short enough for a sentence."""
+    """The `repr` of a value, cut to 60 characters."""
     try:
         text = repr(value)
     except ValueError:  # an integer of thousands of digits
@@ -27,7 +27,7 @@ def shown(value: Any) -> str:
 
 
 def unknown_keyword(owner: str, name: str, known: Iterable[str]) -> TypeError:
-    """The error for a keyword that `owner` does not take, with the nearest name it does."""
+    """The error for an unknown keyword of `owner`; it suggests the nearest known name."""
     known = sorted(known)
     near = difflib.get_close_matches(name, known, n=1)
     hint = f"Did you mean {near[0]}?" if near else f"It takes: {', '.join(known)}."
@@ -35,10 +35,10 @@ def unknown_keyword(owner: str, name: str, known: Iterable[str]) -> TypeError:
 
 
 def without_frames(error: Exception) -> Exception:
-    """The error, with the place where it was raised as a note in place of frames.
+    """The error without its traceback; a note says where it was raised.
 
-    A frame holds what it could see, and so do those that called it: of a step, its arrays on the
-    device and the engine. Whoever keeps a failed output would keep all of them.
+    Frames refer to the engine and to arrays on the device. A caller who keeps a failed output
+    would keep them alive.
     """
     place = "".join(traceback.format_tb(error.__traceback__)).rstrip()
     if place:

@@ -2,9 +2,7 @@
 
 import inspect
 import itertools
-from collections import OrderedDict, deque
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -14,8 +12,8 @@ from tqdm import tqdm
 
 from jinfer.arguments.vllm import translated
 from jinfer.config import EngineConfig
+from jinfer.engine.callers import Callers
 from jinfer.engine.engine import Engine
-from jinfer.engine.interrupt import deferred
 from jinfer.engine.metrics import MetricsSnapshot
 from jinfer.engine.replicas import Replicas
 from jinfer.engine.running import Request
@@ -56,10 +54,9 @@ class LLM:
         config = engine_config(model, engine_args)
         # More replicas look like one engine.
         self.engine = Engine(config) if config.data_parallel_size == 1 else Replicas(config)
+        self._callers = Callers(self.engine)
         self._renderer = ChatRenderer()
         self._ids = itertools.count()
-        self._is_turning = False  # the engine
-        self._left: deque[str] = deque()  # ids of requests that nobody waits for any more
 
     def __enter__(self) -> "LLM":
         return self
@@ -70,12 +67,12 @@ class LLM:
     def close(self) -> None:
         """Frees the device memory. Idempotent; the object cannot be used afterwards."""
         self._renderer.close()
-        with self._turning():
+        with self._callers.changing():
             self.engine.close()
 
     def reset_prefix_cache(self) -> None:
         """Forgets every cached prefix, so that the next prompts are computed whole."""
-        with self._turning():
+        with self._callers.changing():
             self.engine.reset_prefix_cache()
 
     def metrics(self) -> MetricsSnapshot:
@@ -163,7 +160,7 @@ class LLM:
 
     def _stream(self, request: Request) -> Generator[RequestOutput, None, None]:
         before = None
-        with self._running([request]) as steps:
+        with self._callers.running([request]) as steps:
             for _ in steps:
                 self._raise_failure(request)
                 if request.final_only and not request.finished:
@@ -181,7 +178,7 @@ class LLM:
         for place, outcome in enumerate(outcomes):
             if isinstance(outcome, RequestOutput):
                 yield place, outcome
-        with self._running(list(places)) as steps:
+        with self._callers.running(list(places)) as steps:
             for advanced in steps:
                 for request in advanced:
                     if request.finished:
@@ -199,7 +196,7 @@ class LLM:
         outcomes = self._prepare_all(units, params, on_error, priority)
         requests = [outcome for outcome in outcomes if isinstance(outcome, Request)]
         shown = use_tqdm and self.engine.config.progress
-        with _ProgressLine(len(requests), shown) as line, self._running(requests) as steps:
+        with _ProgressLine(len(requests), shown) as line, self._callers.running(requests) as steps:
             for advanced in steps:
                 line.update(advanced)
         for request in requests:
@@ -291,63 +288,6 @@ class LLM:
             else _caught(lambda u=unit, p=p, r=r: self.prepare(u, p, priority=r), on_error, unit)
             for unit, (p, r) in zip(units, each, strict=True)
         ]
-
-    @contextmanager
-    def _running(self, requests: Sequence[Request]) -> Iterator[Iterator[list[Request]]]:
-        """Queues the requests; whatever ends the block early, they leave the engine with it."""
-        try:
-            with deferred(), self._turning():
-                for request in requests:
-                    self.engine.add(request)
-            yield self._steps(requests)
-        finally:
-            self._left.extend(request.request_id for request in requests)
-            with deferred():
-                self._let_go()
-
-    @contextmanager
-    def _turning(self) -> Iterator[None]:
-        """The engine changes in here, and no request leaves it meanwhile, but at the end.
-
-        Python's garbage collector ends an abandoned stream wherever it happens to run, which may
-        be in the middle of a step, when the scheduler must not change.
-        """
-        self._is_turning = True
-        try:
-            yield
-        finally:
-            self._is_turning = False
-            self._let_go()
-
-    def _let_go(self) -> None:
-        """Requests that were left leave the engine, unless it is changing: then they do after."""
-        while self._left and not self._is_turning:
-            self._is_turning = True
-            try:
-                self.engine.abort(self._left.popleft())
-            finally:
-                self._is_turning = False
-
-    def _steps(self, requests: Sequence[Request]) -> Iterator[list[Request]]:
-        """Turns the loop until all are finished; yields those of them that each turn advanced.
-
-        Where two loops run in turn, as over two streams, each turn advances the requests of both.
-        What finished in a turn of the other loop is told here when all before it is finished.
-        """
-        left = OrderedDict.fromkeys(requests)
-        while left:
-            oldest = next(iter(left))
-            if oldest.finished:
-                advanced = [oldest]
-            else:
-                with deferred(), self._turning():
-                    advanced = self.engine.step()
-            mine = [request for request in advanced if request in left]
-            for request in mine:
-                if request.finished:
-                    del left[request]
-            if mine:
-                yield mine
 
     def _raise_failure(self, request: Request, on_error: str = "raise") -> None:
         if request.error is not None and on_error == "raise":

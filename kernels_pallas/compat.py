@@ -1,4 +1,4 @@
-"""The one place that reaches into JAX's private modules, for want of a public way."""
+"""The only file that uses JAX's private modules, where no public API exists."""
 
 import math
 from contextlib import AbstractContextManager
@@ -10,12 +10,12 @@ from jax._src.mesh import AbstractDevice
 
 
 def told_the_chip(device: Any) -> AbstractContextManager[Any]:
-    """Inside it, Pallas kernels are traced for `device` even where no such chip is present.
+    """Traces Pallas kernels for `device` within the context, even if no such chip is present.
 
     Args:
-      device: of a topology description, from `jax.experimental.topologies`.
+      device: from a topology description of `jax.experimental.topologies`.
     """
-    # A TPU says num_cores, a GPU core_count; and "gpu" names only GPUs that are present.
+    # A TPU has num_cores, a GPU core_count. The platform "gpu" means present GPUs only.
     num_cores = getattr(device, "num_cores", None) or getattr(device, "core_count", None)
     platform = "cuda" if device.platform == "gpu" else device.platform
     abstract = AbstractDevice(
@@ -26,26 +26,26 @@ def told_the_chip(device: Any) -> AbstractContextManager[Any]:
 
 
 def not_kept_by_jax() -> AbstractContextManager[Any]:
-    """Inside it, on this thread, what is compiled is not written to JAX's persistent cache."""
+    """Keeps this thread's compilations out of JAX's persistent cache within the context."""
     return config.persistent_cache_min_compile_time_secs(math.inf)
 
 
 def kept_arguments(lowered: jax.stages.Lowered) -> tuple[int, ...] | None:
-    """Which of its arguments a lowered program has: unused ones are left out of it.
+    """Indices of the arguments that a lowered program uses; lowering drops the others.
 
-    None where this version of JAX keeps them elsewhere.
+    None if this version of JAX keeps them elsewhere.
     """
     told = getattr(getattr(lowered, "_lowering", None), "compile_args", {})
     return tuple(sorted(told["kept_var_idx"])) if "kept_var_idx" in told else None
 
 
 def compile_options() -> str:
-    """What XLA is asked when JAX compiles, its flags from the environment included."""
+    """The options that JAX passes to XLA, including flags from the environment."""
     return compiler.get_compile_options(num_replicas=1, num_partitions=1).SerializeAsString().hex()
 
 
 def cudnn_attention() -> Any:
-    """The module with cuDNN's paged attention, which is timed beside ours and never used."""
+    """The module with cuDNN's paged attention; benchmarks time it, the engine never uses it."""
     from jax._src.cudnn import fused_attention_stablehlo
 
     return fused_attention_stablehlo

@@ -25,8 +25,10 @@ from jinfer.arguments.config_file import read_config
 from jinfer.bench.chips import describe_slice
 from jinfer.config import EngineConfig, RopeScaling
 from jinfer.parallel.model_shards import chip_shard, padded_model
+from jinfer.startup.checks import check_config
 from jinfer.startup.chips import CHIPS
-from jinfer.startup.resolve import check_config, resolve_dtype, resolve_plan
+from jinfer.startup.defaults import resolve_dtype
+from jinfer.startup.plan import resolve_plan
 from kernels_pallas.compat import told_the_chip
 
 FOLDER = Path(__file__).parents[1] / "configs"

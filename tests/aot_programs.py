@@ -20,8 +20,8 @@ from jinfer.config import EngineConfig, EnginePlan, ModelConfig
 from jinfer.parallel.mesh import make_mesh
 from jinfer.parallel.model_shards import padded_model
 from jinfer.parallel.sharding import Placement
-from jinfer.startup.load import state_shapes, step_programs
-from jinfer.startup.resolve import resolve_plan
+from jinfer.startup.plan import resolve_plan
+from jinfer.startup.programs import state_shapes, step_programs
 from kernels_pallas.compat import told_the_chip
 
 LLAMA_3_8B = ModelConfig(

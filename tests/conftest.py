@@ -3,6 +3,8 @@
 import os
 from contextlib import nullcontext
 
+from fast_compiles import FAST_COMPILES
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
@@ -13,6 +15,15 @@ _CACHE = os.path.join(os.path.dirname(__file__), os.pardir, ".pytest_cache", "xl
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.abspath(_CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
+import jax  # noqa: E402 - after its environment
+
+# XLA for CPUs reads its flags once, here. Processes started by tests, and the compilers for
+# accelerators, find those that were asked for.
+_FLAGS = os.environ["XLA_FLAGS"]
+os.environ["XLA_FLAGS"] = f"{FAST_COMPILES} {_FLAGS}"
+jax.devices()
+os.environ["XLA_FLAGS"] = _FLAGS
 
 from beartype._decor._nontype._wrap import _wrapargs, _wrapreturn  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402

@@ -14,7 +14,7 @@ from test_aot_programs import (
 
 from jinfer.bench.chips import describe
 from jinfer.config import EnginePlan, ModelConfig
-from jinfer.startup.resolve import resolve_plan
+from jinfer.startup.plan import resolve_plan
 
 pytestmark = pytest.mark.slow
 OFFLOADING = replace(CONFIG, kv_offloading_size=4.0)

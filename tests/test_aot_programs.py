@@ -20,7 +20,7 @@ from aot_programs import CONFIG, DECODE, LLAMA_3_8B, STEP
 from jax.experimental import topologies
 from jax.experimental.compilation_cache import compilation_cache
 
-from jinfer.startup.resolve import resolve_plan
+from jinfer.startup.plan import resolve_plan
 from jinfer.weights.dummy import _Part, _uniform
 from jinfer.weights.layout import hold_as, put_layer
 from kernels_pallas.compat import told_the_chip

@@ -193,7 +193,7 @@ BAD_ARGUMENTS = [
     ({"max_model_len": 257}, "max_model_len=257, max_position_embeddings=256. Lower it"),
     ({"page_size": -1}, "page_size must be at least 1"),
     ({"num_pages": 3}, "num_pages=17; got num_pages=3. The longest context that fits is 32 tok"),
-    ({"num_pages": 10**9}, "num_pages=1000000000, .* GiB, of .* GiB. Lower num_pages to"),
+    ({"num_pages": 10**9}, "num_pages=1000000000, .* GiB, with .* GiB free. Lower num_pages to"),
     ({"long_prefill_token_threshold": 0}, "long_prefill_token_threshold must be at least 1"),
     ({"ttft_target_ms": 0}, "ttft_target_ms must be above 0; got ttft_target_ms=0. Pass millis"),
     ({"tpot_target_ms": "fast"}, "tpot_target_ms must be above 0; got .*'fast'"),

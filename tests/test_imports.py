@@ -53,6 +53,7 @@ def imported_parts(path: Path) -> set[str]:
     return {name[1] for name in names if name[0] == "jinfer" and name[1:] != ["__version__"]}
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(
     "path", source_files("jinfer"), ids=lambda path: str(path.relative_to(ROOT))
 )
@@ -86,6 +87,7 @@ def test_only_step_compile_and_bench_import_kernels() -> None:
     assert users == {"step", "bench", "compile"}
 
 
+@pytest.mark.smoke
 def test_requests_schedule_and_command_line_need_no_jax() -> None:
     files = [*source_files("jinfer/request"), *source_files("jinfer/schedule")]
     modules = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in files]

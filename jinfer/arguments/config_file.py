@@ -10,10 +10,10 @@ from jinfer.config import EngineConfig
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
-    """What a file asks of the engine, as keywords of `LLM`; `configs/` holds ready ones.
+    """Reads a YAML file of engine arguments, as keywords of `LLM`; examples are in `configs/`.
 
     Raises:
-      ValueError: there is no such file, it is not a YAML mapping, or a key is no argument.
+      ValueError: the file is missing, is not a YAML mapping, or has an unknown key.
     """
     path = Path(path)
     try:

@@ -1,7 +1,7 @@
-"""Engine arguments of vLLM's that jinfer spells otherwise or has no choice about.
+"""vLLM's engine arguments that jinfer names differently or does not let you choose.
 
-A script that moves over keeps them: a new spelling is translated, a value that says what jinfer
-does anyway is accepted, and any other is refused with the reason. None is ignored.
+Renamed arguments are translated. Of the others, only the value that matches jinfer's behaviour is
+accepted; any other value is an error that says why. None is ignored.
 """
 
 from collections.abc import Mapping
@@ -13,12 +13,12 @@ _RENAMED = {
     "num_scheduler_steps": "max_decode_steps",
 }
 
-_NO_PIPELINE = "jinfer cuts layers, not their sequence: use tensor_parallel_size."
-_NO_EXECUTOR = "A process drives its own chips; see README for several hosts."
+_NO_PIPELINE = "jinfer has tensor parallelism only; use tensor_parallel_size."
+_NO_EXECUTOR = "One process runs all chips of its host; see README for several hosts."
 _NO_OFFLOAD = "Weights stay on the device."
 _NO_SWAP = "KV pages go to host memory with kv_offloading_size."
-_NO_REVISION = "The hub's main revision is read; download another to a folder and name that."
-# Argument -> the values that say what jinfer does, and what that is.
+_NO_REVISION = "jinfer reads the hub's main revision; download another and pass its folder."
+# Argument -> the values that match jinfer's behaviour, and what it does.
 _SETTLED: dict[str, tuple[tuple[Any, ...], str]] = {
     "pipeline_parallel_size": ((1,), _NO_PIPELINE),
     "distributed_executor_backend": ((None, "uni"), _NO_EXECUTOR),
@@ -29,9 +29,9 @@ _SETTLED: dict[str, tuple[tuple[Any, ...], str]] = {
     "quantization": ((None,), "Weights are floating point."),
     "swap_space": ((0,), _NO_SWAP),
     "kv_offloading_backend": (("native",), _NO_SWAP),
-    "scheduling_policy": (("fcfs", "priority"), "Priorities count, and are 0 where none is given."),
+    "scheduling_policy": (("fcfs", "priority"), "Priorities always count; the default is 0."),
     "cpu_offload_gb": ((0,), _NO_OFFLOAD),
-    "enable_lora": ((None, False), "Adapters are not served yet."),
+    "enable_lora": ((None, False), "LoRA adapters are not supported yet."),
     "speculative_config": ((None,), "There is no speculative decoding yet."),
     "revision": ((None, "main"), _NO_REVISION),
     "tokenizer_revision": ((None, "main"), _NO_REVISION),
@@ -40,11 +40,11 @@ _SETTLED: dict[str, tuple[tuple[Any, ...], str]] = {
 
 
 def translated(engine_args: Mapping[str, Any]) -> dict[str, Any]:
-    """The same arguments in jinfer's spelling; names that neither knows are left in.
+    """The same arguments under jinfer's names; unknown names stay.
 
     Raises:
-      NotImplementedError: the value of an argument that jinfer has no choice about is another.
-      TypeError: an argument is given in both spellings.
+      NotImplementedError: jinfer supports no other value of this argument.
+      TypeError: an argument is given under both names.
     """
     kept: dict[str, Any] = {}
     for name, value in engine_args.items():
@@ -53,9 +53,7 @@ def translated(engine_args: Mapping[str, Any]) -> dict[str, Any]:
             continue
         own = _RENAMED.get(name, name)
         if own != name and own in engine_args:
-            raise TypeError(
-                f"{name} is {own} here; got both spellings in one call. Pass {own} only."
-            )
+            raise TypeError(f"{name} is called {own} in jinfer; got both. Pass {own} only.")
         kept[own] = value
     return kept
 

@@ -1,7 +1,7 @@
-"""What others offer for paged attention on GPUs, to be timed beside ours.
+"""Other implementations of paged attention on GPUs, to time beside ours.
 
-Each attends and no more: new keys and values are in its pages already, where ours write them too.
-Both compile ahead of time for an H200; neither has run beside ours yet, for want of one.
+They only attend: new keys and values are in their pages already, while ours also write them. Both
+compile ahead of time for an H200; neither has run beside ours yet, since no GPU was at hand.
 """
 
 import warnings
@@ -18,27 +18,27 @@ from kernels_pallas.compat import cudnn_attention
 from kernels_pallas.paged_attention.cases import Case
 from kernels_pallas.paged_attention.pages import Pages, QuantizedPages
 
-_TRITON_PAGES = 8  # of a block, its own default
+_TRITON_PAGES = 8  # pages per block, the kernel's default
 KeysAndValues = tuple[Array, Array]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Baseline:
-    """A way to attend, called as ours are, over pages that lie as it wants them."""
+    """An implementation with the same call as ours, on pages in its own layout."""
 
     attend: Callable[..., tuple[Any, Any]]
-    split: Callable[[Pages], KeysAndValues]  # our pool as its keys and values
-    variants: tuple[dict[str, int], ...]  # each is timed, the fastest counts
-    most_layers: int | None = None  # of the pool that it can look a layer up in; None = any
+    split: Callable[[Pages], KeysAndValues]  # converts our pool to its keys and values
+    variants: tuple[dict[str, int], ...]  # all are timed, the fastest counts
+    most_layers: int | None = None  # the most layers its pool may have; None = any
 
 
 def implementation(name: str) -> Callable[..., tuple[Any, Any]]:
-    """Ours or a baseline's, by name."""
+    """One of our implementations or a baseline, by name."""
     return BASELINES[name].attend if name in BASELINES else ATTENTION[name]
 
 
 def names_for(case: Case, names: tuple[str, ...], platform: str) -> tuple[str, ...]:
-    """Ours of these names, and the baselines that take such a case."""
+    """These names, and the baselines that support the case."""
     decodes = all(length == 1 for length in case.query_len)
     takes = platform == "gpu" and decodes and case.pages_dtype is None
     return (*names, *BASELINES) if takes else names
@@ -57,7 +57,7 @@ def _attend_triton(
     num_parts: int = 16,
     interpret: bool = False,
 ) -> tuple[Float[Array, "B N H"], KeysAndValues]:
-    """The Pallas kernel on Triton that comes with JAX, which has deprecated it."""
+    """JAX's own Pallas kernel on Triton, which JAX has deprecated."""
     _check_decodes(q_BNH, table_BM)
     part_pages, rest = divmod(table_BM.shape[1], num_parts)
     if rest or (part_pages > _TRITON_PAGES and part_pages % _TRITON_PAGES):
@@ -66,11 +66,11 @@ def _attend_triton(
             f"got {table_BM.shape[1]} pages. Choose another page size."
         )
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # known, and no news to a user
+        warnings.simplefilter("ignore", DeprecationWarning)  # known, and irrelevant to users
         from jax.experimental.pallas.ops.gpu.paged_attention import paged_attention
 
         out_BNH = paged_attention(
-            q_BNH * scale,  # it knows no scale
+            q_BNH * scale,  # the kernel has no scale
             *(x.reshape(x.shape[0], -1, *x.shape[3:]) for x in pages),
             table_BM + layer * pages[0].shape[2],
             kv_len_B,
@@ -89,14 +89,14 @@ def _attend_cudnn(
     q_BNH: Float[Array, "B N H"],
     k_BKH: Float[Array, "B K H"],
     v_BKH: Float[Array, "B K H"],
-    pages: KeysAndValues,  # [B * M, K, Z, H] each: no bin, and nothing to spare
+    pages: KeysAndValues,  # [B * M, K, Z, H] each: no null page, no spare pages
     layer: int | Int32[Array, ""],
     table_BM: Int32[Array, "B M"],
     kv_len_B: Int32[Array, "B"],
     *_: Any,
     scale: float,
 ) -> tuple[Float[Array, "B N H"], KeysAndValues]:
-    """cuDNN's paged attention, which JAX has without a public name; for one layer's pages."""
+    """cuDNN's paged attention on one layer's pages; in JAX it has no public name."""
     _check_decodes(q_BNH, table_BM)
     if pages[0].shape[0] != table_BM.size:
         raise NotImplementedError(
@@ -117,7 +117,7 @@ def _attend_cudnn(
         )
     except RuntimeError as error:
         raise NotImplementedError(
-            f"cudnn is not here ({error}). Do: pip install nvidia-cudnn-cu13."
+            f"cudnn must be installed; got error={error}. Do: pip install nvidia-cudnn-cu13."
         ) from error
     return out_BN1H[:, :, 0], pages
 
@@ -130,14 +130,14 @@ def _split_for_cudnn(pages: Pages) -> KeysAndValues:
 def _check_decodes(q_TNH: Array, table_BM: Array) -> None:
     if q_TNH.shape[0] != table_BM.shape[0]:
         raise NotImplementedError(
-            f"it attends from one token per row; got {q_TNH.shape[0]} tokens of "
+            f"a baseline attends from one token per row; got {q_TNH.shape[0]} tokens of "
             f"{table_BM.shape[0]} rows. Choose a decode case."
         )
 
 
 def _cells_alone(pages: Pages) -> Array:
     if isinstance(pages, QuantizedPages):
-        raise NotImplementedError("it is timed on plain pages only. Choose a case without 8 bits.")
+        raise NotImplementedError("a baseline needs plain pages; got 8 bits. Choose another case.")
     return pages
 
 
@@ -145,7 +145,7 @@ BASELINES = {
     "triton": Baseline(
         attend=_attend_triton,
         split=_split_for_triton,
-        # The default splits for few rows; many rows fill a chip without.
+        # The default splits the context, for few rows; many rows fill a chip without it.
         variants=({"num_parts": 16}, {"num_parts": 4}, {"num_parts": 1}),
     ),
     "cudnn": Baseline(attend=_attend_cudnn, split=_split_for_cudnn, variants=({},), most_layers=1),
@@ -153,6 +153,6 @@ BASELINES = {
 
 
 def variants_of(name: str) -> list[Callable[..., tuple[Any, Any]]]:
-    """The ways to call it that are timed; of ours there is one, for they choose themselves."""
+    """The calls to time: a baseline's variants, or one for ours, which choose their own tiles."""
     variants = BASELINES[name].variants if name in BASELINES else ({},)
     return [partial(implementation(name), **variant) for variant in variants]

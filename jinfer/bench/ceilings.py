@@ -1,4 +1,4 @@
-"""What this device can do at best, measured beside whatever is held against it."""
+"""The best rates of this device, measured in the same run as the figures compared to them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from jax import lax
 from jinfer.bench.table import figure
 from jinfer.bench.timing import time_loop
 
-# Large enough that no cache holds the arrays and that a matrix product fills the device.
+# Large enough that the arrays exceed every cache and a matrix product fills the device.
 _COPY_BYTES = {"cpu": 256 << 20, "gpu": 2 << 30, "tpu": 1 << 30}
 _MATRIX_WIDTH = {"cpu": 1536, "gpu": 8192, "tpu": 8192}
 
@@ -22,10 +22,10 @@ class Ceilings:
     """Rates that nothing on this device exceeds for long.
 
     Args:
-      copy_bytes_per_s: bytes read and written, copying a large array.
-      read_bytes_per_s: bytes read, summing it up.
-      flops_per_s: of a large square matrix product.
-      dtype: of that product.
+      copy_bytes_per_s: bytes read and written while copying a large array.
+      read_bytes_per_s: bytes read while summing a large array.
+      flops_per_s: rate of a large square matrix product.
+      dtype: dtype of that product.
     """
 
     copy_bytes_per_s: float
@@ -37,21 +37,21 @@ class Ceilings:
     def bytes_per_s(self) -> float:
         """The faster of the two.
 
-        On CPUs a write first reads what it overwrites; but where reading and writing have wires of
-        their own, a copy takes both, and nothing that only reads is as fast.
+        On CPUs a write first reads the old content, so reads are faster. On a device with separate
+        wires for reads and writes, a copy uses both and is faster than any read.
         """
         return max(self.copy_bytes_per_s, self.read_bytes_per_s)
 
     def bound_s(self, num_bytes: float, num_flops: float) -> float:
-        """The least time for so much traffic and arithmetic, each hidden behind the other."""
+        """The least time for this traffic and arithmetic, if they overlap fully."""
         return max(num_bytes / self.bytes_per_s, num_flops / self.flops_per_s)
 
     def read_bound_s(self, num_bytes: float, num_flops: float) -> float:
-        """The same where bytes are only read, as nearly all of a step's are."""
+        """The same if all bytes are reads, as nearly all of a step's are."""
         return max(num_bytes / self.read_bytes_per_s, num_flops / self.flops_per_s)
 
     def faster(self, other: "Ceilings") -> "Ceilings":
-        """Of two measurements of one device the better in each: the other one was disturbed."""
+        """The better of two measurements of one device, per rate: the other was disturbed."""
         return Ceilings(
             copy_bytes_per_s=max(self.copy_bytes_per_s, other.copy_bytes_per_s),
             read_bytes_per_s=max(self.read_bytes_per_s, other.read_bytes_per_s),
@@ -68,7 +68,7 @@ class Ceilings:
 
 
 def precision_of(dtype: str) -> str:
-    """How the engine multiplies: float32 in full precision, which accelerators would cut short."""
+    """The engine's matmul precision: full for float32, which accelerators would truncate."""
     return "highest" if dtype == "float32" else "default"
 
 
@@ -77,7 +77,7 @@ def measure_ceilings(platform: str, dtype: str) -> Ceilings:
 
     Args:
       platform: "cpu", "gpu" or "tpu".
-      dtype: of the matrix product; float32 is computed in full precision, as the engine does.
+      dtype: of the matrix product; float32 has full precision, as in the engine.
     """
     num_bytes, width = _COPY_BYTES[platform], _MATRIX_WIDTH[platform]
     words = jnp.ones(num_bytes // 4, jnp.float32)
@@ -87,8 +87,8 @@ def measure_ceilings(platform: str, dtype: str) -> Ceilings:
     read_s = time_loop(_looped(_read, jnp.zeros(width), words)).median_s
     read_bytes = words.nbytes
     del words
-    # Random, for chips draw less power, and clock higher, on numbers that repeat; and of a spectral
-    # radius of about one, so that the numbers neither grow nor vanish.
+    # Random, because repeated numbers need less power and let chips clock higher. The spectral
+    # radius is about one, so that the numbers neither grow nor vanish.
     draw = jax.jit(partial(jax.random.normal, shape=(width, width), dtype=dtype))
     start, matrix = draw(jax.random.key(0)), draw(jax.random.key(1)) / width**0.5
     product = partial(jnp.matmul, precision=precision_of(dtype))
@@ -102,7 +102,7 @@ def measure_ceilings(platform: str, dtype: str) -> Ceilings:
 
 
 def _read(sum_D: jax.Array, words_ED: jax.Array) -> jax.Array:
-    """A matrix times a vector that depends on the one before: every element is read once."""
+    """A matrix times a vector that depends on the last product: reads every element once."""
     return jnp.tanh(words_ED @ sum_D).sum() * jnp.full_like(sum_D, 1e-9)
 
 

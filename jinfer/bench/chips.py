@@ -1,4 +1,4 @@
-"""How to compile for a chip that is not here."""
+"""Describes chips that are not present, to compile for them."""
 
 import os
 from collections.abc import Iterator
@@ -12,8 +12,8 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from jinfer.startup.chips import CHIPS, Chip
 
-# What the compiler asks of a GPU beside the figures above: multiprocessors, their shared memory
-# (of one and of one block, bytes), threads, floating-point units, L2 in MiB, clock in GHz.
+# GPU figures that the compiler needs beside those in CHIPS: multiprocessors, shared memory in bytes
+# (of a multiprocessor, of a block), threads, floating-point units, L2 in MiB, clock in GHz.
 _GPU_DETAILS = {
     "t4": (40, 65_536, 65_536, 1024, 64, 4, 1.59),
     "a100": (108, 167_936, 166_912, 2048, 64, 40, 1.41),
@@ -25,10 +25,10 @@ _GPU_DETAILS = {
 
 
 def chip_named(name: str) -> Chip:
-    """One of CHIPS.
+    """One of CHIPS, by name.
 
     Raises:
-      ValueError: there is no such chip here.
+      ValueError: CHIPS has no such name.
     """
     if name not in CHIPS:
         raise ValueError(
@@ -38,7 +38,7 @@ def chip_named(name: str) -> Chip:
 
 
 def default_target() -> str | None:
-    """A chip whose compiler is installed, to ask where no accelerator is; None if none is."""
+    """A chip whose compiler is installed, for machines without an accelerator; else None."""
     for module, name in (("libtpu", "v6e"), ("jax_plugins.xla_cuda13", "h200")):
         if find_spec(module) is not None:
             return name
@@ -46,7 +46,7 @@ def default_target() -> str | None:
 
 
 def describe(name: str) -> tuple[Any, float]:
-    """A device of that kind to compile for, and which share of a chip it is.
+    """A device of that kind to compile for, and the fraction of a chip that it is.
 
     Raises:
       ValueError: the compiler for that kind of chip is not installed.
@@ -61,7 +61,7 @@ def describe_slice(name: str, topology: str) -> list[Any]:
 
     Args:
       name: one of CHIPS.
-      topology: of TPUs such as "v6e:2x4"; of GPUs "PARTITIONSxHOSTSxDEVICES", such as "1x1x8".
+      topology: for TPUs such as "v6e:2x4"; for GPUs "PARTITIONSxHOSTSxDEVICES", such as "1x1x8".
 
     Raises:
       ValueError: the compiler for that kind of chip is not installed.
@@ -69,7 +69,7 @@ def describe_slice(name: str, topology: str) -> list[Any]:
     if chip_named(name).platform == "gpu":
         options = {"target_config": _target_config(name), "topology": topology}
         return _devices("", "cuda", 'pip install "jinfer[cuda13]"', **options)
-    # Else the compiler asks the cloud what machine this is, and locks it for one process.
+    # Without these the compiler queries the cloud's metadata, and allows one process only.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "true")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
@@ -111,18 +111,18 @@ device_description_str: "NVIDIA {name.upper()}"
 
 
 def memory_of(program: jax.stages.Compiled) -> Any:
-    """What a compiled program says of its memory; every backend here says something."""
+    """A compiled program's memory figures; all backends in use have them."""
     memory = program.memory_analysis()
-    assert memory is not None, "the backend keeps silent about memory"
+    assert memory is not None, "the backend has no memory analysis"
     return memory
 
 
 @contextmanager
 def no_compilation_cache() -> Iterator[None]:
-    """A program compiled without its device is written to the cache, but cannot be read back."""
+    """Turns the cache off: it cannot read back a program that was compiled without its device."""
     before = jax.config.values["jax_enable_compilation_cache"]
     jax.config.update("jax_enable_compilation_cache", False)
-    compilation_cache.reset_cache()  # which asks whether it is enabled only once
+    compilation_cache.reset_cache()  # it checks whether it is enabled only once
     try:
         yield
     finally:

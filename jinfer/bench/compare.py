@@ -1,7 +1,7 @@
-"""jinfer beside transformers: same model, same prompts, one process, taking turns.
+"""Compares jinfer with transformers: same model, same prompts, one process, alternating runs.
 
-Needs the `agreement` extra. Runs alternate, so that a machine whose speed drifts slows all of
-them; read the ratios, not the rates.
+Needs the `agreement` extra. Runs alternate, so that a machine whose speed drifts slows all
+alike: read the ratios, not the rates.
 """
 
 import copy
@@ -24,12 +24,12 @@ GENERATE_ROWS = 32  # prompts of one call of `generate`, in the order of the job
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Compared:
-    """Seconds of each way to answer the same jobs."""
+    """Seconds that each way takes to answer the same jobs."""
 
     num_jobs: int
     num_input_tokens: int
     num_output_tokens: int
-    turns_s: dict[str, list[float]]  # each way's, in their order
+    turns_s: dict[str, list[float]]  # for each way, in order
 
     @property
     def median_s(self) -> dict[str, float]:
@@ -52,9 +52,9 @@ def compare(
     *,
     around_first: Callable[[], object] = lambda: None,
 ) -> Compared:
-    """Medians of `repeats`, the runs taking turns, after one of each that does not count.
+    """Medians of `repeats` alternating runs, after one run of each that does not count.
 
-    `around_first` is called before and after each turn of the first one, while no clock runs.
+    Calls `around_first` before and after each run of the first way, while no clock runs.
     """
     elapsed_s: dict[str, list[float]] = {name: [] for name in runs}
     first = next(iter(runs))
@@ -76,7 +76,7 @@ def compare(
 
 
 def compared_text(rows: Sequence[Compared]) -> str:
-    """Output tokens per second of each way, and how many times as fast the first is."""
+    """A table of each way's output tokens per second, and the first way's ratio to it."""
     first, *others = rows[0].median_s
     repeats = len(rows[0].turns_s[first])
     header = ["prompts", first]
@@ -94,7 +94,7 @@ def compared_text(rows: Sequence[Compared]) -> str:
 
 
 def require_transformers() -> None:
-    """Raises ValueError, before anything is loaded, where torch or transformers is missing."""
+    """Raises ValueError, before anything is loaded, if torch or transformers is missing."""
     for name in ("torch", "transformers"):
         if find_spec(name) is None:
             raise ValueError(
@@ -107,12 +107,12 @@ def require_transformers() -> None:
 def transformers_runs(
     folder: Path, ways: Collection[str] = WAYS, *, dummy: bool, dtype: str
 ) -> Iterator[dict[str, Run]]:
-    """The ways of transformers, on as many threads as there are processors.
+    """Yields the ways of transformers, on as many threads as there are processors.
 
     Args:
-      folder: the model's, in Hugging Face layout.
-      ways: of `WAYS`, those that are wanted.
-      dummy: random weights of its shape.
+      folder: of the model, in Hugging Face layout.
+      ways: a subset of `WAYS`.
+      dummy: use random weights of the model's shape.
       dtype: of the weights.
     """
     assert ways and set(ways) <= set(WAYS), f"{ways=}"
@@ -128,7 +128,7 @@ def transformers_runs(
         else loader.from_pretrained(folder)
     )
     model = model.to("cuda" if torch.cuda.is_available() else "cpu", torch_dtype).eval()
-    model.generation_config.eos_token_id = None  # every answer is as long as was asked
+    model.generation_config.eos_token_id = None  # every answer has the length asked for
     model.generation_config.pad_token_id = 0
     runs: dict[str, Run] = {GENERATE: _generate(model, torch)} if GENERATE in ways else {}
     if CONTINUOUS not in ways:
@@ -139,7 +139,7 @@ def transformers_runs(
 
 
 def _twin(model: Any, loader: Any) -> Any:
-    """The same parameters in another module: continuous batching changes how its own attends."""
+    """The same parameters in another module, since continuous batching changes its attention."""
     twin = loader.from_config(copy.deepcopy(model.config)).to(model.dtype).eval()
     twin.load_state_dict(model.state_dict(), assign=True)
     twin.tie_weights()
@@ -147,7 +147,7 @@ def _twin(model: Any, loader: Any) -> Any:
 
 
 def _generate(model: Any, torch: Any) -> Run:
-    """`generate`: a batch is padded to its longest prompt and runs to its longest answer."""
+    """Runs `generate`: pads a batch to its longest prompt and runs to its longest answer."""
 
     @torch.no_grad()
     def run(jobs: Sequence[Job]) -> None:
@@ -171,7 +171,7 @@ def _generate(model: Any, torch: Any) -> Run:
 
 @contextmanager
 def _continuous(model: Any, transformers: Any) -> Iterator[Run]:
-    """Its continuous batching; each answer as long as asked, in a manager that stays."""
+    """Yields continuous batching with one manager for all runs; answers have the length asked."""
     config = transformers.GenerationConfig(
         do_sample=False, eos_token_id=-1, pad_token_id=0, max_new_tokens=1024
     )

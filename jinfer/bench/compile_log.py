@@ -1,4 +1,4 @@
-"""What JAX says of its compilations, and the store of programs of what it loads."""
+"""Counts JAX's compilations, and the programs that the program store loads."""
 
 from typing import Any
 
@@ -6,12 +6,12 @@ import jax
 
 from jinfer.compile.program_store import LOADED_EVENT
 
-_COMPILED = "/jax/core/compile/backend_compile_duration"  # also of programs read from the cache
+_COMPILED = "/jax/core/compile/backend_compile_duration"  # also for programs read from the cache
 _HIT = "/jax/compilation_cache/cache_hits"
 
 
 class CompileLog:
-    """Counts from when it is made until the process ends."""
+    """Counts from its construction to the end of the process."""
 
     def __init__(self) -> None:
         self._num_ready = self._num_hits = 0
@@ -20,7 +20,7 @@ class CompileLog:
         jax.monitoring.register_event_listener(self._on_event)
 
     def figures(self) -> dict[str, float]:
-        """Programs compiled and read, and the seconds of both, summed over threads."""
+        """Programs compiled, programs read, and the seconds of both, summed over threads."""
         return {
             "num_compiled": self._num_ready - self._num_hits,
             "num_read": self._num_hits,

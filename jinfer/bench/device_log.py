@@ -1,4 +1,4 @@
-"""When the device had work, and what it was: listens to an engine's every step."""
+"""Observes an engine's steps: when the device had work, and which."""
 
 import sys
 import threading
@@ -14,27 +14,27 @@ from jinfer.bench.roofline import Costs, StepWork
 from jinfer.schedule.plan import Chunk
 
 _SWITCH_S = 2e-4
-Span = tuple[float, float]  # seconds of `time.monotonic()`, from and to
+Span = tuple[float, float]  # start and end, in seconds of `time.monotonic()`
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DeviceTimes:
-    """How a run's time was spent, as the device sees it."""
+    """The device's share of a run's time."""
 
     busy_s: float
-    waited_s: float  # there were requests, and the host had not yet sent the next step
+    waited_s: float  # with requests, but before the host sent the next step
 
 
 class DeviceLog:
-    """An `Observer`. A thread of its own notes when each dispatch was done.
+    """An `Observer` whose own thread records the end of each dispatch.
 
-    The device takes dispatches in order, so one begins when it was sent or when the one before was
-    done, whichever is later. "Sent" is when the call returned: what the call takes is the host's.
-    Where the call itself does the work, as XLA does with small programs on a CPU, the output is
-    ready on return, and the dispatch began when the call did.
+    The device runs dispatches in order, so one begins when it was sent or when the last one ended,
+    whichever is later. It was sent when the call returned: the call's own time is the host's. If
+    the call itself does the work, as XLA does with small programs on a CPU, the output is ready on
+    return, and the dispatch began with the call.
 
-    Python is made to switch threads more often meanwhile, so that the other thread is told of the
-    end of a dispatch within _SWITCH_S and not within 5 ms, which would pass for the device's work.
+    Meanwhile Python switches threads more often: the log's thread then sees the end of a dispatch
+    within _SWITCH_S. The default 5 ms would count as the device's work.
     """
 
     def __init__(self, costs: Costs) -> None:
@@ -60,7 +60,7 @@ class DeviceLog:
         self.steps.append(self._costs.step(chunks))
 
     def close(self) -> list[Span]:
-        """Ends the thread; returns when each dispatch was sent and done."""
+        """Ends the thread; returns the times at which each dispatch was sent and done."""
         self._sent.put(None)
         self._thread.join()
         sys.setswitchinterval(self._switch_s)
@@ -78,15 +78,15 @@ class DeviceLog:
 def device_times(
     dispatches: Sequence[Span], *, start_s: float, without_work: Sequence[Span]
 ) -> DeviceTimes:
-    """Adds up when the device computed, and when it could have but had been sent nothing.
+    """Sums up the time in which the device computed, and in which it waited for the host.
 
     Args:
-      dispatches: when each was sent and done, in order.
-      start_s: when there was something to do first.
-      without_work: when there were no requests; then nobody waits for anybody.
+      dispatches: the times at which each was sent and done, in order.
+      start_s: time of the first request.
+      without_work: times without requests, which do not count as waiting.
     """
     busy_s = waited_s = 0.0
-    free_s = start_s  # since when the device has nothing to do
+    free_s = start_s  # the device has been idle since then
     for sent_s, done_s in dispatches:
         begun_s = max(sent_s, free_s)
         idle_s = sum(max(0.0, min(begun_s, b) - max(free_s, a)) for a, b in without_work)

@@ -1,4 +1,4 @@
-"""What a request must keep to in order to count as good service."""
+"""Latency goals that a request must meet to count as good service."""
 
 import math
 from collections.abc import Iterable
@@ -10,7 +10,7 @@ from jinfer.bench.runner import Served
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Goals:
-    """Longest times, in milliseconds; those that nobody asked for are infinite."""
+    """The longest allowed times, in milliseconds; infinite without a goal."""
 
     ttft_ms: float = math.inf
     tpot_ms: float = math.inf
@@ -18,10 +18,10 @@ class Goals:
 
     @classmethod
     def parse(cls, words: Iterable[str]) -> "Goals":
-        """From words such as "ttft:500", as `vllm bench serve --goodput` takes them.
+        """Parses words such as "ttft:500", the form of `vllm bench serve --goodput`.
 
         Raises:
-          ValueError: one is not so.
+          ValueError: a word has another form.
         """
         given: dict[str, float] = {}
         for word in words:
@@ -40,18 +40,18 @@ class Goals:
 
     @classmethod
     def of_engine(cls, config: Any) -> "Goals":
-        """The targets that the engine aims at."""
+        """The engine's own latency targets as goals."""
         targets = {"ttft_ms": config.ttft_target_ms, "tpot_ms": config.tpot_target_ms}
         return cls(**{name: ms for name, ms in targets.items() if ms is not None})
 
     @property
     def limits_ms(self) -> dict[str, float]:
-        """Those that were asked for, by the name of the time."""
+        """The finite limits, by the name of the time."""
         limits = {"TTFT": self.ttft_ms, "TPOT": self.tpot_ms, "end to end": self.e2el_ms}
         return {name: ms for name, ms in limits.items() if ms < math.inf}
 
     def met_by(self, served: Served) -> bool:
-        """Whether a request kept to all of them; of a single token there is no TPOT to miss."""
+        """Whether a request met all goals; a request of a single token always meets TPOT."""
         times_s = (served.ttft_s, served.tpot_s or 0.0, served.e2e_s)
         limits_ms = (self.ttft_ms, self.tpot_ms, self.e2el_ms)
         return all(s * 1e3 <= ms for s, ms in zip(times_s, limits_ms, strict=True))

@@ -1,4 +1,4 @@
-"""The shapes in which kernels are timed: what serving an 8B Llama asks of paged attention."""
+"""The shapes at which kernels are timed: paged attention in serving an 8B Llama."""
 
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -9,21 +9,21 @@ from kernels_pallas.paged_attention.cases import Case
 
 KI = 1024
 _SPOKEN = {"int8": "int8", "float8_e4m3fn": "fp8"}
-# Up to here a case runs on a CPU within seconds: the scaled-down set.
+# The limits of the small set: up to these, a case runs on a CPU within seconds.
 SMALL_BYTES, SMALL_FLOPS = 1 << 28, 20e9
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Work:
-    """What one call must do, however it is computed."""
+    """The necessary work of one call, whatever its implementation."""
 
     num_bytes: int  # read and written, each once
-    num_flops: int  # of the two matrix products, masked positions left out
+    num_flops: int  # of the two matrix products, without masked positions
     pool_bytes: int  # of one layer's pages, held in memory
 
 
 def decode(num_rows: int, context: int, **changes: str) -> Case:
-    """Every row computes one token and sees `context` of them, its own included."""
+    """A case in which every row computes one token and sees `context` tokens, including it."""
     return _case(f"decode_{num_rows}x{_short(context)}", [(context, 1)] * num_rows, **changes)
 
 
@@ -49,7 +49,7 @@ def _short(num_tokens: int) -> str:
 
 _INT8, _FP8 = {"pages_dtype": "int8"}, {"pages_dtype": "float8_e4m3fn"}
 
-# The activations' dtype and the page size are the run's own, whatever these say.
+# A run replaces the cases' activation dtype and page size with its own.
 CASES = (
     *(decode(rows, ctx * KI) for ctx in (1, 8, 32, 128) for rows in (1, 16, 64, 256)),
     _case("prefill_1k", [(KI, KI)]),
@@ -67,12 +67,12 @@ CASES = (
 
 
 def chosen(patterns: list[str], *, small: bool, dtype: str) -> list[Case]:
-    """The cases whose names match one of the patterns; without any, all or the small ones.
+    """The cases whose names match one of the patterns; without patterns, all or the small ones.
 
     Args:
-      patterns: as of a shell, such as "decode_*"; a plain name stands for itself.
-      small: without patterns, only what a CPU does within seconds.
-      dtype: of activations, by which the work of a case is counted.
+      patterns: shell patterns such as "decode_*", or plain names.
+      small: without patterns, choose only cases that a CPU runs within seconds.
+      dtype: of activations, to count the work of a case.
 
     Raises:
       ValueError: a pattern matches nothing.
@@ -93,13 +93,13 @@ def _is_small(work: Work) -> bool:
 
 
 def work_of(case: Case, dtype: str) -> Work:
-    """Counts what must be moved and computed.
+    """Counts the necessary bytes and flops.
 
-    Old keys and values of every row are read once and new ones read and written once; queries are
-    read and outputs written. A scale of 8-bit pages counts as what it is, 4 bytes.
+    A call reads old keys and values of every row once, reads and writes new ones once, reads
+    queries and writes outputs. A scale of 8-bit pages counts 4 bytes.
 
     Args:
-      case: as in CASES.
+      case: one of CASES.
       dtype: of queries, keys, values and outputs.
     """
     itemsize = jnp.dtype(dtype).itemsize

@@ -1,4 +1,4 @@
-"""Whether what `jinfer bench kernels` times is right: held to a dense softmax, token by token."""
+"""Checks the kernels that `jinfer bench kernels` times against a dense softmax, per token."""
 
 from collections.abc import Callable
 from functools import partial
@@ -13,17 +13,17 @@ from jaxtyping import Array, Float, Int32
 from kernels_pallas.paged_attention.cases import Case
 from kernels_pallas.paged_attention.pages import Pages, cells_of, new_cells, scales_of
 
-# Of the largest output. float32: 1e-5, as in the tests, where queries are ordinary; here scores,
-# and their errors, are QUERY_FACTOR times as large.
+# Fractions of the largest output. float32: 1e-5 in the tests, with ordinary queries; here scores
+# and their errors are QUERY_FACTOR times as large.
 BOUNDS = {"float32": 8e-5, "bfloat16": 2e-2, "float16": 5e-3}
-# So many tokens of a case are looked at, from its first to its last.
+# Tokens of a case that are checked, spread from the first to the last.
 _NUM_TOKENS = 64
-# Queries larger than what is timed: few keys then have weight, and one that is missed shows.
+# Larger queries than in the timing: few keys then have weight, so a missed key shows.
 QUERY_FACTOR = 8
 
 
 class Step(NamedTuple):
-    """What one call takes, as arrays, and where its tokens stand."""
+    """The arrays of one call, and the place of its tokens."""
 
     q_TNH: Array
     new_TKH: Array  # new keys, and values too
@@ -40,15 +40,15 @@ def max_error(
     make_pages: Callable[[], Pages],
     split: Callable[[Pages], Any] | None,
 ) -> float:
-    """The largest error of any output that is looked at, as a share of the largest output.
+    """The largest error of any checked output, as a fraction of the largest output.
 
     Args:
       attend: `attend(q_TNH, k_TKH, v_TKH, pages, layer, table_BM, *rows)`, without a scale.
-      case: whose step it is.
-      step: its arrays.
-      make_pages: a pool of one layer, the same each time; only one is held at once.
-      split: for what attends over pages of another form, and does not write: makes these of a
-        pool in which the new keys and values are written.
+      case: the shapes.
+      step: the case's arrays.
+      make_pages: makes a pool of one layer, the same on each call; only one exists at a time.
+      split: for baselines, which attend to pages of another form and do not write: makes those
+        pages from a pool that already has the new keys and values.
     """
     scale = case.head_dim**-0.5
     step = step._replace(q_TNH=step.q_TNH * QUERY_FACTOR)
@@ -98,7 +98,7 @@ def _answers(
     *,
     scale: float,
 ) -> Float[Array, "T N H"]:
-    """softmax(scale * q k) v in float32, one token after the other, over its whole table."""
+    """softmax(scale * q k) v in float32, one token at a time, over its whole page table."""
     cells, scales = cells_of(pages), scales_of(pages)
     num_kv_heads = cells.shape[2]
 

@@ -1,4 +1,4 @@
-"""`jinfer bench kernels`: paged attention at serving shapes, against what the device can do."""
+"""`jinfer bench kernels`: paged attention at serving shapes, against the device's ceilings."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -17,18 +17,19 @@ from jinfer.bench.kernel_cases import Work, work_of
 from jinfer.bench.kernel_check import BOUNDS, Step, max_error
 from jinfer.bench.table import figure, percent, table
 from jinfer.bench.timing import Timing, time_loop
-from jinfer.startup.resolve import default_page_size
+from jinfer.startup.defaults import default_page_size
 from jinfer.step.attention import ATTENTION
 from kernels_pallas.paged_attention.cases import Case
 from kernels_pallas.paged_attention.pages import LARGEST, Pages, QuantizedPages
 
-# What is timed unless names are given: what can run there and is not a simulation.
+# Default implementations to time: all that run on the platform, without simulations.
 IMPLEMENTATIONS = {"cpu": ("xla",), "gpu": ("gpu", "xla_wide"), "tpu": ("tpu", "xla_wide")}
-# Calls go round the layers of a pool of this size, so that no cache holds what the next one reads.
+# Calls cycle through the layers of a pool of this size, so that no cache holds the next layer.
 _POOL_BYTES, _MOST_LAYERS = 1 << 28, 32
-_HEADROOM = 1.25  # of memory, beside the pool
-# XLA on GPUs asks the host after each turn of a loop whose length is data, some 20 us: so a turn is
-# a loop of known length, of calls that move this much together, but not of more than _MOST_IN_TURN.
+_HEADROOM = 1.25  # memory needed, as a factor on the pool
+# On GPUs, XLA asks the host after each iteration of a loop of data-dependent length, some 20 us. So
+# each iteration ("turn") is a loop of fixed length: calls that move this many bytes together, at
+# most _MOST_IN_TURN.
 _TURN_BYTES, _MOST_IN_TURN = 5e9, 16
 
 Shaped = Callable[[tuple[int, ...], Any], Any]
@@ -36,7 +37,7 @@ Shaped = Callable[[tuple[int, ...], Any], Any]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Arguments:
-    """What a call takes, made by one maker: arrays to run it, shapes to compile it."""
+    """The arguments of a call: arrays to run it, or shapes to compile it."""
 
     q_TNH: Any
     k_TKH: Any
@@ -47,19 +48,19 @@ class Arguments:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Result:
-    """One case with one implementation, or why there is none."""
+    """The result of one case with one implementation, or the reason why there is none."""
 
     case: str
     implementation: str
     work: Work
-    error: float | None = None  # the largest, as a share of the largest output
+    error: float | None = None  # the largest, as a fraction of the largest output
     error_bound: float | None = None
     timing: Timing | None = None
-    temp_bytes: int | None = None  # beside the pool, as the compiler counts
+    temp_bytes: int | None = None  # beside the pool, by the compiler's count
     why_not: str | None = None
 
     def as_json(self, ceilings: Ceilings) -> dict[str, Any]:
-        """Everything measured, and the shares of the ceilings."""
+        """All measurements, and their fractions of the ceilings."""
         said: dict[str, Any] = asdict(self)
         if self.timing is not None:
             said["bandwidth_share"] = self.bandwidth_share(ceilings)
@@ -68,24 +69,24 @@ class Result:
 
     @property
     def is_wrong(self) -> bool:
-        """Whether it was checked and its error is beyond the bound, or no number."""
+        """Whether it was checked and its error exceeds the bound, or is NaN."""
         if self.error is None or self.error_bound is None:
             return False
         return not self.error <= self.error_bound
 
     def bandwidth_share(self, ceilings: Ceilings) -> float:
-        """Bytes that had to move per second, over what a large copy or read reaches."""
+        """Necessary bytes per second, over the rate of a large copy or read."""
         assert self.timing is not None, self
         return self.work.num_bytes / self.timing.median_s / ceilings.bytes_per_s
 
     def flops_share(self, ceilings: Ceilings) -> float:
-        """Arithmetic per second, over what a large matrix product reaches."""
+        """Necessary flops per second, over the rate of a large matrix product."""
         assert self.timing is not None, self
         return self.work.num_flops / self.timing.median_s / ceilings.flops_per_s
 
 
 def check_names(names: Sequence[str]) -> None:
-    """Refuses what is no implementation's name."""
+    """Raises ValueError for a name that is no implementation's."""
     for name in names:
         if name not in ATTENTION and name not in BASELINES:
             listed = ", ".join((*ATTENTION, *BASELINES))
@@ -114,14 +115,14 @@ def arguments(case: Case, dtype: str, page_size: int, num_layers: int, shaped: S
 
 
 def page_size_of(case: Case, platform: str, dtype: str) -> int:
-    """The tokens per page that an engine there takes unless told otherwise."""
+    """The engine's default number of tokens per page on a platform."""
     return default_page_size(platform, case.pages_dtype or dtype)
 
 
 def time_case(
     case: Case, name: str, *, dtype: str, page_size: int, free_bytes: int, num_loops: int
 ) -> Result:
-    """Times one implementation on one case; what it declines, or has no room, is a result too."""
+    """Times one implementation on one case; declining it, or a lack of room, is a result too."""
     work = work_of(case, dtype)
     result = Result(case=case.name, implementation=name, work=work)
     needed = work.pool_bytes * _HEADROOM
@@ -141,7 +142,7 @@ def time_case(
                 loop = _compiled_loop(case, name, attend, dtype, page_size, num_layers, turn)
                 timings.append((time_loop(loop[0], num_loops=num_loops).of_each(turn), loop[1]))
                 del loop  # and the pool with it
-    # A limit, told in a sentence; or the compiler or the device fails, which costs no other case.
+    # The implementation declined, or the compiler or the device failed: other cases go on.
     except (NotImplementedError, jax.errors.JaxRuntimeError) as error:
         if not timings:
             return replace(result, why_not=one_line(error))
@@ -150,7 +151,7 @@ def time_case(
 
 
 def pages_for(name: str, pages: Any, shaped: Shaped) -> Any:
-    """The pool's shapes in the form in which it is attended over by name."""
+    """The shapes of the pool in the form that the named implementation takes."""
     if name not in BASELINES:
         return pages
     parts = jax.eval_shape(BASELINES[name].split, pages)
@@ -173,7 +174,7 @@ def _error(case: Case, name: str, dtype: str, page_size: int) -> float:
 
 
 def one_line(error: Exception) -> str:
-    """What an error says, short enough for a table."""
+    """The first line of an error, short enough for a table."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return (lines or [type(error).__name__])[0][:200]
 
@@ -200,8 +201,8 @@ def _compiled_loop(
     def loop(q_TNH, pages, num_turns, k_TKH, table_BM, rows):
         def one(i, carry):
             q_TNH, pages = carry
-            # As in a decoder: new keys and values come of what the call before gave. Halved, for a
-            # prompt's first token is nothing but its own value and would grow from call to call.
+            # As in a decoder, new keys and values depend on the last call's output. Halved, because
+            # the output of a prompt's first token is its own value, and would grow with each call.
             new_TKH = k_TKH + q_TNH[:, : case.num_kv_heads] * 0.5
             return attend(q_TNH, new_TKH, new_TKH, pages, i % num_layers, table_BM, *rows)
 
@@ -226,12 +227,12 @@ def _compiled_loop(
 
 
 def _filled(shape: jax.ShapeDtypeStruct, seed: int) -> jax.Array:
-    """Numbers between -1 and 1 without a pattern that hardware or a softmax could profit from."""
+    """Numbers between -1 and 1, without a pattern that could speed up hardware or a softmax."""
     size = shape.size
 
     def fill() -> jax.Array:
-        # The end of MurmurHash3, which scatters neighbours, and fuses where a random generator
-        # would hold its bits in memory. uint32 wraps, which suits.
+        # The finalizer of MurmurHash3: it scatters neighbours, and it fuses, while a random
+        # generator would keep its bits in memory. It relies on the wrap-around of uint32.
         place = lax.iota(jnp.uint32, size) + jnp.uint32(seed * 0x9E3779B9 % 2**32)
         for factor, shift in ((1, 16), (0x85EBCA6B, 13), (0xC2B2AE35, 16)):
             place *= jnp.uint32(factor)
@@ -244,7 +245,7 @@ def _filled(shape: jax.ShapeDtypeStruct, seed: int) -> jax.Array:
 
 
 def _pool(shapes: Any) -> Pages:
-    """A filled pool; of 8 bits, such that cells times scales are between -1 and 1 too."""
+    """A filled pool; with 8 bits, cells times scales are between -1 and 1 too."""
     parts = [_filled(part, 2 + i) for i, part in enumerate(jax.tree.leaves(shapes))]
     if not isinstance(shapes, QuantizedPages):
         return jax.tree.unflatten(jax.tree.structure(shapes), parts)
@@ -254,7 +255,7 @@ def _pool(shapes: Any) -> Pages:
 
 
 def _page_table(case: Case, page_size: int) -> np.ndarray:
-    """Each row's pages, in no order; entries past its length are page 0."""
+    """Each row's pages, shuffled; entries past its length are the null page."""
     used_B = [-(-kv_len // page_size) for kv_len in case.kv_len]
     page_ids = np.random.default_rng(0).permutation(np.arange(1, 1 + sum(used_B)))
     table_BM = np.zeros((len(used_B), max(used_B)), np.int32)
@@ -274,7 +275,7 @@ HEADER = ("case", "by", "error", "us", "+-", "MB", "GFLOP", "GB/s", "bandwidth",
 
 
 def timing_table(results: Sequence[Result], ceilings: Ceilings) -> str:
-    """A line per case and implementation; the larger of the two shares is what bounds it."""
+    """One line per case and implementation; the larger of the two fractions is its bound."""
     return table(HEADER, [_timing_row(result, ceilings) for result in results], left=2)
 
 

@@ -1,4 +1,4 @@
-"""What the compiler makes of the kernels for a chip that is not here, and the chip's bound."""
+"""Compiles the kernels for a chip that is not present, and computes the chip's bound."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,48 +25,48 @@ from jinfer.bench.table import figure, table
 from kernels_pallas.compat import told_the_chip
 from kernels_pallas.paged_attention.cases import Case
 
-NUM_LAYERS = 2  # of the pool, where there is room; so that the layer is looked up as in a model
+NUM_LAYERS = 2  # of the pool, if there is room: two, so that the layer is looked up as in a model
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Compiled:
-    """One case with one implementation, compiled for a chip; or why it is not."""
+    """One case with one implementation, compiled for a chip, or the reason why not."""
 
     target: str
     case: str
     implementation: str
     work: Work
-    bound_s: float  # by the maker's figures for bandwidth and arithmetic
+    bound_s: float  # from the maker's figures for bandwidth and arithmetic
     bound_by: str  # "bandwidth" | "arithmetic"
     compile_s: float | None = None
     temp_bytes: int | None = None
     pool_bytes: int | None = None  # of all layers
     alias_bytes: int | None = None
-    cost: dict[str, float] | None = None  # as the compiler counts; blind to what Pallas does
+    cost: dict[str, float] | None = None  # the compiler's count, which leaves Pallas kernels out
     why_not: str | None = None
 
 
 def check_targets(targets: Sequence[str]) -> None:
-    """Refuses an unknown chip, and two architectures of GPUs.
+    """Raises for an unknown chip, and for two architectures of GPUs.
 
     Raises:
-      ValueError: naming it.
+      ValueError: which names the chip.
     """
     kinds = {chip_named(name).topology for name in targets if chip_named(name).platform == "gpu"}
     if len(kinds) > 1:
         raise ValueError(
-            "--target takes one GPU architecture at a time, for the compiler keeps to the first "
-            f"in a process; got {', '.join(targets)}. Run the command once for each."
+            "--target takes one GPU architecture at a time, since the compiler keeps the first one "
+            f"of a process; got {', '.join(targets)}. Run the command once for each."
         )
 
 
 def compile_cases(
     cases: Sequence[Case], target: str, names: Sequence[str], *, dtype: str, page_size: int | None
 ) -> Iterator[Compiled]:
-    """Compiles every case with every implementation; without names, those of the platform."""
+    """Compiles every case with every implementation; without names, the platform's own."""
     chip = chip_named(target)
     device, share = describe(target)
-    is_hopper = chip.topology.startswith("9.")  # others it takes for one, or aborts the process
+    is_hopper = chip.topology.startswith("9.")  # the compiler takes others for a Hopper, or aborts
     for case in cases:
         work = work_of(case, dtype)
         memory_s = chip.bound_s(work.num_bytes, 0, share)
@@ -152,7 +152,7 @@ HEADER = (
 
 
 def compiled_table(results: Sequence[Compiled]) -> str:
-    """A line per case and implementation."""
+    """One line per case and implementation."""
     return table(HEADER, [_row(result) for result in results], left=2)
 
 

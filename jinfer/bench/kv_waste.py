@@ -1,11 +1,11 @@
-"""How much of the KV memory that is allocated nothing fills, by the scheduler alone: no device.
+"""Simulates the empty fraction of allocated KV memory; runs the scheduler only, without a device.
 
     python -m jinfer.bench.kv_waste AzureLLMInferenceTrace_conv.csv
 
-The requests of the trace arrive as they did, at an engine with the defaults that jinfer takes for
-an 8B model on each chip; a step takes what the chip's bandwidth and arithmetic allow. What counts
-is the plan: which pages a sequence holds after each dispatch, those included that were taken ahead
-for further decode steps, and how many of their cells its tokens fill.
+Requests arrive at the trace's own times, at an engine with jinfer's defaults for an 8B model on
+each chip. The chip's bandwidth and arithmetic bound the time of a step. After each dispatch the
+simulation counts the pages of each sequence, including those allocated ahead for further decode
+steps, and the cells that its tokens fill.
 """
 
 import argparse
@@ -19,14 +19,14 @@ from jinfer.config import EngineConfig, EnginePlan, ModelConfig
 from jinfer.schedule.scheduler import Scheduler
 from jinfer.schedule.sequence import TokenSequence
 from jinfer.startup.chips import CHIPS, Chip
-from jinfer.startup.resolve import resolve_plan
+from jinfer.startup.plan import resolve_plan
 
 LLAMA_3_8B = ModelConfig(
     family="llama", vocab_size=128_256, hidden_size=4096, intermediate_size=14_336, num_layers=32,
     num_q_heads=32, num_kv_heads=8, head_dim=128, max_position_embeddings=8192, rms_norm_eps=1e-5,
     rope_theta=500_000.0,
 )  # fmt: skip
-# A chip, what JAX calls it, and the dtype of KV pages, which decides how long they are.
+# A chip, its name in JAX, and the dtype of KV pages, which decides the page size.
 CASES = (
     ("h200", "NVIDIA H200", "auto"),
     ("h200", "NVIDIA H200", "int8"),
@@ -37,7 +37,7 @@ CASES = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Waste:
-    """Cells of the pool, summed over dispatches."""
+    """Cells of the pool, sums over dispatches."""
 
     num_allocated: int
     num_unfilled: int
@@ -49,7 +49,7 @@ class Waste:
 
 
 def plan_for(chip: Chip, device_kind: str, kv_cache_dtype: str) -> EnginePlan:
-    """The defaults on that chip, with the memory that the weights leave."""
+    """The default plan on that chip, with the memory beside the weights."""
     return resolve_plan(
         EngineConfig(model="8b", kv_cache_dtype=kv_cache_dtype),
         LLAMA_3_8B,
@@ -60,7 +60,7 @@ def plan_for(chip: Chip, device_kind: str, kv_cache_dtype: str) -> EnginePlan:
 
 
 def simulate(plan: EnginePlan, chip: Chip, lengths: Lengths, arrivals_s: Sequence[float]) -> Waste:
-    """Serves the requests on paper, one dispatch after the other."""
+    """Simulates serving the requests, one dispatch after the other."""
     scheduler = Scheduler(
         max_slots=plan.max_slots,
         max_step_tokens=plan.max_step_tokens,
@@ -101,10 +101,10 @@ def simulate(plan: EnginePlan, chip: Chip, lengths: Lengths, arrivals_s: Sequenc
 
 
 def main() -> None:
-    """Prints a line for each case."""
+    """Prints one line for each case."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("trace", help="a CSV of the Azure LLM inference traces")
-    parser.add_argument("--requests", type=int, default=1000, help="of its first; default: 1000")
+    parser.add_argument("--requests", type=int, default=1000, help="read at most; default: 1000")
     args = parser.parse_args()
     lengths, arrivals_s = read_trace(args.trace, args.requests, 1.0)
     lines = []

@@ -1,4 +1,4 @@
-"""What the figures belong to: machine, device and versions."""
+"""Names the machine, device and versions that figures belong to."""
 
 import os
 import platform
@@ -11,7 +11,7 @@ from jinfer import __version__
 
 
 def versions() -> dict[str, str | int]:
-    """For the JSON file."""
+    """Versions and processor, for the JSON file."""
     said: dict[str, str | int] = {
         "jinfer": __version__,
         "jax": jax.__version__,
@@ -28,7 +28,7 @@ def versions() -> dict[str, str | int]:
 
 
 def devices() -> dict[str, str | int]:
-    """For the JSON file too, where JAX has started the device anyway."""
+    """Devices for the JSON file, if JAX has started them anyway."""
     return {"device": jax.devices()[0].device_kind, "num_devices": jax.device_count()}
 
 
@@ -36,7 +36,7 @@ def machine_line(*, with_device: bool = True) -> str:
     """One line above a table.
 
     Args:
-      with_device: names the device too, for which JAX starts it.
+      with_device: also name the device, which JAX then starts.
     """
     said = versions()
     packages = [f"{name} {said[name]}" for name in ("libtpu", "jax-cuda13-plugin") if name in said]
@@ -48,7 +48,7 @@ def machine_line(*, with_device: bool = True) -> str:
 
 
 def processor() -> str:
-    """The processor's own name where the system tells it."""
+    """The processor's model name, if the system has it."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         for line in cpuinfo.read_text().splitlines():

@@ -1,4 +1,4 @@
-"""Shapes to measure with random weights, where no checkpoint is at hand."""
+"""Model shapes to benchmark with random weights, without a checkpoint."""
 
 import json
 from collections.abc import Iterator
@@ -32,7 +32,7 @@ SHAPE_125M: dict[str, Any] = {
     "rope_theta": 10_000.0,
     "tie_word_embeddings": True,
 }
-# That of Llama 3 8B.
+# Llama 3 8B.
 SHAPE_8B: dict[str, Any] = {
     **_LLAMA,
     "vocab_size": 128_256,
@@ -53,7 +53,7 @@ SHAPES = {"125m": SHAPE_125M, "8b": SHAPE_8B}
 def model_arguments(name: str) -> Iterator[dict[str, Any]]:
     """Keywords of LLM for a shape's name, a shipped model, a folder or a hub name.
 
-    The folder of a shape lasts as long as the block.
+    A shape's folder exists within the context only.
     """
     if name not in SHAPES:
         yield {"model": name, "skip_tokenizer_init": True}

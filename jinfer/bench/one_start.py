@@ -1,6 +1,6 @@
-"""One start, in a process of its own: `python -m jinfer.bench.one_start MODEL ENGINE_ARGUMENTS`.
+"""One start, in its own process: `python -m jinfer.bench.one_start MODEL ENGINE_ARGUMENTS`.
 
-Prints one line of JSON, how long each part took. ENGINE_ARGUMENTS are JSON, keywords of LLM.
+Prints the seconds of each part as one line of JSON. ENGINE_ARGUMENTS are keywords of LLM, as JSON.
 """
 
 import json

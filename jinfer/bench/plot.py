@@ -1,4 +1,4 @@
-"""A picture of one run; matplotlib is an extra, `bench`."""
+"""Plots one run; needs matplotlib, from the `bench` extra."""
 
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -10,10 +10,10 @@ from jinfer.bench.runner import Recording
 
 
 def require_matplotlib(path: str) -> None:
-    """Raises ValueError, before anything is measured, where there is none or it can't draw this.
+    """Raises ValueError, before the run, without matplotlib or for a format it cannot write.
 
     Args:
-      path: of the picture; its ending says the format.
+      path: of the picture; its ending is the format.
     """
     if find_spec("matplotlib") is None:
         raise ValueError(
@@ -32,16 +32,16 @@ def require_matplotlib(path: str) -> None:
 
 
 def plot(recordings: Sequence[Recording], path: str, *, title: str) -> None:
-    """Draws how the times are distributed, and how many tokens came per second.
+    """Plots the distribution of the times, and the tokens per second.
 
     Args:
-      recordings: of runs one after the other.
-      path: of the picture; its ending says the format.
-      title: what was run.
+      recordings: consecutive runs.
+      path: of the picture; its ending is the format.
+      title: of the picture.
     """
     import matplotlib  # pyright: ignore[reportMissingImports]
 
-    matplotlib.use("agg")  # a file is all that is wanted, and there may be no screen
+    matplotlib.use("agg")  # writes files and needs no screen
     from matplotlib import pyplot  # pyright: ignore[reportMissingImports]
 
     served = [one for recording in recordings for one in recording.served]

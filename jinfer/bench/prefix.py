@@ -1,11 +1,11 @@
-"""What the prefix cache saves where prompts begin alike, and what it costs where none does.
+"""Measures the prefix cache: its savings with a shared prefix, and its cost without one.
 
     python -m jinfer.bench.prefix
 
-What is saved: two engines of the same shape and weights in one process, one with the cache, taking
-turns; so a machine whose speed drifts slows both. What it costs: one engine whose cache is on in
-every other round, since two equal engines differ by more; of the shipped model, which is so small
-that the host's work weighs most. Elsewhere weights are random: a step takes as long with any.
+Savings: two engines of the same shape and weights in one process, one with the cache, alternate, so
+that a machine whose speed drifts slows both. Weights are random, since they do not change the time
+of a step. Cost: one engine has the cache on in every other round, since two equal engines differ by
+more than the cost. It runs the shipped model, which is so small that the host's work dominates.
 """
 
 import argparse
@@ -58,7 +58,7 @@ def first_token_s(llm: LLM, prompt: list[int]) -> float:
 
 
 def compare_shared(llms: dict[bool, LLM], args: argparse.Namespace) -> dict[bool, float]:
-    """Median TTFT in seconds of prompts that share all but their last tokens."""
+    """Median TTFT, in seconds, of prompts that share all but their last tokens."""
     rng = np.random.default_rng(0)
     shared = rng.integers(3, 32_000, size=args.shared_tokens).tolist()
     times: dict[bool, list[float]] = {True: [], False: []}
@@ -71,18 +71,18 @@ def compare_shared(llms: dict[bool, LLM], args: argparse.Namespace) -> dict[bool
 
 @dataclass(frozen=True)
 class Round:
-    """What one round of prompts took."""
+    """The times of one round of prompts."""
 
     elapsed_s: float
-    cpu_s: float  # of all threads: what other programs take from the machine does not count
-    scheduler_s: float  # of the engine's thread within its scheduler, and so of `cpu_s`
+    cpu_s: float  # of all threads, so other programs on the machine do not count
+    scheduler_s: float  # part of `cpu_s`: the engine's thread within its scheduler
 
 
 def compare_unshared(llm: LLM, num_pairs: int) -> list[tuple[Round, Round]]:
-    """Pairs of rounds with the cache and without, at no hit.
+    """Pairs of rounds with and without the cache, without any hit.
 
-    One engine with two schedulers that take turns, so that all else is the same: programs, weights,
-    the pool. A name of the one's pages is worth nothing once the other ran; but no prompt returns.
+    One engine alternates between two schedulers, so that programs, weights and the pool are the
+    same. Each scheduler overwrites the other's pages, which does no harm: no prompt repeats.
     """
     rng = np.random.default_rng(1)
     params = SamplingParams(temperature=0.0, max_tokens=32, ignore_eos=True)
@@ -109,7 +109,7 @@ def compare_unshared(llm: LLM, num_pairs: int) -> list[tuple[Round, Round]]:
             )
             assert not any(output.num_cached_tokens for output in outputs)
         pairs.append((rounds[True], rounds[False]))
-    return pairs[1:]  # without the first, which warms up
+    return pairs[1:]  # the first pair warms up
 
 
 class Clock:
@@ -131,13 +131,13 @@ class Clock:
 
 
 def spread(ratios: Sequence[float]) -> str:
-    """The mean, and the interval that holds it with 95 % confidence."""
+    """The mean and its 95 % confidence interval."""
     half = 1.96 * statistics.stdev(ratios) / math.sqrt(len(ratios))
     return f"{statistics.mean(ratios):.4f} (+- {half:.4f})"
 
 
 def unshared_text(pairs: Sequence[tuple[Round, Round]]) -> str:
-    """Ratios of the pairs, and what the scheduler alone takes."""
+    """Ratios of the pairs, and the scheduler's own time."""
     on_s, off_s = (
         statistics.median(each.scheduler_s for each in side) for side in zip(*pairs, strict=True)
     )
@@ -156,7 +156,7 @@ def main() -> None:
     parser.add_argument("--shared-tokens", type=int, default=2000)
     parser.add_argument("--fresh-tokens", type=int, default=50)
     parser.add_argument("--repeats", type=int, default=8)
-    parser.add_argument("--pairs", type=int, default=200, help="of rounds where nothing is shared")
+    parser.add_argument("--pairs", type=int, default=200, help="rounds without a shared prefix")
     args = parser.parse_args()
     with LLM(skip_tokenizer_init=True, max_num_seqs=8, late_compile="error") as llm:
         print(unshared_text(compare_unshared(llm, args.pairs)))

@@ -1,13 +1,13 @@
-"""A recorded load on a pool far too small for it: does everybody finish, and what is lost.
+"""Runs a recorded load on a far too small pool: do all requests finish, and at what cost.
 
     python -m jinfer.bench.pressure AzureLLMInferenceTrace_conv.csv
 
 The trace is the conversation part of Azure's public LLM inference traces of 2023 (columns
-TIMESTAMP, ContextTokens, GeneratedTokens). Its clock runs faster here and its lengths are divided,
-so that a small model meets the same shape of load. First an engine with room for all notes the
-most pages that the load ever holds; the pool of the other engine is a quarter of that. Both then
-take turns, so that a machine whose speed drifts slows both. Prompts are random: nothing is shared
-but what a preempted request finds of its own.
+TIMESTAMP, ContextTokens, GeneratedTokens). Here its clock runs faster and its lengths are divided,
+so that a small model gets the same shape of load. First an engine with an ample pool measures the
+most pages that the load ever holds; the other engine's pool is a quarter of that. Then both
+alternate, so that a machine whose speed drifts slows both. Prompts are random: the prefix cache
+only helps a preempted request, which may find its own pages.
 """
 
 import argparse
@@ -39,14 +39,14 @@ class Arrival:
 
 @dataclass(frozen=True)
 class Result:
-    """What one run of the load took."""
+    """The figures of one run of the load."""
 
     elapsed_s: float
-    cpu_s: float  # of all threads: what other programs take from the machine does not count
-    num_computed: int  # tokens, those computed again included
+    cpu_s: float  # of all threads, so other programs on the machine do not count
+    num_computed: int  # tokens, including those computed again
     num_dispatches: int
     num_preemptions: int
-    most_pages: int  # held at one time
+    most_pages: int  # allocated at one time
     longest_wait_s: float  # from arrival to first token
 
     @property
@@ -59,11 +59,11 @@ class Result:
 
 
 def read_load(path: Path, args: argparse.Namespace, vocab_size: int) -> list[Arrival]:
-    """The first requests of a trace, its clock and lengths scaled as asked."""
+    """The first requests of a trace, with scaled clock and lengths."""
     rng = np.random.default_rng(0)
     with path.open(newline="", encoding="utf-8-sig") as file:
         rows = [row for row, _ in zip(csv.DictReader(file), range(args.requests), strict=False)]
-    # Seven digits of a second's fraction are one more than datetime reads.
+    # The trace has seven digits of a second's fraction; datetime reads six.
     times = [datetime.fromisoformat(row["TIMESTAMP"][:26]) for row in rows]
     load = []
     for row, moment in zip(rows, times, strict=True):
@@ -80,7 +80,7 @@ def read_load(path: Path, args: argparse.Namespace, vocab_size: int) -> list[Arr
 
 
 def play(engine: Engine, load: list[Arrival]) -> Result:
-    """Runs the load to its end; every request completes, or this raises."""
+    """Runs the load to its end; raises unless every request completes."""
     engine.reset_prefix_cache()
     num_usable = engine.plan.num_pages - 1
     requests: list[Request] = []
@@ -123,7 +123,7 @@ def _add(engine: Engine, arrival: Arrival, name: str) -> Request:
 def make_engine(
     load: list[Arrival], num_step_tokens: int | None, num_pages: int | None = None
 ) -> Engine:
-    """The shipped model, its context just long enough for the load."""
+    """An engine of the shipped model whose context just fits the load."""
     longest = max(len(a.prompt_ids) + a.num_output_tokens for a in load)
     return Engine(
         EngineConfig(
@@ -142,9 +142,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="A recorded load on a quarter of its pages.")
     parser.add_argument("trace", type=Path)
     parser.add_argument("--requests", type=int, default=200)
-    parser.add_argument("--compress", type=float, default=20.0, help="the clock is so much faster")
-    parser.add_argument("--divide", type=int, default=8, help="lengths are divided by it")
-    parser.add_argument("--step-tokens", type=int, help="of one step at most; the engine's default")
+    parser.add_argument("--compress", type=float, default=20.0, help="factor on the clock's speed")
+    parser.add_argument("--divide", type=int, default=8, help="divisor of the lengths")
+    parser.add_argument("--step-tokens", type=int, help="per step; default: the engine's")
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
     vocab_size = 4096  # of the shipped model

@@ -1,4 +1,4 @@
-"""From recordings to the figures that are told, and their table."""
+"""Turns recordings into figures and their table."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -12,7 +12,7 @@ from jinfer.bench.goals import Goals
 from jinfer.bench.runner import Recording
 from jinfer.bench.table import amount, figure, percent, table
 
-Recorded = list[tuple[Recording, Ceilings]]  # each run, and what the device could do beside it
+Recorded = list[tuple[Recording, Ceilings]]  # each run, and the ceilings measured beside it
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,7 +25,7 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Spread | None":
-        """None of no values; between two values percentiles are interpolated."""
+        """None without values; percentiles are interpolated between two values."""
         if not values:
             return None
         median, p99 = np.percentile(values, (50, 99)).tolist()
@@ -34,23 +34,23 @@ class Spread:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Roofline:
-    """What had to be moved and computed, and the least time for it at the ceilings of each run."""
+    """The necessary traffic and arithmetic, and the least time for it at each run's ceilings."""
 
     num_bytes: int
     num_flops: int
-    bound_s: float  # summed over steps, each bound by bandwidth or by arithmetic
-    read_bound_s: float  # the same at the rate of reading alone
-    took_s: float  # there were requests
-    ceilings: Ceilings  # the best of those that the runs were held against
+    bound_s: float  # sum over steps, each bound by bandwidth or by arithmetic
+    read_bound_s: float  # the same at the read rate
+    took_s: float  # time with requests
+    ceilings: Ceilings  # the best of all runs
 
     @property
     def share(self) -> float:
-        """1 would be at the limit."""
+        """Fraction of the bound reached; 1 is the limit."""
         return self.bound_s / self.took_s
 
     @property
     def read_share(self) -> float:
-        """The same at the rate of reading alone."""
+        """The same at the read rate."""
         return self.read_bound_s / self.took_s
 
 
@@ -63,10 +63,10 @@ class Report:
     num_output_tokens: int
     elapsed_s: float
     spreads: dict[str, Spread | None]
-    device_busy: float  # share of the elapsed time
-    device_waited: float  # share of the time in which there were requests
-    padding_waste: float  # share of token places computed for nothing
-    kv_waste: float  # share of allocated cells unfilled
+    device_busy: float  # fraction of the elapsed time
+    device_waited: float  # fraction of the time with requests
+    padding_waste: float  # fraction of computed token places that were padding
+    kv_waste: float  # fraction of allocated cells that were empty
     num_late_compiles: int
     num_preemptions: int
     num_cached_tokens: int
@@ -76,7 +76,7 @@ class Report:
     roofline: Roofline
 
     def as_json(self) -> dict[str, Any]:
-        """Every figure, rates and shares included."""
+        """Every figure, including rates and fractions."""
         derived = {**self.rates(), "goals_ms": self.goals.limits_ms}
         told = {name: value for name, value in asdict(self).items() if name != "goals"}
         shares = {"roofline_share": self.roofline.share, "read_share": self.roofline.read_share}
@@ -96,11 +96,11 @@ class Report:
 def make_report(
     recorded: Sequence[tuple[Recording, Ceilings]], goals: Goals | None = None
 ) -> Report:
-    """Adds up runs that came one after the other, and counts who met the goals, if any.
+    """Sums up consecutive runs, and counts the requests that met the goals, if any.
 
     Args:
-      recorded: each run, and what the device could do beside it.
-      goals: of each request.
+      recorded: each run, and the ceilings measured beside it.
+      goals: limits for each request.
     """
     goals = goals or Goals()
     recordings = [recording for recording, _ in recorded]

@@ -1,4 +1,4 @@
-"""What each step of an engine had to move and compute, however it was done."""
+"""The bytes and flops that each step needs, whatever its implementation."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,17 +17,17 @@ class StepWork:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Costs:
-    """What a model's step is made of.
+    """The costs of a model's step.
 
-    Counted are the matrix products and attention, masked positions left out; each weight is read
-    once a step, the KV of a row's context once a step, new KV written once. Norms, activations
-    and sampling are not: they are small, and what is left out only makes a bound looser.
+    Counts matrix products and attention without masked positions. Each step reads each weight
+    once and the KV of each row's context once, and writes new KV once. Norms, activations and
+    sampling are left out: they are small, and leaving them out only makes the bound looser.
     """
 
-    weight_bytes: int  # of a step; of an embedding apart from the unembedding only rows are read
+    weight_bytes: int  # of a step, without an untied embedding, of which a step reads a few rows
     kv_bytes: int  # of one token, all layers
     flops_per_token: int
-    flops_per_logits_row: int  # the unembedding, where logits are wanted
+    flops_per_logits_row: int  # the lm_head
     flops_per_pair: int  # of a query and a key that it sees, all heads and layers
 
     @classmethod
@@ -54,7 +54,7 @@ class Costs:
     def step(self, chunks: Sequence[Chunk]) -> StepWork:
         """The work of a step that computes these chunks."""
         num_tokens = sum(chunk.num_tokens for chunk in chunks)
-        num_kv = sum(chunk.stop for chunk in chunks)  # old ones read, new ones written
+        num_kv = sum(chunk.stop for chunk in chunks)  # reads old ones, writes new ones
         num_pairs = sum(
             chunk.num_tokens * chunk.start + chunk.num_tokens * (chunk.num_tokens + 1) // 2
             for chunk in chunks

@@ -1,4 +1,4 @@
-"""Runs a workload on an engine and keeps what it saw."""
+"""Runs a workload on an engine and records it."""
 
 import time
 from collections import deque
@@ -21,10 +21,10 @@ from jinfer.request.prompt import Prompt
 
 @dataclass(slots=True)
 class Served:
-    """One request, in seconds since it arrived; tokens count when the host knows them."""
+    """The times of one request, in seconds since its arrival; a token counts once on the host."""
 
     num_input_tokens: int
-    arrived_s: float  # of `time.monotonic()`, as the workload says, not when the loop noticed
+    arrived_s: float  # of `time.monotonic()`, as planned by the workload
     queue_s: float = 0.0
     token_s: list[float] = field(default_factory=list)
 
@@ -49,23 +49,23 @@ class Served:
 
 @dataclass(slots=True)
 class Recording:
-    """Everything one run showed."""
+    """All records of one run."""
 
     served: list[Served]
     elapsed_s: float
-    idle_s: float  # of that, without a request
+    idle_s: float  # part of elapsed_s without a request
     device: DeviceTimes
     steps: list[StepWork]
     num_places: int
     num_tokens: int
-    kv_waste: float  # mean share of allocated cells that nothing fills
+    kv_waste: float  # mean fraction of allocated cells that are empty
     num_late_compiles: int
     num_preemptions: int
     num_cached_tokens: int
 
 
 def require_one_replica(data_parallel_size: int) -> None:
-    """Raises NotImplementedError for replicas: what is watched is one engine's steps."""
+    """Raises NotImplementedError for replicas: a benchmark records one engine's steps."""
     if data_parallel_size > 1:
         raise NotImplementedError(
             "a benchmark watches the steps of one replica; got data_parallel_size="
@@ -74,19 +74,19 @@ def require_one_replica(data_parallel_size: int) -> None:
 
 
 def run_jobs(llm: LLM, jobs: Sequence[Job], *, streams: bool) -> Recording:
-    """Sends each job when it arrives and turns the engine's loop until all are answered.
+    """Adds each job at its arrival and steps the engine until all jobs are answered.
 
     Args:
-      llm: with nothing else to do.
+      llm: without other requests.
       jobs: with arrivals after the start.
-      streams: tokens are wanted one by one, as by the users of a service.
+      streams: deliver tokens one by one, as a server does.
     """
     engine = llm.engine
     require_one_replica(engine.config.data_parallel_size)
-    assert not isinstance(engine, Replicas)  # there are none without data_parallel_size
+    assert not isinstance(engine, Replicas)  # data_parallel_size is 1
     plan = engine.plan
     size = plan.tensor_parallel_size
-    costs = Costs.of(  # of one chip, whose ceilings are measured
+    costs = Costs.of(  # for one chip, since the ceilings are one chip's
         chip_shard(padded_model(engine.model, size), size),
         itemsize=jnp.dtype(plan.dtype).itemsize,
         kv_bytes=plan.page_bytes // plan.page_size,
@@ -117,7 +117,7 @@ def run_jobs(llm: LLM, jobs: Sequence[Job], *, streams: bool) -> Recording:
 
 
 class _Loop:
-    """The loop and its notes."""
+    """Steps the engine and records its requests."""
 
     _ids = count()
 
@@ -128,7 +128,7 @@ class _Loop:
         self._live: dict[Request, Served] = {}
         self.served: list[Served] = []
         self.without_work: list[Span] = []
-        self.num_allocated = self.num_unfilled = 0  # cells of the pool, summed over steps
+        self.num_allocated = self.num_unfilled = 0  # cells of the pool, sums over steps
         self.start_s = self.end_s = 0.0
 
     def run(self) -> None:
@@ -140,7 +140,7 @@ class _Loop:
             else:
                 self._sleep()
         self.end_s = time.monotonic()
-        while self._engine.has_work:  # a last dispatch that nobody waits for
+        while self._engine.has_work:  # a last dispatch without a waiting request
             self._engine.step()
 
     def _send_due(self) -> None:

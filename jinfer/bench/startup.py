@@ -11,21 +11,21 @@ from typing import Any
 
 from jinfer.bench.table import figure, table
 
-Figures = dict[str, Any]  # as one_start prints them, and `total_s`
+Figures = dict[str, Any]  # printed by one_start, plus `total_s`
 
 
 def measure_startup(
     model: str, engine_args: Mapping[str, Any], say: Callable[[str], object]
 ) -> dict[str, Figures]:
-    """Starts twice, each in a process of its own, with one folder for compiled programs.
+    """Starts twice, each time in a new process, with one folder for compiled programs.
 
     Args:
       model: a shape's name, a shipped model, a folder or a hub name.
-      engine_args: keywords of LLM; of `compilation_cache` only the folder is replaced.
-      say: told what begins.
+      engine_args: keywords of LLM; a temporary folder replaces `compilation_cache`.
+      say: called with a line before each start.
 
     Raises:
-      ValueError: a start was refused.
+      ValueError: a start failed.
     """
     with TemporaryDirectory() as folder:
         asked = {**engine_args, "compilation_cache": folder, "progress": False}
@@ -38,7 +38,7 @@ def measure_startup(
 
 def _start(model: str, engine_args: Mapping[str, Any]) -> Figures:
     command = [sys.executable, "-m", "jinfer.bench.one_start", model, json.dumps(engine_args)]
-    # A folder that the environment names would be found again by the next cold start.
+    # The next cold start would find programs in a folder from the environment.
     environment = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
     begun_s = time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
@@ -65,7 +65,7 @@ _ROWS_BELOW = (
 
 
 def startup_text(figures: Mapping[str, Figures]) -> str:
-    """The table: seconds of each part and of each program, and where the programs came from."""
+    """The table: seconds of each part and program, and the number of programs compiled or read."""
     columns = list(figures.values())
 
     def row(said: str, cell: Callable[[Figures], str]) -> tuple[str, ...]:
@@ -91,6 +91,6 @@ def _seconds(value: float | None) -> str:
 
 
 def _load_rate(figures: Figures) -> str:
-    if not figures["weights_bytes"]:  # random ones
+    if not figures["weights_bytes"]:  # random weights
         return "-"
     return figure(figures["weights_bytes"] / 1e9 / figures["weights_s"])

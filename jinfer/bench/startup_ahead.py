@@ -1,4 +1,4 @@
-"""What compiling an engine's programs takes for a chip that is not here: cold, and warm."""
+"""Times compiling an engine's programs, cold and warm, for a chip that is not present."""
 
 import os
 import time
@@ -21,8 +21,10 @@ from jinfer.config import EngineConfig, EnginePlan
 from jinfer.parallel.mesh import make_mesh
 from jinfer.parallel.model_shards import padded_model
 from jinfer.parallel.sharding import Placement
-from jinfer.startup.load import state_shapes, step_programs
-from jinfer.startup.resolve import check_config, resolve_dtype, resolve_plan
+from jinfer.startup.checks import check_config
+from jinfer.startup.defaults import resolve_dtype
+from jinfer.startup.plan import resolve_plan
+from jinfer.startup.programs import state_shapes, step_programs
 from jinfer.weights.load import read_model_config
 from kernels_pallas.compat import told_the_chip
 
@@ -37,28 +39,28 @@ _FLAGS = {
 class Ahead:
     """One way to get all programs, on as many threads as there are processors."""
 
-    elapsed_s: float  # of all together
-    processor_s: float  # the same, counted on the processors; other work does not disturb it
-    program_s: Mapping[str, float]  # of each program, while others are on their way
-    temp_bytes: Mapping[str, int]  # memory beside the arguments; of those that were compiled
+    elapsed_s: float  # of all programs together
+    processor_s: float  # processor time of all together, independent of other work
+    program_s: Mapping[str, float]  # of each program, while others compile too
+    temp_bytes: Mapping[str, int]  # memory beside the arguments; of compiled programs only
 
 
 def measure_ahead(
     target: str, config: EngineConfig, folder: Path, say: Callable[[str], object]
 ) -> tuple[EnginePlan, dict[str, Ahead]]:
-    """Compiles every program of an engine with nothing kept, then finds each in the store.
+    """Compiles every program of an engine with an empty store, then finds each in the store.
 
-    Warm is everything but the last: a program that was found is read, checked and unpacked, but
-    cannot be loaded without its chip.
+    The warm time lacks one thing: a stored program is read, checked and unpacked, but cannot be
+    loaded without its chip.
 
     Args:
-      target: a chip's name; `config` is for one of them.
-      config: what the user asks of the engine.
+      target: a chip's name; `config` is for one chip.
+      config: the user's arguments of the engine.
       folder: of a model; its weights are not read.
-      say: told of each program that is done.
+      say: called with a line for each program that is done.
 
     Raises:
-      ValueError: there is no such chip or no compiler for it, or the plan has no room.
+      ValueError: the chip is unknown or has no compiler here, or the plan does not fit.
     """
     check_config(config)
     device, share = describe(target)
@@ -88,8 +90,8 @@ def measure_ahead(
         store = open_store([device])
         if store is None:
             raise ValueError(
-                "startup --target needs the sources of jinfer, as they were when they were "
-                "imported; got none, or others. Run it again."
+                "startup --target needs the sources of jinfer, unchanged since they were "
+                "imported; got none, or changed ones. Run it again."
             )
         into = partial(get, store=store)
         return plan, {name: _get_all(programs, into) for name in ("cold", "warm")}
@@ -98,7 +100,7 @@ def measure_ahead(
 def _get_all(
     programs: Sequence[Program], get: Callable[[Program], tuple[float, int | None]]
 ) -> Ahead:
-    jax.clear_caches()  # of what was traced before
+    jax.clear_caches()  # of earlier traces
     begun_s, begun_cpu_s = time.perf_counter(), time.process_time()
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         results = dict(zip([p.name for p in programs], pool.map(get, programs), strict=True))
@@ -111,8 +113,8 @@ def _get_all(
 
 
 def _temp_bytes(program: Program, store: ProgramStore) -> int | None:
-    """Compiles; None if there was no need, since the store has the program."""
-    described = program.description  # None of a simulated kernel's, which is never stored
+    """Compiles a program and returns its temporary bytes; None if the store has the program."""
+    described = program.description  # None for a simulated kernel, which is never stored
     if described is not None and store.read(described) is not None:
         return None
     lowered = program.lower()

@@ -7,13 +7,13 @@ Cells = Sequence[str]
 
 
 def table(header: Cells, rows: Sequence[Cells], *, left: int = 1) -> str:
-    """Columns as wide as their widest cell, two spaces between them, without trailing spaces.
+    """A table with columns two spaces apart, without trailing spaces.
 
     Args:
       header: the name of each column; "" for none.
-      rows: cells, as many as there are columns; or one text that stands for all of them after
-        the left ones, such as a reason.
-      left: this many columns are set flush left, the others flush right.
+      rows: one cell per column; or the `left` cells and one text for all other columns, such as
+        a reason.
+      left: number of columns aligned left; the others are aligned right.
     """
     full = [row for row in rows if len(row) == len(header)]
     widths = [max(len(row[i]) for row in (header, *full)) for i in range(len(header))]
@@ -24,7 +24,7 @@ def table(header: Cells, rows: Sequence[Cells], *, left: int = 1) -> str:
 
 
 def _line(row: Cells, widths: list[int], left: int) -> str:
-    if len(row) < len(widths):  # the last cell runs on
+    if len(row) < len(widths):  # the last cell spans the other columns
         row = [*row[:left], row[-1]]
         cells = [cell.ljust(width) for cell, width in zip(row[:left], widths, strict=False)]
         start = sum(widths[:left]) + 2 * left
@@ -37,7 +37,7 @@ def _line(row: Cells, widths: list[int], left: int) -> str:
 
 
 def _cut(line: str, start: int) -> str:
-    """A line that is too long goes on below, from column `start` on, broken between words."""
+    """Wraps a too long line between words; its further lines start at column `start`."""
     lines = []
     while len(line) > WIDTH:
         space = line.rfind(" ", start + 1, WIDTH)
@@ -49,7 +49,7 @@ def _cut(line: str, start: int) -> str:
 
 
 def figure(value: float) -> str:
-    """Three digits that count: "0.123", "1.23", "12.3", "1,234"."""
+    """Three significant digits: "0.123", "1.23", "12.3", "1,234"."""
     if value == 0:
         return "0"
     size = abs(value)
@@ -58,7 +58,7 @@ def figure(value: float) -> str:
 
 
 def amount(value: float, unit: str) -> str:
-    """In millions of a unit, or thousands or millions of these: "42.9 GB"."""
+    """In mega, giga or tera units: "42.9 GB"."""
     for size, letter in ((1e12, "T"), (1e9, "G")):
         if value >= size:
             return f"{figure(value / size)} {letter}{unit}"

@@ -1,4 +1,4 @@
-"""How long something takes inside one compiled loop, so that dispatching it does not count."""
+"""Times a call inside one compiled loop, so that its dispatch does not count."""
 
 import math
 import statistics
@@ -20,7 +20,7 @@ class Timing:
     num_loops: int
 
     def of_each(self, num: int) -> "Timing":
-        """The same, if every call was in truth `num` of them."""
+        """The same timing, if each call made `num` calls."""
         return Timing(
             median_s=self.median_s / num,
             fastest_s=self.fastest_s / num,
@@ -31,16 +31,16 @@ class Timing:
 
 
 def time_loop(run: Callable[[int], None], *, num_loops: int = 5, loop_s: float = 0.1) -> Timing:
-    """Times a compiled loop of a length chosen so that it takes about `loop_s`.
+    """Times a compiled loop whose length makes it take about `loop_s`.
 
-    What a loop of no calls takes, the dispatch and the wait, is subtracted from each.
+    Subtracts the time of a loop of no calls, which is the dispatch and the wait.
 
     Args:
-      run: runs the loop for so many calls and returns when the device is done; 0 is allowed.
-      num_loops: of which the median is taken.
-      loop_s: the least a loop should take, unless one call alone takes longer.
+      run: runs the loop for a number of calls and returns when the device is done; 0 is allowed.
+      num_loops: number of loops to take the median of.
+      loop_s: the least time of a loop; a single call may take longer.
     """
-    run(1)  # whatever happens only once
+    run(1)  # pays one-time costs
     empty_s = statistics.median(_elapsed_s(run, 0) for _ in range(5))
     one_s = max(_elapsed_s(run, 1) - empty_s, 1e-7)
     num_calls = min(max(1, math.ceil(loop_s / one_s)), MOST_CALLS)

@@ -1,4 +1,4 @@
-"""What a benchmark asks of an engine: prompts, how much of an answer, and when they arrive."""
+"""Workloads of benchmarks: prompts, lengths of answers, and arrival times."""
 
 import csv
 from dataclasses import dataclass
@@ -9,9 +9,9 @@ import numpy as np
 
 Lengths = list[tuple[int, int]]  # tokens of the prompt and of the answer
 
-# ShareGPT conversations as Kwon et al. measured them (arXiv:2309.06180, section 6.1): 161 tokens of
-# prompt and 338 of answer in the mean. The form and the spread (standard deviation of the
-# logarithm) are ours: most are short, some are very long. Both are cut to 4 .. 1024 as is usual.
+# ShareGPT conversations as measured by Kwon et al. (arXiv:2309.06180, section 6.1): on average 161
+# tokens of prompt and 338 of answer. The distribution and its spread (standard deviation of the
+# logarithm) are ours: most are short, some very long. Both are clipped to 4 .. 1024, as is usual.
 SHAREGPT_MEAN = (161.0, 338.0)
 SHAREGPT_SPREAD = (1.2, 0.9)
 SHAREGPT_RANGE = (4, 1024)
@@ -28,7 +28,7 @@ class Job:
 
 
 def sharegpt_lengths(num_jobs: int, rng: np.random.Generator) -> Lengths:
-    """Log-normal lengths with the means of ShareGPT's; see SHAREGPT_MEAN."""
+    """Log-normal lengths with ShareGPT's means; see SHAREGPT_MEAN."""
     columns = []
     for mean, spread in zip(SHAREGPT_MEAN, SHAREGPT_SPREAD, strict=True):
         # The mean of exp(normal(m, s)) is exp(m + s^2 / 2).
@@ -38,15 +38,15 @@ def sharegpt_lengths(num_jobs: int, rng: np.random.Generator) -> Lengths:
 
 
 def read_trace(path: str | Path, num_jobs: int, scale: float) -> tuple[Lengths, list[float]]:
-    """The first requests of a trace of the Azure LLM inference traces: lengths and arrivals.
+    """Lengths and arrivals of the first requests of an Azure LLM inference trace.
 
     Args:
       path: a CSV with the columns TIMESTAMP, ContextTokens and GeneratedTokens.
-      num_jobs: how many at most.
-      scale: factor on both lengths, rounded; at least 1 token remains.
+      num_jobs: the most requests to read.
+      scale: factor on both lengths, which are rounded to at least 1 token.
 
     Raises:
-      ValueError: it is no such file.
+      ValueError: the file has another form.
     """
     lengths, moments = [], []
     try:
@@ -56,9 +56,9 @@ def read_trace(path: str | Path, num_jobs: int, scale: float) -> tuple[Lengths, 
                     break
                 moment, num_input, num_output = (row[name] for name in _COLUMNS)
                 lengths.append((_scaled(num_input, scale), _scaled(num_output, scale)))
-                # Seven digits of a second: one more than datetime reads.
+                # The trace has seven digits of a second's fraction; datetime reads six.
                 moments.append(datetime.fromisoformat(moment[:26]).timestamp())
-    except (OSError, KeyError, TypeError, ValueError) as error:  # TypeError: a row is cut short
+    except (OSError, KeyError, TypeError, ValueError) as error:  # TypeError: a row is too short
         raise ValueError(
             f"--trace must be a CSV file with the columns {', '.join(_COLUMNS)}; got "
             f"{str(path)!r}: {error}. Name one of the Azure LLM inference traces."
@@ -73,14 +73,14 @@ def _scaled(num_tokens: str, scale: float) -> int:
 
 
 def poisson_arrivals(num_jobs: int, rate: float, rng: np.random.Generator) -> list[float]:
-    """Seconds after the start, the first at 0; `rate` requests per second in the mean."""
+    """Arrivals in seconds after the start, the first at 0; on average `rate` per second."""
     gaps = rng.exponential(1 / rate, num_jobs)
     gaps[:1] = 0
     return np.cumsum(gaps).tolist()
 
 
 def fitted(lengths: Lengths, max_model_len: int) -> tuple[Lengths, int]:
-    """Lengths cut so that each fits the context, answers to a half first; and how many were cut."""
+    """Lengths cut to fit the context, answers first, down to a half of it; and the number cut."""
     cut = []
     for num_input, num_output in lengths:
         room = max(max_model_len - num_input, max_model_len // 2)
@@ -97,14 +97,14 @@ def make_jobs(
     arrivals: list[float] | None = None,
     num_shared: int = 0,
 ) -> list[Job]:
-    """Prompts of random tokens; the time of a step does not depend on which they are.
+    """Jobs with prompts of random tokens, since the time of a step does not depend on them.
 
     Args:
       lengths: of every prompt and answer.
-      vocab_size: tokens are drawn from 3 on, past the special ones that are usual.
-      rng: draws the tokens.
+      vocab_size: token ids are random from 3, past the usual special tokens, to below this.
+      rng: source of the random tokens.
       arrivals: of every job; None = all at the start.
-      num_shared: leading tokens that all prompts have in common, as far as they are that long.
+      num_shared: leading tokens that all prompts share, up to their own lengths.
     """
     shared = rng.integers(3, vocab_size, num_shared)
     jobs = []

@@ -10,20 +10,20 @@ from collections.abc import Sequence
 
 from jinfer.cli.arguments import parse, processes_args
 
-# What a shell reports for a program that a signal ended.
+# Exit status of a program that a signal ended, as shells report it.
 INTERRUPTED = 128 + signal.SIGINT
 PIPE_CLOSED = 141  # 128 + SIGPIPE, which not every platform has
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns the exit status: 0, or 2 where something was refused.
+    """Runs one command and returns the exit status: 0, or 2 for an error of the user.
 
     Args:
-      argv: the words after `jinfer`; None = those of this process.
+      argv: the arguments after `jinfer`; None = this process's arguments.
 
     Raises:
-      SystemExit: after --help and --version; and of several processes in all but process 0, when
-        that one has ended.
+      SystemExit: after --help and --version; and, on several hosts, in processes other than 0
+        when process 0 has ended.
     """
     try:
         args = parse(argv)
@@ -39,16 +39,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         _let_go_of_pipes()
         return PIPE_CLOSED
-    except (ValueError, NotImplementedError) as error:  # what the package refuses with a sentence
+    except (ValueError, NotImplementedError) as error:  # errors of the user, each with a message
         return _refused(error)
     except RuntimeError as error:
-        if "Unable to initialize backend" in str(error):  # JAX_PLATFORMS asks for what is not here
+        if "Unable to initialize backend" in str(error):  # JAX_PLATFORMS names an absent backend
             return _refused(error)
         raise
 
 
 def _join_hosts(args: Namespace) -> None:
-    """Finds the other hosts, if there are said to be some; all but process 0 serve from here on."""
+    """Connects to the other hosts, if flags ask for it; returns in process 0 only."""
     given = processes_args(args)
     if not given:
         return
@@ -65,7 +65,7 @@ def _join_hosts(args: Namespace) -> None:
 
 
 def _command(name: str):
-    # Each imports what it runs on; `--help` must not wait for JAX.
+    # Import late: `--help` must not wait for JAX.
     if name == "generate":
         from jinfer.cli.generate import generate
 
@@ -93,12 +93,12 @@ def _refused(error: Exception) -> int:
 
 
 def _tell_warning(message: Warning | str, *_: object) -> None:
-    """One line, without the place in the source."""
+    """Prints a warning as one line, without its place in the source."""
     print(f"jinfer: warning: {message}", file=sys.stderr)
 
 
 def _let_go_of_pipes() -> None:
-    """Whoever read our output is gone; what is still buffered must not fail at exit."""
+    """The reader closed the pipe; flushing buffered output must not fail at exit."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for stream in (sys.stdout, sys.stderr):
         os.dup2(nowhere, stream.fileno())

@@ -1,4 +1,4 @@
-"""What may be written after `jinfer`: commands, flags, and what they become."""
+"""The commands and flags of `jinfer`, and their conversion to keywords."""
 
 import argparse
 import difflib
@@ -15,42 +15,42 @@ from jinfer.request.params import SamplingParams
 from jinfer.shipped import DEFAULT_MODEL
 
 _GENERATE = """\
-Continues each prompt. One prompt is streamed as it comes; of several, each result is printed as
-soon as those before it are, in the order of the prompts.
+Completes each prompt. The text of a single prompt is streamed; results of several are printed in
+the order of the prompts, each as soon as possible.
 
 Prompts come from the command line, from --file, or from standard input ("-", or no prompt at
 all): one per line; a line that begins with { is JSON, {"prompt": ...} or
 {"prompt_token_ids": [...]}. Text goes to standard output, everything else to standard error.
 """
 _CHAT = """\
-A conversation with a model that has a chat template.
+A conversation; the model needs a chat template.
 
 Ctrl-C stops an answer, not the program. /reset forgets the conversation, /help lists the
 commands, /quit or Ctrl-D ends.
 """
-_INFO = "What a model folder holds, told without reading its weights."
+_INFO = "Describes a model folder without reading its weights."
 _CONVERT = """\
-Writes a model folder again, its weights as an Orbax checkpoint: every shard of a model that is cut
-over many chips is read from it without the rest. What stands beside the weights is copied.
+Converts the weights of a model folder to an Orbax checkpoint, from which each host reads only its
+own shards. The folder's other files are copied.
 """
 _JSON = (
-    "one JSON object per prompt and line: prompt, text, token_ids, finish_reason, metrics, and "
+    "one line of JSON per prompt: prompt, text, token_ids, finish_reason, metrics, and "
     "logprobs if asked for; with --n above 1, a list of outputs"
 )
 
 
 class _Parser(argparse.ArgumentParser):
-    """Raises instead of printing its usage, which is longer than most screens."""
+    """Raises instead of printing the usage, which is longer than a screen."""
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message}. See `{self.prog} --help`.")
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The chosen command and its flags; a flag that was not written is not in the namespace.
+    """Parses the command and its flags; flags that are not given are not in the namespace.
 
     Raises:
-      ValueError: a word is not understood.
+      ValueError: an argument is unknown or has a wrong value.
       SystemExit: after --help and --version.
     """
     parser, commands = _parsers()
@@ -67,14 +67,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if "config" in args:
         for name, value in read_config(args.config).items():
             place = "engine_seed" if name == "seed" else name
-            if place not in args:  # what was written on the line counts
+            if place not in args:  # the command line wins
                 setattr(args, place, value)
     args.model = getattr(args, "model", DEFAULT_MODEL)
     return args
 
 
 def sampling_args(args: argparse.Namespace) -> dict[str, Any]:
-    """The sampling parameters that were written, as keywords of SamplingParams."""
+    """The given sampling parameters, as keywords of SamplingParams."""
     given = {f.name: getattr(args, f.name) for f in fields(SamplingParams) if f.name in args}
     if "logit_bias" in given:
         given["logit_bias"] = dict(given["logit_bias"])
@@ -82,7 +82,7 @@ def sampling_args(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def engine_args(args: argparse.Namespace) -> dict[str, Any]:
-    """The engine's arguments that were written, as keywords of LLM; `model` is not among them."""
+    """The given engine arguments without `model`, as keywords of LLM."""
     names = {f.name for f in fields(EngineConfig)} - {"model", "seed"}
     given = {name: getattr(args, name) for name in names if name in args}
     if "engine_seed" in args:
@@ -91,13 +91,13 @@ def engine_args(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def processes_args(args: argparse.Namespace) -> dict[str, Any]:
-    """What was written of several hosts, as keywords of `initialize`."""
+    """The given arguments for several hosts, as keywords of `initialize`."""
     names = ("coordinator_address", "num_processes", "process_id")
     given = {name: getattr(args, name) for name in names if name in args}
     if given and "coordinator_address" not in given:
         raise ValueError(
-            "several hosts need --coordinator-address; got none. Name the host of process 0 and a "
-            "port, or write auto on a TPU pod."
+            "several hosts need --coordinator-address; got none. Give the host and port of "
+            "process 0, or auto on a TPU pod."
         )
     return given
 
@@ -116,9 +116,9 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
         dest="command", required=True, metavar="COMMAND", title="commands"
     )
     described = {
-        "generate": ("continue prompts", "jinfer generate [flags] [PROMPT ...]", _GENERATE),
+        "generate": ("complete prompts", "jinfer generate [flags] [PROMPT ...]", _GENERATE),
         "chat": ("talk with a model in the terminal", "jinfer chat [flags]", _CHAT),
-        "info": ("say what a model folder holds", "jinfer info [--json] [MODEL]", _INFO),
+        "info": ("describe a model folder", "jinfer info [--json] [MODEL]", _INFO),
         "convert": (
             "write a model as an Orbax checkpoint",
             "jinfer convert [flags] HF_FOLDER ORBAX_FOLDER",
@@ -150,9 +150,9 @@ def _add_generate(parser: _Parser) -> None:
     parser.add_argument("--file", metavar="FILE", help="read prompts from a file")
     parser.add_argument("--json", action="store_true", help=_JSON)
     _add_model(parser)
-    report = partial(_add, parser.add_argument_group("what comes back"))
+    report = partial(_add, parser.add_argument_group("output"))
     report("n", type=int, metavar="N", help="outputs per prompt")
-    report("logprobs", type=int, metavar="N", help="likeliest tokens to report per output token")
+    report("logprobs", type=int, metavar="N", help="top tokens to report per output token")
     report("prompt_logprobs", type=int, metavar="N", help="the same per prompt token")
     report("detokenize", off=True, help="token ids only")
     _add_common(parser)
@@ -179,9 +179,9 @@ def _add_convert(parser: _Parser) -> None:
     parser.add_argument(
         "model", metavar="HF_FOLDER", help="a folder, a hub name org/name, or a shipped model"
     )
-    parser.add_argument("target", metavar="ORBAX_FOLDER", help="a new folder, or an empty one")
+    parser.add_argument("target", metavar="ORBAX_FOLDER", help="a new or empty folder")
     parser.add_argument(
-        "--dtype", metavar="NAME", help="float32, bfloat16 or float16 (default: as it is stored)"
+        "--dtype", metavar="NAME", help="float32, bfloat16 or float16 (default: as stored)"
     )
     parser.add_argument("-q", "--quiet", action="store_true", help="only errors")
 
@@ -207,13 +207,13 @@ def _add_sampling(parser: _Parser) -> None:
     add = partial(
         _add,
         parser.add_argument_group(
-            "sampling", "Applied in this order. What is not given is as the model suggests."
+            "sampling", "Applied in this order. Defaults are the model's own."
         ),
     )
     number, count = {"type": float, "metavar": "X"}, {"type": int, "metavar": "N"}
-    add("repetition_penalty", **number, help="divides logits of tokens seen; 1 = off")
-    add("presence_penalty", **number, help="subtracted once from tokens generated; 0 = off")
-    add("frequency_penalty", **number, help="subtracted per time a token was generated; 0 = off")
+    add("repetition_penalty", **number, help="divides logits of prompt and output tokens; 1 = off")
+    add("presence_penalty", **number, help="subtracted once from logits of output tokens; 0 = off")
+    add("frequency_penalty", **number, help="subtracted for each occurrence in the output; 0 = off")
     add(
         "logit_bias",
         type=_bias,
@@ -226,76 +226,76 @@ def _add_sampling(parser: _Parser) -> None:
     add("temperature", **number, help="0 = always the likeliest token")
     add("top_k", **count, help="keep the N likeliest tokens; 0 = all")
     add("top_p", **number, help="keep the likeliest tokens of this total probability; 1 = all")
-    add("min_p", **number, help="drop tokens below this share of the likeliest; 0 = none")
-    add("seed", **count, help="of every prompt; the same seed gives the same text")
+    add("min_p", **number, help="drop tokens below this fraction of the top probability; 0 = none")
+    add("seed", **count, help="for every prompt; the same seed gives the same text")
 
 
 def _add_stopping(parser: _Parser) -> None:
     add = partial(_add, parser.add_argument_group("stopping"))
-    add("max_tokens", type=int, metavar="N", help="most tokens of output")
-    add("min_tokens", type=int, metavar="N", help="no end before this many tokens")
+    add("max_tokens", type=int, metavar="N", help="most output tokens")
+    add("min_tokens", type=int, metavar="N", help="fewest output tokens")
     add("stop", metavar="TEXT", action="append", help="end at this text (repeatable)")
     add("stop_token_ids", **_IDS, help="end at these tokens")
-    add("ignore_eos", action="store_true", help="go on after the model's end tokens")
+    add("ignore_eos", action="store_true", help="do not stop at the model's end tokens")
     add("include_stop_str_in_output", action="store_true", help="show the stop text too")
     add("skip_special_tokens", off=True, help="show special tokens too")
 
 
 def _add_engine(parser: _Parser) -> None:
     add = partial(
-        _add, parser.add_argument_group("engine", "What is not given is decided by the hardware.")
+        _add, parser.add_argument_group("engine", "Defaults depend on the model and the hardware.")
     )
     count = {"type": int, "metavar": "N"}
-    add("config", metavar="FILE", help="take arguments from a YAML file; those written here win")
+    add("config", metavar="FILE", help="YAML file of arguments; the command line wins")
     add("tensor_parallel_size", **count, help="chips that share one model")
     add("data_parallel_size", **count, help="replicas of the model, each on chips of its own")
     add("max_model_len", **count, help="tokens of prompt and output together")
     add("max_num_seqs", **count, help="sequences that run at the same time")
-    add("max_num_batched_tokens", **count, help="tokens of one step")
-    add("max_decode_steps", **count, help="decode steps of one dispatch at most")
+    add("max_num_batched_tokens", **count, help="most tokens of one step")
+    add("max_decode_steps", **count, help="most decode steps of one dispatch")
     add("long_prefill_token_threshold", **count, help="most tokens of one prompt in one step")
     target = {"type": float, "metavar": "MS"}
-    add("ttft_target_ms", **target, help="time to first token to aim at")
-    add("tpot_target_ms", **target, help="time per further token to aim at")
-    add("enable_prefix_caching", off=True, help="compute every prompt whole")
+    add("ttft_target_ms", **target, help="goal: time to first token")
+    add("tpot_target_ms", **target, help="goal: time per further token")
+    add("enable_prefix_caching", off=True, help="compute every prompt in full")
     add(
         "kv_offloading_size",
         type=float,
         metavar="GIB",
-        help="host memory for pages that the KV cache gives up",
+        help="host memory for evicted pages of the KV cache",
     )
     add("page_size", **count, help="tokens per page of the KV cache")
     add("num_pages", **count, help="pages of the KV cache")
-    add("gpu_memory_utilization", type=float, metavar="X", help="share of free memory to use")
+    add("gpu_memory_utilization", type=float, metavar="X", help="fraction of free memory to use")
     add("dtype", metavar="NAME", help="auto, float32, bfloat16 or float16")
     add("kv_cache_dtype", metavar="NAME", help="auto, int8 or fp8")
     add("load_format", metavar="NAME", help="auto, safetensors or dummy (random weights)")
-    add("tokenizer", metavar="MODEL", help="where the tokenizer is, if not with the model")
+    add("tokenizer", metavar="MODEL", help="the tokenizer's folder, if not the model's")
     add("skip_tokenizer_init", action="store_true", help="token ids in, token ids out")
-    add("generation_config", metavar="NAME", help="auto = the model's sampling; vllm = none")
-    add("engine_seed", **count, help="of prompts without --seed, and of dummy weights")
-    add("max_logprobs", **count, help="most logprobs that may be asked for")
+    add("generation_config", metavar="NAME", help="defaults: auto = the model's; vllm = none")
+    add("engine_seed", **count, help="for prompts without --seed, and for dummy weights")
+    add("max_logprobs", **count, help="limit on --logprobs and --prompt-logprobs")
     add("layer_loop", metavar="NAME", help="scan or unrolled")
     add("attention", metavar="NAME", help="implementation of paged attention")
-    add("compilation_cache", metavar="FOLDER", help="where compiled programs are kept")
-    add("late_compile", metavar="NAME", help="warn or error, if anything compiles late")
+    add("compilation_cache", metavar="FOLDER", help="where to store compiled programs")
+    add("late_compile", metavar="NAME", help="compiling after start-up: warn or error")
     add = partial(
         _add,
-        parser.add_argument_group("several hosts", "The same command on each; process 0 prints."),
+        parser.add_argument_group("several hosts", "Run the command on each; process 0 prints."),
     )
     add(
         "coordinator_address",
         metavar="HOST:PORT",
         help="of process 0; auto on a TPU pod and under Slurm or Open MPI, without the next two",
     )
-    add("num_processes", **count, help="of all hosts together")
-    add("process_id", **count, help="of this process, from 0 on")
+    add("num_processes", **count, help="number of processes on all hosts")
+    add("process_id", **count, help="index of this process, from 0")
 
 
 def _add(group: Any, name: str, *, off: bool = False, **settings: Any) -> None:
-    """A flag spelt like the field it sets, absent from the namespace unless it is written.
+    """Adds a flag named like its field; without it the namespace lacks the field.
 
-    Under `off` it is "--no-..." and sets the field to False.
+    With `off` the flag is "--no-..." and sets the field to False.
     """
     flag = f"--{'no-' if off else ''}{name.replace('_', '-')}"
     if off:
@@ -308,7 +308,7 @@ def _ids(text: str) -> list[int]:
         return [int(one) for one in text.split(",")]
     except ValueError:
         raise argparse.ArgumentTypeError(
-            f"token ids are integers with commas between; got {text!r}, not such as 5,17"
+            f"token ids are integers separated by commas; got {text!r}. Write them as 5,17"
         ) from None
 
 
@@ -318,7 +318,7 @@ def _bias(text: str) -> tuple[int, float]:
         return int(token_id), float(value)
     except ValueError:
         raise argparse.ArgumentTypeError(
-            f"a bias is a token id and a number; got {text!r}, not such as 17=-2.5"
+            f"a bias is a token id and a number; got {text!r}. Write it as 17=-2.5"
         ) from None
 
 

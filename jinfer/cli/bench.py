@@ -1,4 +1,4 @@
-"""`jinfer bench`: speed, and how close to the limit."""
+"""`jinfer bench`: speed, and the hardware's limit."""
 
 import importlib
 import json
@@ -9,14 +9,14 @@ from typing import Any
 
 
 def bench(args: Namespace) -> int:
-    """Runs one benchmark; returns 0, or 1 if something that was timed computes a wrong answer."""
+    """Runs one benchmark; returns 0, or 1 if a timed kernel computes a wrong answer."""
     for name in (args.json, getattr(args, "plot", None)):
         if name is not None:
-            _check_writable(name)  # not after minutes of measuring
+            _check_writable(name)  # now, not after minutes of measuring
     if getattr(args, "target", None):
-        # Nothing runs here, and the compilers of absent chips come without their chips' drivers.
+        # Nothing runs, and an absent chip's compiler has no driver: use the CPU backend.
         os.environ["JAX_PLATFORMS"] = "cpu"
-    # Each imports what it runs on, after that.
+    # Import after that: these modules import JAX.
     home = args.benchmark if args.benchmark in ("kernels", "startup") else "engine"
     module = importlib.import_module(f"jinfer.cli.bench_{home}")
     figures: dict[str, Any] = module.run(args)

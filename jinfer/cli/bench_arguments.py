@@ -1,4 +1,4 @@
-"""What may be written after `jinfer bench`."""
+"""The commands and flags of `jinfer bench`."""
 
 import argparse
 from collections.abc import Callable
@@ -8,37 +8,35 @@ from typing import Any
 from jinfer.shipped import DEFAULT_MODEL
 
 _BENCH = """\
-Measures, and says how close to the limit: each command prints a table, and with --json FILE
-writes the same figures as JSON. Timings of one run belong together; compare them as ratios.
+Measures speed against the hardware's limit. Each command prints a table; --json FILE writes the
+same figures as JSON. Compare timings of one run only, as ratios.
 """
 _KERNELS = """\
-Times paged attention at the shapes that serving asks for, each call inside one compiled loop, and
-sets it against a large copy and a large matrix product measured in the same run. Answers are
-checked first; a wrong one ends the command with status 1. With --target nothing runs: the kernels
-are compiled for that chip, which need not be here, and what the compiler says is printed beside the
-chip's own bound. Without an accelerator that is the default, for a chip whose compiler is here;
---implementation xla times a scaled-down set on the CPU.
+Times paged attention at serving shapes, in one compiled loop, and compares it with a large copy
+and a large matrix product measured in the same run. Results are checked first; a wrong one makes
+the exit status 1. With --target nothing runs: the kernels are compiled for that chip, which need
+not be present, and the compiler's figures are printed beside the chip's bound. Without an
+accelerator this is the default, for a chip with an installed compiler; --implementation xla times
+a smaller set of cases on the CPU.
 """
 _LATENCY = """\
-How long one batch takes, alone: the batch is sent, answered whole, and sent again with new
-prompts. The first time does not count.
+Time of one batch, alone. The batch is sent and completed, then sent again with new prompts. The
+first run is not counted.
 """
 _THROUGHPUT = """\
-How many tokens per second where all requests are there at the start. With --compare, beside
-transformers: its generate and its continuous batching, on the same prompts, taking turns; or only
-the one that is named.
+Tokens per second when all requests are sent at the start. --compare runs transformers in turns on
+the same prompts: its generate and its continuous batching, or the one you name.
 """
 _SERVE = """\
-What users of a service would see: requests arrive at random times, --rate per second in the mean,
-or as a trace says, and every token is wanted as it comes.
+Latencies that users of a service see. Requests arrive at random times, --rate per second on
+average, or as in a trace; tokens are streamed one by one.
 """
 _STARTUP = """\
-From the command to the first token, in processes of their own: cold, with an empty folder for
-compiled programs, and warm, with what the first left there. With --target nothing runs: the
-programs of the engine are compiled for that chip, which need not be here, and found again where
-they were kept.
+Time from the command to the first token, in new processes: cold, with an empty compilation cache,
+then warm, with the programs of the cold run. With --target nothing runs: the engine's programs are
+compiled for that chip, which need not be present, and read back from the cache.
 """
-# What says how long the requests of each workload are, and what it is where nobody says it.
+# The flags that set the lengths of each workload; their defaults are in LENGTH_DEFAULTS.
 LENGTHS_OF = {
     "fixed": ("input_tokens", "output_tokens"),
     "sharegpt": (),
@@ -53,8 +51,8 @@ def add_bench(parser: Any, formatter: Any, add_engine: Callable[[Any], None]) ->
     """Adds the commands of `jinfer bench` to its parser; returns them by name.
 
     Args:
-      parser: of `jinfer bench`.
-      formatter: of help texts.
+      parser: parser of `jinfer bench`.
+      formatter: class that formats the help texts.
       add_engine: adds the engine's flags to a parser.
     """
     parser.description = _BENCH
@@ -66,7 +64,7 @@ def add_bench(parser: Any, formatter: Any, add_engine: Callable[[Any], None]) ->
         "throughput": ("many requests at once", _THROUGHPUT, _add_throughput),
         "serve": ("requests that arrive over time", _SERVE, _add_serve),
         "startup": ("from the command to the first token", _STARTUP, _add_startup),
-        "kernels": ("attention kernels, against copy and product", _KERNELS, _add_kernels),
+        "kernels": ("attention kernels, against copy and matrix product", _KERNELS, _add_kernels),
     }
     commands = {}
     for name, (short, long, add_flags) in described.items():
@@ -90,7 +88,7 @@ def _add_report(parser: Any, *, plots: bool, profiles: bool) -> None:
     add = partial(_flag, parser.add_argument_group("report"))
     add("json", metavar="FILE", help="write every figure to this file")
     if plots:
-        add("plot", metavar="FILE", help="draw times and rates (needs matplotlib)")
+        add("plot", metavar="FILE", help="plot times and rates (needs matplotlib)")
     if profiles:
         add("profile", metavar="FOLDER", help="write a trace for jax.profiler's viewers")
 
@@ -101,7 +99,7 @@ def _add_model(parser: Any) -> None:
         "model",
         default=DEFAULT_MODEL,
         metavar="MODEL",
-        help="a folder, a hub name, a shipped model, or a shape with random weights: 125m, 8b; "
+        help="a folder, a hub name, a shipped model, or random weights of a size: 125m, 8b; "
         f"default: {DEFAULT_MODEL}",
     )
     parser.add_argument("-q", "--quiet", action="store_true", help="only tables and errors")
@@ -114,8 +112,8 @@ def _add_latency(parser: Any) -> None:
     add("input-tokens", **count, default=32, help="tokens of each prompt; default: 32")
     add("output-tokens", **count, default=128, help="tokens of each answer; default: 128")
     add("repeats", **count, default=5, help="batches; default: 5")
-    add("stream", action="store_true", help="want every token as it comes: one step a dispatch")
-    add("seed", metavar="N", type=int, default=0, help="of the prompts; default: 0")
+    add("stream", action="store_true", help="stream every token: one step per dispatch")
+    add("seed", metavar="N", type=int, default=0, help="for the prompts; default: 0")
 
 
 def _add_workload(parser: Any) -> None:
@@ -129,13 +127,13 @@ def _add_workload(parser: Any) -> None:
         metavar="NAME",
         help="fixed lengths (default), sharegpt (log-normal, its means), trace, shared-prefix",
     )
-    add("num-prompts", **count, nargs="+", default=[64], help="requests; several: one run each")
-    add("input-tokens", **count, help="of fixed and shared-prefix; default: 128")
-    add("output-tokens", **count, help="of fixed and shared-prefix; default: 128")
-    add("shared-tokens", **count, help="of shared-prefix, in all prompts; default: 96")
+    add("num-prompts", **count, nargs="+", default=[64], help="requests; one run for each N")
+    add("input-tokens", **count, help="for fixed and shared-prefix; default: 128")
+    add("output-tokens", **count, help="for fixed and shared-prefix; default: 128")
+    add("shared-tokens", **count, help="for shared-prefix: common to all prompts; default: 96")
     add("trace", metavar="FILE", help="a CSV of the Azure LLM inference traces")
-    add("scale", metavar="X", type=float, help="factor on a trace's lengths; default: 1")
-    add("seed", metavar="N", type=int, default=0, help="of lengths, prompts, arrivals; default: 0")
+    add("scale", metavar="X", type=float, help="factor on the trace's lengths; default: 1")
+    add("seed", metavar="N", type=int, default=0, help="for lengths, prompts, arrivals; default: 0")
 
 
 def _add_throughput(parser: Any) -> None:
@@ -146,27 +144,27 @@ def _add_throughput(parser: Any) -> None:
         nargs="*",
         choices=COMPARED_WAYS,
         metavar="WAY",
-        help="beside transformers (with torch): generate, continuous-batching; default: both",
+        help="also run transformers (needs torch): generate, continuous-batching; default: both",
     )
     add("repeats", metavar="N", type=_positive, help="turns of --compare; default: 3")
 
 
 def _add_serve(parser: Any) -> None:
     _add_workload(parser)
-    said = "requests per second; default: 1, or the trace's own times"
+    said = "requests per second; default: 1, or the trace's times"
     _flag(parser, "rate", metavar="X", type=float, help=said)
     _flag(
         parser,
         "goodput",
         metavar="NAME:MS",
         nargs="+",
-        help="count the requests within ttft:MS tpot:MS e2el:MS; default: the engine's targets",
+        help="count requests within ttft:MS tpot:MS e2el:MS; default: the engine's targets",
     )
 
 
 def _add_startup(parser: Any) -> None:
     _add_model(parser)
-    said = "only compile, for v6e, h200, ... without the chip"
+    said = "only compile for v6e, h200, ...; the chip need not be present"
     _flag(parser, "target", metavar="CHIP", help=said)
 
 
@@ -177,16 +175,16 @@ def _add_kernels(parser: Any) -> None:
         metavar="NAME",
         nargs="+",
         default=[],
-        help='only these; patterns such as "decode_16*" (in quotes) match several',
+        help='only these; patterns such as "decode_16*" (quoted) match several',
     )
     add(
         "implementation",
         metavar="NAME",
         nargs="+",
         default=[],
-        help="only these; default: what the platform has",
+        help="only these; default: all of the platform",
     )
-    add("target", metavar="CHIP", nargs="+", default=[], help="compile for v6e, h200, ...; no run")
+    add("target", metavar="CHIP", nargs="+", default=[], help="only compile, for v6e, h200, ...")
     add("dtype", metavar="NAME", help="of activations; default: float32 on CPU, else bfloat16")
     add("page-size", metavar="N", type=_positive, help="tokens per page; default: 64 on TPU, or 16")
     add("repeats", metavar="N", type=_positive, default=5, help="loops per median; default: 5")
@@ -198,5 +196,5 @@ def _flag(group: Any, name: str, **settings: Any) -> None:
 
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a number from 1 on; got {text!r}")
+        raise argparse.ArgumentTypeError(f"must be an integer of at least 1; got {text!r}")
     return int(text)

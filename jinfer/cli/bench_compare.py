@@ -1,4 +1,4 @@
-"""`--compare`: jinfer's turns beside those of transformers, and what is recorded of them."""
+"""`--compare`: jinfer and transformers take turns; jinfer's runs are recorded."""
 
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,14 +21,14 @@ COMPARED_TURNS = 3
 
 
 def is_compared(args: Namespace) -> bool:
-    """Whether jinfer takes turns with others; not every benchmark has the flag."""
+    """Whether `--compare` is given; not every benchmark has the flag."""
     return getattr(args, "compare", None) is not None
 
 
 def check_compare(args: Namespace) -> None:
-    """Refuses what a comparison, or a run without one, would ignore, and one that cannot be.
+    """Refuses flags that the run would not use, and a comparison without transformers.
 
-    Fills in what a comparison takes and nobody said.
+    Sets the defaults of `--compare` and its `--repeats`.
     """
     flag, which = ("profile", "with") if is_compared(args) else ("repeats", "without")
     value = getattr(args, flag)
@@ -42,7 +42,7 @@ def check_compare(args: Namespace) -> None:
 
 @contextmanager
 def other_ways(args: Namespace, asked: dict[str, Any], llm: LLM) -> Iterator[dict[str, Run]]:
-    """With whom to take turns, by name; nobody where that was not asked."""
+    """Yields the ways of transformers by name; none without `--compare`."""
     if not is_compared(args):
         yield {}
         return
@@ -62,14 +62,15 @@ def record_beside(
     repeats: int,
     measure: Callable[[], Ceilings],
 ) -> tuple[Recorded, Compared]:
-    """Takes turns with the others; jinfer's that count are recorded, each held against the better
-    of what the device could do right before and right after it.
+    """Takes turns with the others; records jinfer's runs except the warm-up.
+
+    A run is recorded with the faster of the ceilings measured right before and right after it.
     """
     recordings: list[Recording] = []
     measured: list[Ceilings] = []
 
     def answer(jobs: Sequence[Job]) -> None:
-        # The others compute every turn's prompts anew, so this does too.
+        # The others compute the prompts again in every turn; jinfer must too.
         llm.reset_prefix_cache()
         recordings.append(run_jobs(llm, jobs, streams=False))
 
@@ -81,4 +82,4 @@ def record_beside(
     )
     ceilings = [a.faster(b) for a, b in zip(measured[::2], measured[1::2], strict=True)]
     every = list(zip(recordings, ceilings, strict=True))
-    return every[1:], compared  # the first turn warms up, as in `compare`
+    return every[1:], compared  # the first turn is the warm-up, as in `compare`

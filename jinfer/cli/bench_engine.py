@@ -1,4 +1,4 @@
-"""`jinfer bench latency`, `throughput` and `serve`: one engine, several ways to ask it."""
+"""`jinfer bench latency`, `throughput` and `serve`."""
 
 import math
 from argparse import Namespace
@@ -34,18 +34,18 @@ from jinfer.cli.profile import profiled, require_profile_folder
 from jinfer.cli.screen import counted, note, show
 from jinfer.config import EngineConfig
 from jinfer.llm import LLM
-from jinfer.startup.resolve import platform_of, resolve_dtype
+from jinfer.startup.defaults import platform_of, resolve_dtype
 
-Plans = list[tuple[str, list[list[Job]]]]  # what is said of each run, and its batches, in turn
+Plans = list[tuple[str, list[list[Job]]]]  # for each run: its description, and its batches in order
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Measured:
-    """One plan, run."""
+    """The measurements of one run."""
 
     said: str
     recorded: Recorded
-    compared: Compared | None  # None: nobody was to be compared with
+    compared: Compared | None  # None without --compare
 
 
 def run(args: Namespace) -> dict[str, Any]:
@@ -55,8 +55,8 @@ def run(args: Namespace) -> dict[str, Any]:
     with model_arguments(args.model) as keywords:
         asked = {"late_compile": "error", **keywords, **_sizes(args), **engine_args(args)}
         measure = partial(measure_ceilings, platform, _product_dtype(args, platform))
-        # Other work slows a CPU down from minute to minute, so it is measured beside every run; an
-        # engine leaves an accelerator no memory for that, which is measured before it and after.
+        # Other work changes a CPU's speed, so its ceilings are measured around every run. On an
+        # accelerator the engine takes the memory: measure before it starts and after it ends.
         is_steady = platform != "cpu"
         beside = cache(measure) if is_steady else measure
         if is_steady:
@@ -87,13 +87,13 @@ def run(args: Namespace) -> dict[str, Any]:
 
 def _plot(args: Namespace, run: _Measured) -> None:
     recordings, said = [recording for recording, _ in run.recorded], run.said
-    if run.compared:  # between two of jinfer's turns the others had theirs
+    if run.compared:  # the others ran between jinfer's turns
         recordings, said = recordings[-1:], f"{said}; jinfer's last turn"
     plot(recordings, args.plot, title=f"{args.benchmark}: {said}")
 
 
 def _say(args: Namespace) -> Callable[[str], object]:
-    """Tells what goes on, unless only tables and errors are wanted."""
+    """Returns the function that prints progress; with --quiet it prints nothing."""
     return (lambda text: None) if args.quiet else note
 
 
@@ -114,13 +114,13 @@ def _check(args: Namespace) -> None:
     if args.plot is not None:
         require_matplotlib(args.plot)
     if _asks_goals(args):
-        Goals.parse(args.goodput)  # refused now, not after the run
+        Goals.parse(args.goodput)  # raises now, not after the run
     if args.benchmark != "latency":
         _check_workload(args)
     replicas = getattr(args, "data_parallel_size", 1)
-    if isinstance(replicas, int):  # the engine refuses all else
+    if isinstance(replicas, int):  # the engine rejects other types
         require_one_replica(replicas)
-    require_profile_folder(args.profile)  # which makes it
+    require_profile_folder(args.profile)  # creates it
 
 
 def _check_workload(args: Namespace) -> None:
@@ -132,23 +132,23 @@ def _check_workload(args: Namespace) -> None:
     _settle_lengths(args)
     if args.workload == "trace" and not 0 < args.scale < math.inf:
         raise ValueError(
-            f"--scale must be above 0 and finite; got {args.scale}. Choose such a factor."
+            f"--scale must be above 0 and finite; got {args.scale}. Choose another factor."
         )
     if args.benchmark == "throughput":
         check_compare(args)
     if args.benchmark == "serve" and args.rate is not None and not 0 < args.rate < math.inf:
-        raise ValueError(f"--rate must be above 0 and finite; got {args.rate}. Choose such a rate.")
+        raise ValueError(f"--rate must be above 0 and finite; got {args.rate}. Pass another.")
     if args.plot is not None and len(args.num_prompts) > 1:
         raise ValueError(
             f"--plot draws one run; got --num-prompts {' '.join(map(str, args.num_prompts))}. "
             "Give one number."
         )
-    if args.workload == "trace":  # refused now, not once the engine stands
+    if args.workload == "trace":  # raises now, not after the engine has started
         read_trace(args.trace, max(args.num_prompts), args.scale)
 
 
 def _settle_lengths(args: Namespace) -> None:
-    """Fills in what the workload takes and nobody said, and refuses what it would ignore."""
+    """Sets the workload's default lengths; refuses flags that it does not use."""
     used = LENGTHS_OF[args.workload]
     for name, default in LENGTH_DEFAULTS.items():
         value = getattr(args, name)
@@ -161,14 +161,14 @@ def _settle_lengths(args: Namespace) -> None:
             )
     if args.workload == "shared-prefix" and args.shared_tokens >= args.input_tokens:
         raise ValueError(
-            "--shared-tokens must be below --input-tokens, or all prompts are one; got "
+            "--shared-tokens must be below --input-tokens, or all prompts are equal; got "
             f"--shared-tokens {args.shared_tokens}, --input-tokens {args.input_tokens}. "
             "Choose fewer."
         )
 
 
 def _sizes(args: Namespace) -> dict[str, int]:
-    """An engine made to measure, where nobody asked for another."""
+    """Engine sizes that fit the batch, unless the user chose sizes."""
     if args.benchmark != "latency" or "max_num_seqs" in args or "max_num_batched_tokens" in args:
         return {}
     step_tokens = min(512, 1 << (args.batch_size * args.input_tokens).bit_length())
@@ -179,10 +179,10 @@ def _sizes(args: Namespace) -> dict[str, int]:
 
 
 def _product_dtype(args: Namespace, platform: str) -> str:
-    """Of the matrix product to measure: what the engine will compute in."""
+    """The dtype of the measured matrix product: the engine's dtype."""
     asked = getattr(args, "dtype", "auto")
     if asked not in ("auto", "float32", "bfloat16", "float16", "float", "half"):
-        return "float32"  # refused, with a sentence, where the engine is made
+        return "float32"  # the engine raises the error
     return resolve_dtype(EngineConfig(model=args.model, dtype=asked), platform)
 
 
@@ -261,10 +261,10 @@ def _run_plan(
 def _record(
     args: Namespace, llm: LLM, batches: list[list[Job]], measure: Callable[[], Ceilings]
 ) -> Recorded:
-    """Runs the batches one after the other, each with what the device could do beside it.
+    """Runs the batches one after the other; returns each with the ceilings of its time.
 
-    Of several batches the first is only to warm up; for one alone, its first job does that. What
-    is measured before and after a run may differ; the run is held against the better.
+    The first of several batches is the warm-up; a single batch warms up with its first job. A run
+    is recorded with the faster of the ceilings measured before and after it.
     """
     streams = args.benchmark == "serve" or getattr(args, "stream", False)
     first, *others = batches
@@ -272,7 +272,7 @@ def _record(
     llm.reset_prefix_cache()
     batches = others or batches
     _say(args)(f"running {sum(map(len, batches))} requests")
-    # What is measured between runs would fill a profile.
+    # Ceilings measured between runs would fill the profile.
     between = cache(measure) if args.profile else measure
     recordings, measured = [], [between()]
     with profiled(args.profile):
@@ -295,7 +295,7 @@ def _model_line(args: Namespace, llm: LLM) -> str:
 
 
 def _told(args: Namespace, llm: LLM) -> dict[str, Any]:
-    """What the figures of a JSON file belong to."""
+    """The head of the JSON file: benchmark, model, versions, devices, arguments and plan."""
     return {
         "benchmark": args.benchmark,
         "model": args.model,

@@ -22,7 +22,8 @@ from jinfer.bench.kernels_ahead import check_targets, compile_cases, compiled_ta
 from jinfer.bench.machine import machine_line, versions
 from jinfer.cli.profile import profiled, require_profile_folder
 from jinfer.cli.screen import note, show
-from jinfer.startup.resolve import free_device_bytes, platform_of
+from jinfer.startup.defaults import platform_of
+from jinfer.startup.memory import free_device_bytes
 
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -38,11 +39,11 @@ def run(args: Namespace) -> dict[str, Any]:
     platform = platform_of(device)
     if platform == "cpu" and not args.cases and not args.implementation:
         if (target := default_target()) is not None:
-            note(f"no accelerator here: compiling for {target}; --implementation xla times the CPU")
+            note(f"no accelerator: compiling for {target}; --implementation xla times the CPU")
             return _compile(args, [target])
         note(
-            "no accelerator here, nor a compiler for one, so the CPU is timed; to see what the "
-            'compiler says: pip install "jinfer[tpu]", or "jinfer[cuda13]"'
+            "no accelerator, and no compiler for one: timing the CPU. To compile for a chip: "
+            'pip install "jinfer[tpu]", or "jinfer[cuda13]"'
         )
     require_profile_folder(args.profile)
     return _time(args, device, platform)
@@ -58,8 +59,8 @@ def _time(args: Namespace, device: jax.Device, platform: str) -> dict[str, Any]:
             for case in cases
             for name in args.implementation or names_for(case, IMPLEMENTATIONS[platform], platform)
         ]
-    pages = f"pages of {args.page_size} tokens" if args.page_size else "pages as the engine's"
-    show(f"{machine_line()}\n{dtype}, {pages}; 32 query heads, 8 kv heads of width 128")
+    pages = f"pages of {args.page_size} tokens" if args.page_size else "pages of the engine's size"
+    show(f"{machine_line()}\n{dtype}, {pages}; 32 query heads, 8 kv heads of head_dim 128")
     show(f"\nin the same run: {ceilings}\n\n{timing_table(results, ceilings)}\n\n")
     show(_TIMING_NOTES)
     wrong = [f"{result.case}, {result.implementation}" for result in results if result.is_wrong]
@@ -91,7 +92,7 @@ def _time_one(args: Namespace, case: Case, name: str, device: jax.Device, dtype:
 def _compile(args: Namespace, targets: list[str]) -> dict[str, Any]:
     if args.profile is not None:
         raise ValueError(
-            f"--profile traces what runs; got --profile {args.profile} where kernels are only "
+            f"--profile needs kernels that run; got --profile {args.profile} where they are only "
             f"compiled, for {', '.join(targets)}. Drop it, or time with --implementation xla."
         )
     check_targets(targets)
@@ -120,17 +121,17 @@ def _compile(args: Namespace, targets: list[str]) -> dict[str, Any]:
 
 
 _TIMING_NOTES = """\
-error: the largest, of tokens from first to last, as a share of the largest output; WRONG where it
-is beyond what the dtype explains. us: of one call, the median over loops compiled as one program,
-dispatch subtracted; +-: half of what lies between the fastest and the slowest loop. MB, GFLOP: what
-any implementation must move and compute. bandwidth, peak: the share of what the large copy or read,
-and the product, reach.
-triton, cudnn: others' kernels, which attend and write nothing; cudnn over one layer's pages, which
-a cache may hold.
+error: the largest error of any token, as a fraction of the largest output; WRONG if rounding of the
+dtype cannot explain it. us: time of one call, the median over loops, each compiled as one program;
+dispatch is subtracted. +-: half the difference between the slowest and the fastest loop. MB, GFLOP:
+the least that any implementation moves and computes. bandwidth, peak: fraction of the rate that the
+large copy or read, and the matrix product, reach.
+triton, cudnn: kernels of other projects, which do not write to the KV cache; cudnn reads one
+layer's pages, which may stay in the chip's cache.
 """
 _COMPILED_NOTES = """
-bound: the MB and GFLOP that any implementation must move and compute, over the maker's figures; no
-estimate of what it takes. temporary: memory beside the arguments. pool: whether the pages are
-updated in place. On chips that show up as two devices a line is one of them. Errors and times wait
-for the chip. triton, cudnn: others' kernels, which attend and write nothing.
+bound: the least MB and GFLOP of any implementation, divided by the maker's rates; not an estimate
+of the real time. temporary: memory besides the arguments. pool: whether the pages are updated in
+place. If a chip appears as two devices, a line is for one device. Errors and times need the chip.
+triton, cudnn: kernels of other projects, which do not write to the KV cache.
 """

@@ -20,14 +20,14 @@ def run(args: Namespace) -> dict[str, Any]:
     """Prints the table; returns every figure for the JSON file."""
     if "compilation_cache" in args:
         raise ValueError(
-            "startup makes a folder of its own to be cold; got "
+            "startup makes a folder of its own, to start cold; got "
             f"--compilation-cache {args.compilation_cache}. Leave it out."
         )
     say = (lambda said: None) if args.quiet else note
     if args.target is not None:
         return _ahead(args, say)
     figures = measure_startup(args.model, engine_args(args), say)
-    # The device belonged to the starts; this process never opens it.
+    # The measured processes use the device; this process never opens it.
     device = figures["cold"]["device"]
     show(f"{device}; {machine_line(with_device=False)}\n{args.model}\n\n{startup_text(figures)}\n")
     return {"benchmark": "startup", "model": args.model, **versions(), **figures}
@@ -53,6 +53,6 @@ def _ahead(args: Namespace, say: Callable[[str], object]) -> dict[str, Any]:
 
 
 _NOTES = """
-cold: traced, compiled and stored, one program on each processor at a time. warm: found in the store
-by what it is made from, read, checked and unpacked; to load it takes the chip, which is not here.
+cold: traced, compiled and stored, one program per processor at a time. warm: found in the cache by
+its inputs, read, checked and unpacked; loading is not included, because it needs the chip.
 """

@@ -16,13 +16,13 @@ _HELP = """\
 /reset  forget the conversation    /quit  end (as does Ctrl-D)
 /help   this list                  Ctrl-C stops an answer
 """
-STEP_TOKENS = 64  # few programs to compile, and most turns fit in a step or two
+STEP_TOKENS = 64  # few programs to compile; most messages fit in a step or two
 
 
 def chat(args: Namespace) -> int:
     """Talks until the user ends it; returns 0."""
     chosen = sampling_args(args)
-    SamplingParams(**chosen)  # a slip is told before the model is loaded
+    SamplingParams(**chosen)  # raises before the model is loaded
     require_profile_folder(args.profile)
     asked = {"max_num_seqs": 1, **engine_args(args)}
     asked.setdefault("max_num_batched_tokens", max(STEP_TOKENS, asked["max_num_seqs"]))
@@ -49,7 +49,7 @@ class Conversation:
         llm.render([*self._messages, {"role": "user", "content": "Hello."}])
 
     def run(self) -> int:
-        """Reads lines and answers them until one is /quit or there are no more."""
+        """Reads lines and answers them until /quit or the end of the input."""
         if importlib.util.find_spec("readline") is not None:
             importlib.import_module("readline")  # gives input() its editing and history
         while True:
@@ -81,17 +81,17 @@ class Conversation:
         asked = [*self._messages, {"role": "user", "content": line}]
         try:
             answer = self._stream(asked)
-        except RequestError as error:  # the context is full, most of the time
+        except RequestError as error:  # usually the context is full
             note(f"error: {error} /reset begins anew.")
             return
         if answer:
             self._messages = [*asked, {"role": "assistant", "content": answer}]
 
     def _stream(self, messages: list[dict[str, str]]) -> str:
-        """The answer, or what there was of it when Ctrl-C came."""
+        """The answer, or the part of it that came before Ctrl-C."""
         text = ""
         try:
-            # Ctrl-C leaves the loop, and leaving the loop ends the request.
+            # Ctrl-C leaves the loop, which ends the request.
             for output in self._llm.stream(self._llm.render(messages), self._params):
                 grown = output.outputs[0].text
                 show(grown[len(text) :])

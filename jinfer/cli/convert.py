@@ -15,11 +15,11 @@ from jinfer.weights.hub import resolve_model
 
 def convert(args: Namespace) -> int:
     """Writes the folder; returns 0."""
-    jax.config.update("jax_platforms", "cpu")  # files to files: an accelerator is left alone
+    jax.config.update("jax_platforms", "cpu")  # from files to files: no accelerator needed
     source = find_shipped(args.model) or resolve_model(args.model)
     target = Path(args.target).expanduser()
     start_s = time.monotonic()
-    # None: a bar on a terminal, nothing in a file or a pipe.
+    # disable=None: a bar on a terminal only, not in a file or pipe.
     with tqdm(desc="saving", unit=" arrays", disable=True if args.quiet else None) as bar:
         written = convert_folder(
             source, target, dtype=args.dtype, on_saved=lambda name: bar.update()

@@ -18,7 +18,7 @@ from jinfer.request.output import CompletionOutput, Logprob, RequestMetrics, Req
 from jinfer.request.params import SamplingParams
 from jinfer.request.prompt import Prompt
 
-# Up to here the engine is made to measure: every program that is not compiled starts sooner.
+# Up to this many, the engine gets sizes that fit: fewer programs to compile, a faster start.
 FEW_SEQUENCES = 8
 # A step scores at most one prompt token per slot.
 SCORING_SLOTS = 32
@@ -26,12 +26,12 @@ MIN_STEP_TOKENS, MAX_STEP_TOKENS = 8, 512
 
 
 def generate(args: Namespace) -> int:
-    """Answers the prompts of one command; 2 if one of several was refused, else 0."""
+    """Answers the prompts of one command; returns 2 if one of several was refused, else 0."""
     prompts = read_prompts(args.prompts, args.file)
     if len(prompts) == 1 and not prompts[0].text and not prompts[0].token_ids:
         raise RequestError("a prompt needs at least one token; got none. Write some text.")
     chosen = sampling_args(args)
-    params = SamplingParams(**chosen)  # a slip is told before the model is loaded
+    params = SamplingParams(**chosen)  # raises before the model is loaded
     if not args.json:
         _refuse_unshown(args, params)
     require_profile_folder(args.profile)
@@ -52,7 +52,7 @@ def generate(args: Namespace) -> int:
 
 
 def made_to_measure(prompts: Sequence[Prompt], n: int, args: Namespace) -> dict[str, int]:
-    """Sizes of an engine for a few sequences; none where there are many, or the user chose."""
+    """Engine sizes for a few sequences; empty for many sequences, or if the user chose sizes."""
     num_sequences = len(prompts) * n
     if num_sequences > FEW_SEQUENCES or "max_num_seqs" in args or "max_num_batched_tokens" in args:
         return {}
@@ -65,7 +65,7 @@ def made_to_measure(prompts: Sequence[Prompt], n: int, args: Namespace) -> dict[
 
 
 def as_json(output: RequestOutput) -> dict[str, Any]:
-    """What --json prints of one prompt."""
+    """The JSON object of one prompt, as --json prints it."""
     said: dict[str, Any] = {"prompt": output.prompt}
     if output.prompt is None:
         said["prompt_token_ids"] = list(output.prompt_token_ids)
@@ -79,7 +79,7 @@ def as_json(output: RequestOutput) -> dict[str, Any]:
 
 
 def summary(served: Sequence[RequestMetrics], elapsed_s: float) -> str:
-    """The closing line: how many tokens, and how fast they came."""
+    """The last line: number of tokens, and their speed."""
     num_tokens = sum(metrics.num_output_tokens for metrics in served)
     ttft_s = [metrics.ttft_s for metrics in served if metrics.ttft_s is not None]
     tpot_s = [metrics.tpot_s for metrics in served if metrics.tpot_s is not None]
@@ -95,7 +95,7 @@ def summary(served: Sequence[RequestMetrics], elapsed_s: float) -> str:
 
 
 def _refuse_unshown(args: Namespace, params: SamplingParams) -> None:
-    """What text alone cannot show is not dropped silently."""
+    """Refuses flags whose output only --json shows."""
     asked = {
         "--logprobs": params.logprobs is not None,
         "--prompt-logprobs": params.prompt_logprobs is not None,
@@ -108,7 +108,7 @@ def _refuse_unshown(args: Namespace, params: SamplingParams) -> None:
 
 
 def _stream(llm: LLM, prompt: Prompt, params: SamplingParams) -> RequestOutput:
-    outputs = llm.stream(prompt, params)  # raises if it is refused: then nothing is shown
+    outputs = llm.stream(prompt, params)  # raises if refused, before anything is shown
     show(prompt.text or "", dim=True)
     shown, output = 0, None
     for output in outputs:
@@ -137,7 +137,7 @@ def _print_in_order(
 
 
 def _in_order(completed: Iterable[tuple[int, RequestOutput]]) -> Iterator[RequestOutput]:
-    """Outputs by their place; one waits only for those before it."""
+    """Yields outputs in the order of the prompts, each as soon as all earlier ones are out."""
     waiting: dict[int, RequestOutput] = {}
     num_passed = 0
     for place, output in completed:

@@ -1,4 +1,4 @@
-"""`jinfer info`: what a model folder holds."""
+"""`jinfer info`: a description of a model folder."""
 
 import json
 from argparse import Namespace

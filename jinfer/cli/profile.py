@@ -1,4 +1,4 @@
-"""Traces of what the device does, for the viewers of `jax.profiler`."""
+"""Traces of the device's work, for the viewers of `jax.profiler`."""
 
 import os
 from collections.abc import Iterator
@@ -10,11 +10,11 @@ import jax
 
 @contextmanager
 def profiled(folder: str | None) -> Iterator[None]:
-    """Writes a trace of the block to `folder`; None = none.
+    """Writes a trace of the block to `folder`; None = no trace.
 
-    Each program has its name there ("decode_of_32_rows"), and the parts of a step theirs: "embed",
-    "attention", "paged_attention" in it, "mlp", "logits", "sample", "logprobs". Open it with XProf
-    (`pip install xprof`) or at ui.perfetto.dev.
+    The trace names each program ("decode_of_32_rows") and the parts of a step: "embed",
+    "attention", "paged_attention" inside it, "mlp", "logits", "sample", "logprobs".
+    Open it with XProf (`pip install xprof`) or at ui.perfetto.dev.
 
     Raises:
       ValueError: the folder cannot be written.
@@ -31,7 +31,7 @@ def profiled(folder: str | None) -> Iterator[None]:
 
 
 def require_profile_folder(folder: str | None) -> None:
-    """Raises ValueError, before anything runs, where no trace can be written; makes the folder."""
+    """Makes the folder; raises ValueError if no trace can be written there."""
     if folder is None:
         return
     try:

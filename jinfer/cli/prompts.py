@@ -11,11 +11,11 @@ from jinfer.request.prompt import Prompt, as_prompt
 
 
 def read_prompts(words: Sequence[str], file: str | None) -> list[Prompt]:
-    """Every prompt, in the order written; those of `file` last.
+    """Reads all prompts, in the given order; the prompts of `file` come last.
 
     Args:
       words: the prompts of the command line; "-" stands for standard input.
-      file: of lines, each a prompt or a JSON object; None if there is none.
+      file: a file with one prompt or JSON object per line; None = no file.
 
     Raises:
       RequestError: there is no prompt, or one cannot be read.
@@ -40,7 +40,7 @@ def read_prompts(words: Sequence[str], file: str | None) -> list[Prompt]:
 def _from_word(word: str) -> Prompt:
     try:
         word.encode()
-    except UnicodeEncodeError:  # bytes that are not the terminal's encoding
+    except UnicodeEncodeError:  # bytes outside the terminal's encoding
         raise RequestError(f"a prompt must be UTF-8 text; got {word!r}. Convert it.") from None
     return as_prompt(word)
 
@@ -67,7 +67,7 @@ def _from_file(file: str) -> list[Prompt]:
 
 
 def _from_lines(lines: Iterable[str], source: str) -> list[Prompt]:
-    """One prompt per line that is not blank."""
+    """One prompt for each line that is not blank."""
     prompts = []
     for number, line in enumerate(lines, start=1):
         line = line.rstrip("\r\n")
@@ -84,7 +84,7 @@ def _from_json(line: str, place: str) -> Prompt:
     except json.JSONDecodeError as error:
         raise RequestError(
             f"{place}: a line that begins with {{ must be JSON; got {error}. "
-            'Write text that begins so as {"prompt": "{..."}.'
+            'To begin text with {, write {"prompt": "{..."}.'
         ) from None
     except RequestError as error:
         raise RequestError(f"{place}: {error}") from None

@@ -1,15 +1,15 @@
-"""Text on a terminal, and numbers for people."""
+"""Output to a terminal, and numbers as text."""
 
 import os
 import sys
 
 _DIM, _PLAIN = "\x1b[2m", "\x1b[0m"
-# What a model writes must not move the cursor or retitle the window.
+# Text of a model must not move the cursor or change the window title.
 _CONTROLS = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 
 
 def show(text: str, *, dim: bool = False) -> None:
-    """Writes to standard output at once; on a terminal without control characters."""
+    """Writes to standard output and flushes; a terminal gets no control characters."""
     if sys.stdout.isatty():
         text = text.translate(_CONTROLS)
         if dim and text and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb":
@@ -19,13 +19,13 @@ def show(text: str, *, dim: bool = False) -> None:
 
 
 def note(text: str) -> None:
-    """Writes a line about the program itself, to standard error, whole: threads tell things too."""
+    """Writes a line about the program to standard error, in one piece: threads write there too."""
     sys.stderr.write(f"jinfer: {text}\n")
     sys.stderr.flush()
 
 
 def milliseconds(elapsed_s: float | None) -> str:
-    """ "12.3 ms", or "-" where there is nothing to tell."""
+    """ "12.3 ms", or "-" for None."""
     return "-" if elapsed_s is None else f"{elapsed_s * 1e3:,.1f} ms"
 
 

@@ -6,10 +6,12 @@ once too often costs seconds, a wrong one costs answers.
 """
 
 import hashlib
+import inspect
 import os
 import platform
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -105,6 +107,29 @@ def shapes_text(shapes: Any) -> str:
         for path, a in leaves
     ]
     return repr((str(structure), told))
+
+
+def bound_text(function: Any) -> str | None:
+    """A function and every argument bound to it by `functools.partial`, as text.
+
+    None where the text would not tell what the function computes: it is a closure, a lambda or a
+    method, or an argument has no text of its own.
+    """
+    if isinstance(function, partial):
+        parts = (function.func, *function.args, *function.keywords.values())
+        texts = [_value_text(part) for part in parts]
+        return None if None in texts else repr((texts, list(function.keywords)))
+    function = inspect.unwrap(function)  # decorators are part of the sources
+    is_plain = inspect.isfunction(function) and function.__closure__ is None
+    if not is_plain or function.__name__ == "<lambda>":
+        return None
+    return f"{function.__module__}.{function.__qualname__}"
+
+
+def _value_text(value: Any) -> str | None:
+    if callable(value):
+        return bound_text(value)
+    return None if type(value).__repr__ is object.__repr__ else repr(value)
 
 
 def lowered_text(lowered: jax.stages.Lowered, shapes: Any) -> str | None:

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 from jax import Device
 
+from jinfer.compile.names import decode_name, step_name
 from jinfer.compile.programs import CompileGuard
 from jinfer.config import EngineConfig, EnginePlan
 from jinfer.engine.dispatched import Dispatched, Observer
@@ -275,11 +276,11 @@ class Engine:
             size = bucket_for(self.plan.decode_buckets, len(plan.chunks))
             shape = self._decode_shapes[size]
             batch = pack_decode(plan, shape, wants_logprobs=self._wants_logprobs)
-            name = f"decode of {size} rows"
+            name = decode_name(size)
         else:
             size = bucket_for(self.plan.token_buckets, plan.num_tokens)
             batch = pack(plan, self._shapes[size], wants_logprobs=self._wants_logprobs)
-            name = f"step of {size} tokens"
+            name = step_name(size)
         start_s = time.monotonic()
         output = self.runner.run(name, batch)
         if self.observer is not None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from jinfer.compile.names import decode_name, step_name
 from jinfer.config import EngineConfig, EnginePlan
 from jinfer.engine.dispatched import Dispatched
 from jinfer.runner.model_runner import Runner
@@ -55,11 +56,11 @@ class Pacing:
             return
         programs: list[tuple[str, int, Any]] = []
         for size, shape in steps.items():
-            programs.append((f"step of {size} tokens", size, shape.empty()))
+            programs.append((step_name(size), size, shape.empty()))
         for size, shape in decodes.items():
             batch = shape.empty()
             batch.num_samples_B[0] = 1  # by the bin; where nobody draws, no step is run
-            programs.append((f"decode of {size} rows", size, batch))
+            programs.append((decode_name(size), size, batch))
         fastest_s = math.inf
         for name, size, batch in programs:
             elapsed_s = 0.0

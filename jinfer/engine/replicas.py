@@ -20,7 +20,8 @@ from jinfer.request.prompt import Prompt
 from jinfer.request.seeds import Seeds
 from jinfer.request.stop import Finish
 from jinfer.schedule.scheduler import MAX_OVERTAKEN
-from jinfer.startup.resolve import check_host_tier, platform_of
+from jinfer.startup.defaults import platform_of
+from jinfer.startup.memory import check_host_tier
 
 # Sequences that wait in a replica already: enough to fill the slots that a turn frees, and so few
 # that none stays behind a busy replica while another has nothing to do.

@@ -1,8 +1,8 @@
-"""Messages between two processes of one run: both prove that they belong to it, then they talk.
+"""Messages between two processes of one run, which first authenticate each other.
 
-Messages are pickled, and a pickle can run anything, so nothing is unpickled before the peer has
-shown that it knows the run's token. What follows is neither encrypted nor signed: as with JAX's
-own connections, the network between the hosts is trusted.
+Messages are pickled. A pickle can run any code, so nothing is unpickled before the peer has
+proved that it knows the run's token. Later messages are neither encrypted nor signed: the network
+between the hosts is trusted, as with JAX's own connections.
 """
 
 import hmac
@@ -15,10 +15,10 @@ from typing import Any
 
 NONCE_BYTES = PROOF_BYTES = 32
 GREETING_TIMEOUT_S = 10.0
-# A host that vanishes closes no connection; it is given up after about this long.
+# A host that vanishes does not close its connection; it counts as gone after about this long.
 SILENCE_S = 20
 
-_ALIGNMENT = 64  # of arrays in a message, so that they can be used where they lie
+_ALIGNMENT = 64  # bytes; of arrays in a message, so that they can be used without a copy
 _COUNT = struct.Struct("<I")
 _PROCESS_ID = struct.Struct("<I")
 
@@ -28,7 +28,7 @@ class NotOfThisRunError(Exception):
 
 
 class Connection:
-    """Whole messages over a socket, whose peer has been recognised."""
+    """Sends and receives whole messages over a socket with an authenticated peer."""
 
     def __init__(self, sock: socket.socket) -> None:
         self._socket = sock
@@ -36,7 +36,7 @@ class Connection:
         _find_silence(sock)
 
     def send(self, packed: bytes) -> None:
-        """Sends what `pack` made; any thread may.
+        """Sends a message from `pack`. Thread-safe.
 
         Raises:
           OSError: the peer is gone.
@@ -48,7 +48,7 @@ class Connection:
         """Waits for the next message.
 
         Raises:
-          EOFError: the peer closed the connection, or ended.
+          EOFError: the peer closed the connection or ended.
           OSError: the connection broke.
         """
         [num_parts] = _COUNT.unpack(self._receive_bytes(_COUNT.size))
@@ -61,11 +61,11 @@ class Connection:
         return pickle.loads(parts[0], buffers=parts[1:])
 
     def close(self) -> None:
-        """Ends the connection; a thread that waits in `receive` gets an EOFError."""
+        """Closes the connection; a thread that waits in `receive` gets an EOFError."""
         try:
             self._socket.shutdown(socket.SHUT_RDWR)
         except OSError:
-            pass  # the peer was first
+            pass  # the peer closed it first
         self._socket.close()
 
     def _receive_bytes(self, length: int) -> bytearray:
@@ -80,7 +80,7 @@ class Connection:
 
 
 def pack(message: Any) -> bytes:
-    """A message as `Connection.send` takes it, so that it is pickled once for many peers."""
+    """Pickles a message for `Connection.send`: once, for any number of peers."""
     buffers: list[pickle.PickleBuffer] = []
     pickled = pickle.dumps(message, protocol=5, buffer_callback=buffers.append)
     parts = [pickled, *(buffer.raw() for buffer in buffers)]
@@ -91,11 +91,11 @@ def pack(message: Any) -> bytes:
 
 
 def recognise(sock: socket.socket, token: bytes) -> int:
-    """Lets a peer prove that it knows the token, and proves the same; returns its process id.
+    """Authenticates a peer, and this process to the peer; returns the peer's process id.
 
     Raises:
-      NotOfThisRunError: it does not know the token.
-      OSError: it is gone, or silent for too long.
+      NotOfThisRunError: the peer does not know the token.
+      OSError: the peer is gone, or silent for too long.
     """
     sock.settimeout(GREETING_TIMEOUT_S)
     asked = secrets.token_bytes(NONCE_BYTES)
@@ -111,11 +111,11 @@ def recognise(sock: socket.socket, token: bytes) -> int:
 
 
 def introduce(sock: socket.socket, token: bytes, process_id: int) -> None:
-    """The other side of `recognise`.
+    """The follower's side of `recognise`.
 
     Raises:
       NotOfThisRunError: the peer does not know the token.
-      OSError: it is gone, or silent for too long.
+      OSError: the peer is gone, or silent for too long.
     """
     sock.settimeout(GREETING_TIMEOUT_S)
     asked = _receive_exactly(sock, NONCE_BYTES)
@@ -129,7 +129,7 @@ def introduce(sock: socket.socket, token: bytes, process_id: int) -> None:
 
 
 def _proof(token: bytes, role: bytes, asked: bytes, introduction: bytes) -> bytes:
-    """Names who speaks and answers both sides' random bytes, so that no proof serves twice."""
+    """Signs the role and both sides' random bytes, so that no proof can be reused."""
     return hmac.digest(token, b"jinfer " + role + asked + introduction, "sha256")
 
 
@@ -148,7 +148,7 @@ def _padded(length: int) -> int:
 
 
 def _find_silence(sock: socket.socket) -> None:
-    """Has the system probe an idle connection; the names are those that this platform has."""
+    """Makes the system probe an idle connection, with the options that this platform has."""
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     interval_s = SILENCE_S // 4

@@ -1,7 +1,7 @@
-"""Several processes, one model: how they find each other. On one process nothing of this runs.
+"""Connects the processes of one run. A single process needs none of this.
 
-JAX's distributed runtime tells every process of all devices. Beside it each process holds one
-connection to process 0, over which that one says what to do next; see `jinfer.hosts.processes`.
+JAX's distributed runtime shows all devices to every process. In addition, each process has one
+connection to process 0, which sends it the calls to make; see `jinfer.hosts.processes`.
 """
 
 import atexit
@@ -19,12 +19,12 @@ from jinfer.hosts.channel import Connection, NotOfThisRunError, introduce, recog
 from jinfer.hosts.processes import Ending, Follower, Leader
 
 CONNECT_TIMEOUT_S = 300
-SHUTDOWN_TIMEOUT_S = 60  # all of them leave together
-# Values are gathered while others still load; whoever dies meanwhile ends the wait.
+SHUTDOWN_TIMEOUT_S = 60  # all processes leave together
+# Long, since other processes may still be loading; the death of a process ends the wait.
 _GATHER_TIMEOUT_S = 24 * 3600
 _TOKEN_BYTES = 32
 
-# As JAX's runtime, of which it is a part, there is one of it in a process, for as long as it runs.
+# One per process, for its whole life, like the JAX runtime that it belongs to.
 _processes: Leader | Follower | None = None
 _gatherings = itertools.count()
 
@@ -37,23 +37,23 @@ def initialize(
     initialization_timeout: int = CONNECT_TIMEOUT_S,
     heartbeat_timeout_seconds: int = 100,
 ) -> None:
-    """Joins the processes of one run; call it in every one of them, before anything uses JAX.
+    """Connects the processes of one run. Call it in every process, before anything uses JAX.
 
     Args:
       coordinator_address: "host:port" of process 0, with a port that is free there.
-      num_processes: of the run. On a TPU pod, under Slurm and under Open MPI the first three are
-        known, and may be None.
-      process_id: of this process, from 0 on.
-      initialization_timeout: seconds to wait for the others.
-      heartbeat_timeout_seconds: after so long without a sign of life a process counts as dead. One
-        that ends, or whose host vanishes, is noticed sooner without it.
+      num_processes: in the run. On a TPU pod, under Slurm and under Open MPI, the first three
+        arguments are known and may be None.
+      process_id: of this process, counted from 0.
+      initialization_timeout: seconds to wait for the other processes.
+      heartbeat_timeout_seconds: a process without a heartbeat for this long counts as dead. A
+        process that ends, or whose host vanishes, is noticed sooner.
 
     Raises:
-      ValueError: an argument is out of range, or missing where nothing tells it.
-      RuntimeError: JAX was used before, or not all processes came in time.
+      ValueError: an argument is out of range, or is missing and cannot be detected.
+      RuntimeError: JAX was used before, or not all processes connected in time.
     """
     _check(coordinator_address, num_processes, process_id)
-    # JAX would take SIGTERM for the news of a preemption, and go on.
+    # Otherwise JAX treats SIGTERM as a preemption notice, and continues.
     jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
@@ -64,21 +64,21 @@ def initialize(
             heartbeat_timeout_seconds=heartbeat_timeout_seconds,
             shutdown_timeout_seconds=SHUTDOWN_TIMEOUT_S,
         )
-    except ValueError as error:  # what it found nowhere
+    except ValueError as error:  # an argument that JAX could not detect
         if None not in (coordinator_address, num_processes, process_id):
             raise
         raise ValueError(
-            "coordinator_address, num_processes and process_id must be given where no TPU pod, "
-            f"Slurm or Open MPI tells them; got {coordinator_address=}, {num_processes=}, "
+            "coordinator_address, num_processes and process_id must be given outside TPU pods, "
+            f"Slurm and Open MPI; got {coordinator_address=}, {num_processes=}, "
             f"{process_id=}. Pass all three."
         ) from error
     _join(initialization_timeout)
 
 
 def processes() -> Leader | Follower | None:
-    """This process among those of the run; None if it is the only one.
+    """This process's Leader or Follower; None if the run has one process.
 
-    Joins first where `jax.distributed.initialize` was called in place of `initialize`.
+    Connects first, if the script called `jax.distributed.initialize` instead of `initialize`.
     """
     if _processes is None and jax.distributed.is_initialized():
         _join(CONNECT_TIMEOUT_S)
@@ -86,9 +86,9 @@ def processes() -> Leader | Follower | None:
 
 
 def gather(name: str, value: str) -> list[str]:
-    """The value of every process, by process id; waits for all of them.
+    """The values of all processes, by process id; waits for all of them.
 
-    Every process calls it as often as the others, in the same order.
+    Every process must make the same calls in the same order.
     """
     if processes() is None:
         return [value]
@@ -112,7 +112,7 @@ def _check(address: str | None, num_processes: int | None, process_id: int | Non
     if process_id is not None and not 0 <= process_id < (num_processes or process_id + 1):
         raise ValueError(
             f"process_id must be in [0, num_processes); got {process_id=} with {num_processes=}. "
-            "Number the processes from 0 on."
+            "Number the processes from 0."
         )
 
 
@@ -144,12 +144,12 @@ def _lead(host: str, num_processes: int, store: Any, timeout_s: float) -> Leader
             except TimeoutError:
                 raise RuntimeError(
                     f"every process must connect to process 0 within {timeout_s} s; got none of "
-                    f"{sorted(missing)}. See what they print, and that no firewall is between."
+                    f"{sorted(missing)}. Check their output, and the firewalls between the hosts."
                 ) from None
             try:
                 process_id = recognise(sock, token)
                 if process_id not in missing:
-                    raise NotOfThisRunError(f"process_id={process_id} is not waited for")
+                    raise NotOfThisRunError(f"process_id={process_id} is not expected")
             except (NotOfThisRunError, OSError) as error:
                 sock.close()
                 warnings.warn(f"refused a connection from {address[0]}: {error}", stacklevel=2)
@@ -159,9 +159,9 @@ def _lead(host: str, num_processes: int, store: Any, timeout_s: float) -> Leader
 
 
 def _listen(host: str) -> socket.socket:
-    """On the loopback interface if the host is written so, else on all, as JAX does.
+    """Listens on loopback if the host is written as loopback, else on all interfaces, like JAX.
 
-    A machine may know its own name by a loopback address, by which no other machine finds it.
+    A machine may resolve its own name to a loopback address, which other machines cannot reach.
     """
     if host in ("localhost", "::1") or host.startswith("127."):
         family, _, _, _, address = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0]

@@ -1,4 +1,4 @@
-"""The processes of one run: one leads, the others follow, and none outlives another's death."""
+"""The processes of one run: one leader, and followers; if one process dies, all end."""
 
 import itertools
 import os
@@ -12,20 +12,20 @@ from typing import Any
 
 from jinfer.hosts.channel import Connection, pack
 
-# From the news that a process is gone until this one is ended by force: long enough for `finally`
-# blocks, short enough that a device held in a collective is soon free.
+# Time from the news of a dead process to the forced end of this one: long enough for `finally`
+# blocks, short enough that a device stuck in a collective is soon free.
 GRACE_S = 10.0
-# A death breaks collectives everywhere. Whoever fails waits so long for the news of a death, so
-# that the cause is told and not what followed from it.
+# A death breaks collectives in all processes. A process that fails waits this long for the news of
+# a death, so that it reports the cause and not a consequence.
 CAUSE_S = 1.0
-IDLE_S = 1.0  # without a call, after which a follower looks whether its last ones failed
+IDLE_S = 1.0  # after this long without a call, a follower checks if its last ones failed
 FLUSH_S = 2.0
 
 _CALL, _GOODBYE, _FAILED = "call", "goodbye", "failed"
 
 
 class Ending:
-    """Why this process has to end, once it has to; ends it by force if it does not by itself."""
+    """The reason why this process must end; ends it by force if it does not end by itself."""
 
     def __init__(
         self, *, grace_s: float = GRACE_S, end: Callable[[int], object] = os._exit
@@ -35,14 +35,14 @@ class Ending:
         self._settled = threading.Event()
         self._announced, self._leaving, self._flushed = (threading.Event() for _ in range(3))
         self.why: str | None = None
-        # Made now: from Python 3.12 on no thread can be started while the interpreter shuts down.
+        # Started now: since Python 3.12 no thread can start while the interpreter shuts down.
         for target in (self._end_by_force, self._flush):
             threading.Thread(target=target, name="jinfer-ending", daemon=True).start()
 
     def announce(self, why: str) -> bool:
-        """Says why in one line, and starts the time that is left; False if all was settled before.
+        """Prints the reason and starts the grace period; returns False if already settled.
 
-        The time runs on a thread of its own: the main one may hang in a collective for ever.
+        A separate thread waits for the period to end: the main one may hang in a collective.
         """
         if not self.note(why):
             return False
@@ -51,7 +51,7 @@ class Ending:
         return True
 
     def note(self, why: str) -> bool:
-        """Keeps the reason of an end that shows itself, such as an exception on its way up."""
+        """Records a reason that needs no printing, such as an exception that is propagating."""
         with self._lock:
             if self._settled.is_set():
                 return False
@@ -60,28 +60,28 @@ class Ending:
         return True
 
     def release(self) -> None:
-        """The run is over: from here on every process may end, and none has to say why."""
+        """Marks the run as over: from now on, processes may end without a reason."""
         with self._lock:
             self._settled.set()
-        if self.why is None:  # the threads have nothing to wait for
+        if self.why is None:  # lets the threads end
             self._announced.set()
             self._leaving.set()
 
     def settled(self, within_s: float = 0.0) -> bool:
-        """Whether there is a reason to end or the run is over; waits for that if it may come."""
+        """Whether there is a reason to end or the run is over; waits up to `within_s` for it."""
         return self._settled.wait(within_s)
 
     def require_none(self) -> None:
-        """Raises RuntimeError if this process has to end."""
+        """Raises RuntimeError if this process must end."""
         if self.why is not None:
             raise RuntimeError(
                 f"every process must be running; got: {self.why} Start all of them again."
             )
 
     def leave(self) -> None:
-        """At exit: ends at once where JAX would wait for processes that never come."""
+        """At exit: ends at once if there is a reason; JAX would wait for dead processes."""
         if self.why is not None:
-            # On a thread, since a pipe that nobody reads would hold this one.
+            # Flushes on another thread, since a pipe that nobody reads would block this one.
             self._leaving.set()
             self._flushed.wait(FLUSH_S)
             self._end(1)
@@ -100,17 +100,17 @@ class Ending:
 
 
 class Leader:
-    """Process 0: what it sends, every follower receives, in the order of sending."""
+    """Process 0: every follower receives its calls, in the order of sending."""
 
     def __init__(self, followers: Mapping[int, Connection], ending: Ending) -> None:
-        """Watches the followers from here on.
+        """Starts to watch the followers.
 
         Args:
           followers: process id -> connection.
           ending: of this process.
         """
         self.ending = ending
-        self.turn = threading.RLock()  # to send a call and make it here, before the next one
+        self.turn = threading.RLock()  # held to send a call and make it here, before the next call
         self.numbers = itertools.count()
         self._followers = dict(followers)
         for process_id in self._followers:
@@ -123,7 +123,7 @@ class Leader:
         return 1 + len(self._followers)
 
     def send(self, call: Any) -> None:
-        """Sends a call to all; waits for no answer.
+        """Sends a call to all followers; does not wait for answers.
 
         Raises:
           RuntimeError: a process is gone or failed, this one included.
@@ -134,7 +134,7 @@ class Leader:
 
     @contextmanager
     def failing(self) -> Iterator[None]:
-        """What is raised in the block ends the followers, which may wait for what never comes."""
+        """An exception in the block also ends the followers, which might else wait for ever."""
         try:
             yield
         except BaseException as error:
@@ -142,15 +142,15 @@ class Leader:
             raise
 
     def fail(self, error: BaseException) -> None:
-        """Tells the followers that this process failed, unless they know why."""
+        """Tells the followers that this process failed, unless a reason is already known."""
         if not self.ending.settled(CAUSE_S):
             why = f"process 0 of {self.num_processes} failed: {_told(error)}"
             if self.ending.note(why):
                 self._send_all((_FAILED, why))
 
     def leave(self) -> None:
-        """At exit: lets the followers go, or tells them what this process dies of."""
-        error = getattr(sys, "last_value", None)  # that Python printed, if it ends by one
+        """At exit: releases the followers, or sends them the error that ends this process."""
+        error = getattr(sys, "last_value", None)  # the uncaught exception, if any
         if error is not None:
             self.fail(error)
         elif not self.ending.settled():
@@ -172,7 +172,7 @@ class Leader:
         except (EOFError, OSError):
             self._announce(_gone(process_id, self.num_processes))
             return
-        except Exception as error:  # whatever unpickling what another version sent may raise
+        except Exception as error:  # unpickling another version's message may raise anything
             self._announce(_not_understood(process_id, self.num_processes, error))
             return
         if kind == _FAILED:
@@ -184,12 +184,12 @@ class Leader:
 
 
 class Follower:
-    """Any other process: receives what the leader sends."""
+    """Any process except 0: receives the leader's calls."""
 
     def __init__(
         self, leader: Connection, ending: Ending, *, process_id: int, num_processes: int
     ) -> None:
-        """Receives from here on, on a thread of its own."""
+        """Starts a thread that receives messages."""
         self.ending = ending
         self.process_id, self.num_processes = process_id, num_processes
         self._leader = leader
@@ -197,7 +197,7 @@ class Follower:
         threading.Thread(target=self._receive, name="jinfer-0", daemon=True).start()
 
     def calls(self) -> Iterator[Any]:
-        """What the leader sends, until it says goodbye; None where nothing came for a second.
+        """Yields the leader's calls until its goodbye, and None after each second without a call.
 
         Raises:
           SystemExit: another process is gone or failed.
@@ -215,17 +215,17 @@ class Follower:
             yield call
 
     def fail(self, error: BaseException) -> None:
-        """Tells the leader what this process dies of, unless it dies of another's death."""
+        """Sends the leader the error that ends this process, unless another's death caused it."""
         if not self.ending.settled(CAUSE_S):
             self._tell(_told(error))
 
     def leave(self) -> None:
-        """At exit: tells the leader if it still counts on this process."""
+        """At exit: tells the leader, if it still needs this process."""
         error = getattr(sys, "last_value", None)
         if error is not None:
             self.fail(error)
         elif not self.ending.settled():
-            self._tell("it came to its end before process 0.")
+            self._tell("it ended before process 0.")
         self.ending.leave()
 
     def _tell(self, text: str) -> None:
@@ -233,7 +233,7 @@ class Follower:
             try:
                 self._leader.send(pack((_FAILED, text)))
             except OSError:
-                pass  # it is gone, and whoever watches it says so
+                pass  # it is gone; the receiving thread reports that
 
     def _receive(self) -> None:
         kind = _CALL
@@ -242,7 +242,7 @@ class Follower:
                 kind, content = self._leader.receive()
             except (EOFError, OSError):
                 kind, content = _FAILED, _gone(0, self.num_processes)
-            except Exception as error:  # whatever unpickling what another version sent may raise
+            except Exception as error:  # unpickling another version's message may raise anything
                 kind, content = _FAILED, _not_understood(0, self.num_processes, error)
             if kind == _FAILED:
                 self.ending.announce(content)
@@ -260,7 +260,7 @@ def _gone(process_id: int, num_processes: int) -> str:
 
 def _not_understood(process_id: int, num_processes: int, error: Exception) -> str:
     return (
-        f"process {process_id} of {num_processes} was not understood ({_told(error)[:-1]}). "
+        f"process {process_id} of {num_processes} sent a bad message ({_told(error)[:-1]}). "
         "Install the same version of jinfer everywhere."
     )
 

@@ -1,19 +1,18 @@
 """One decoder for every family: nnx modules own the parameters, pure functions run them.
 
-The modules exist only as graph definitions, made once; parameters live in a plain nested
-dict whose keys are the modules' attribute names, and every jitted function takes that dict:
+The modules exist only as graph definitions, made once. Parameters live in a plain nested
+dict whose keys are the modules' attribute names; every jitted function takes that dict:
 
     {"embed_VD": ..., "blocks": ..., "final_norm_D": ..., "lm_head_VD": ...}
 
-`blocks` is a list with one dict per layer (the layer loop is unrolled), or one dict whose
-leaves have a leading L axis (the layer loop is a scan). A parameter's name ends in its
-axes; a matrix has its outputs first, as checkpoints store it. A decoder with tied embeddings has
-no `lm_head_VD`.
+`blocks` is a list with one dict per layer (unrolled layer loop), or one dict whose leaves have a
+leading L axis (scanned layer loop). A parameter's name ends in its axes; a matrix has its outputs
+first, as in checkpoints. A decoder with tied embeddings has no `lm_head_VD`.
 
-On several chips the same functions run on each, on its share of the heads, of the feed-forward
-width and of the vocabulary; every layer adds up its shares twice, and nothing else is exchanged.
-Each is one all-reduce: compiled for v6e:2x4, a reduce-scatter with an all-gather in its place was
-not overlapped with computing either, and at 16 rows became an all-reduce and an all-gather.
+On several chips, each runs the same functions on its shard of the heads, of intermediate_size and
+of the vocabulary. Every layer does two all-reduces, and no other communication. A reduce-scatter
+with an all-gather is no better: compiled for v6e:2x4, it did not overlap with compute either, and
+at 16 rows it became an all-reduce and an all-gather.
 Source: Shoeybi et al., Megatron-LM, arXiv:1909.08053, section 3.
 """
 
@@ -30,14 +29,14 @@ from jinfer.models.layers import project, rms_norm, rope_tables, rotate
 from jinfer.parallel.collectives import WHOLE, Shards
 
 Params = dict[str, Any]
-Cache = Any  # whatever `attend` carries from layer to layer
+Cache = Any  # the value that `attend` carries from layer to layer
 # (q_TNH, k_TKH, v_TKH, cache, layer) -> (out_TNH, cache). It writes the new keys and values,
-# then attends. The step provides it, so that a model knows nothing of pages.
+# then attends. The step provides it, so the model does not depend on pages.
 Attend = Callable[[Array, Array, Array, Cache, Any], tuple[Array, Cache]]
 
 
 class Block(nnx.Module):
-    """One layer: grouped-query attention, then a gated feed-forward, each around a norm."""
+    """One layer: grouped-query attention, then a gated MLP; a norm precedes each."""
 
     def __init__(self, config: ModelConfig, shards: Shards) -> None:
         D, F, H = config.hidden_size, config.intermediate_size, config.head_dim
@@ -92,12 +91,12 @@ class Block(nnx.Module):
         return mixed_TD, cache
 
     def _heads(self, normed_TD: Array) -> list[Array]:
-        """This chip's queries [T, N, H], keys and values [T, K, H]."""
-        # With three matrices, inputs first, XLA for TPUs carried the split into heads back into the
-        # weights and, in a loop over steps, kept a transposed copy of all layers': 1.6 GB for 8B
-        # parameters. The barrier stops it; whether it still has to was not tried with one matrix.
+        """This chip's queries [T, N, H], and its keys and values [T, K, H]."""
+        # With three matrices, inputs first, XLA for TPUs moved the split into heads back into the
+        # weights. In a loop over steps it kept a transposed copy of all layers: 1.6 GB for 8B
+        # parameters. The barrier prevents this; with one matrix it may be unnecessary (not tried).
         flat_TU = jax.lax.optimization_barrier(project(normed_TD, self.w_qkv_UD[...]))
-        num_q = self.w_o_DQ.shape[1]  # Q of this chip, where config has that of all
+        num_q = self.w_o_DQ.shape[1]  # Q of this chip; config has the total
         num_kv = (flat_TU.shape[1] - num_q) // 2
         parts = jnp.split(flat_TU, (num_q, num_q + num_kv), axis=1)  # q_TQ, k_TC, v_TC
         return [part.reshape(len(part), -1, self.config.head_dim) for part in parts]
@@ -112,7 +111,7 @@ class Block(nnx.Module):
 
 
 class Ends(nnx.Module):
-    """What stands before the first block and after the last."""
+    """The embedding before the first block; the final norm and lm_head after the last."""
 
     def __init__(self, config: ModelConfig, shards: Shards) -> None:
         self.config, self.shards = config, shards
@@ -129,7 +128,7 @@ class Ends(nnx.Module):
         return self.shards.sum(jnp.take(embed_VD, local_T, axis=0, mode="fill", fill_value=0))
 
     def logits(self, hidden_RD: Float[Array, "R D"]) -> Float[Array, "R V"]:
-        """Float32 logits of a few chosen tokens, the final norm included; of its V each shard's."""
+        """Final norm and lm_head, in float32, for selected tokens; V is this shard's."""
         tied = self.config.tie_word_embeddings
         lm_head_VD = (self.embed_VD if tied else self.lm_head_VD)[...]
         normed_RD = rms_norm(hidden_RD, self.final_norm_D[...], eps=self.config.rms_norm_eps)
@@ -137,7 +136,7 @@ class Ends(nnx.Module):
         return self._without_filling(logits_RV)
 
     def _without_filling(self, logits_RV: Array) -> Array:
-        """-inf for the rows that were added so that the shards are of one size."""
+        """Sets the logits of the padded vocabulary to -inf."""
         length = logits_RV.shape[-1]
         if self.shards.whole(length) == self.config.vocab_size:
             return logits_RV
@@ -146,11 +145,11 @@ class Ends(nnx.Module):
 
 
 class Decoder:
-    """The graph definitions of one model, and the functions that run them on parameters.
+    """The graph definitions of one model, and functions that run them on parameters.
 
     Args:
-      config: the checkpoint's, whatever is held of it where the functions run.
-      shards: of which one runs them.
+      config: of the checkpoint: not padded, not sharded.
+      shards: the shards of the model; the functions run on one of them.
     """
 
     def __init__(self, config: ModelConfig, shards: Shards = WHOLE) -> None:
@@ -160,6 +159,9 @@ class Decoder:
         self.block_shapes: dict[str, jax.ShapeDtypeStruct] = nnx.to_pure_dict(block)
         self.ends_shapes: dict[str, jax.ShapeDtypeStruct] = nnx.to_pure_dict(ends)
 
+    def __repr__(self) -> str:  # complete: part of the key of compiled programs
+        return f"Decoder({self.config!r}, {self.shards!r})"
+
     def hidden(
         self,
         params: Params,
@@ -168,7 +170,7 @@ class Decoder:
         attend: Attend,
         cache: Cache,
     ) -> tuple[Float[Array, "T D"], Cache]:
-        """Runs every layer and returns the last one's output, before the final norm."""
+        """Runs every layer; returns the output of the last one, before the final norm."""
         with jax.named_scope("embed"):
             hidden_TD = self._ends(params).embed(token_T)
         rope = rope_tables(position_T, self.config)
@@ -180,10 +182,10 @@ class Decoder:
 
         carry = (hidden_TD, cache)
         if isinstance(params["blocks"], list):
-            # Traced once for all layers; XLA puts it in the place of each call.
+            # Traced once for all layers; XLA inlines it at each call.
             run_once = jax.jit(run)
             for number, block in enumerate(params["blocks"]):
-                # As a constant it would give each layer kernels of its own to compile on GPUs.
+                # On GPUs, a constant would make XLA compile separate kernels for each layer.
                 layer = jax.lax.optimization_barrier(jnp.int32(number))
                 carry = run_once(carry, block, layer)
             return carry

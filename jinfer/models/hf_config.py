@@ -1,4 +1,4 @@
-"""Reading values out of config.json: what is missing or of the wrong type says so by name."""
+"""Reads values from config.json; errors name the key that is missing or of the wrong type."""
 
 import math
 from collections.abc import Mapping
@@ -7,19 +7,19 @@ from typing import Any
 from jinfer.config import RopeScaling
 from jinfer.errors import CheckpointError
 
-# The base of every Llama trained before transformers wrote the key.
+# The rope base of every Llama that was trained before transformers wrote this key.
 OLD_ROPE_THETA = 10_000.0
 
 
 def required(hf: Mapping[str, Any], key: str, kind: type = int) -> Any:
-    """The value of a key that must be there; numbers are above 0, and a float may be an int.
+    """The value of a required key. Numbers must be above 0; an int is accepted as a float.
 
     Raises:
-      CheckpointError: if the key is missing, or its value is not of this kind.
+      CheckpointError: if the key is missing, or its value has another type.
     """
     if key not in hf:
         raise CheckpointError(
-            f"config.json must say {key}; it says {_some_names(hf)}. "
+            f"config.json must have {key}; got only {_some_names(hf)}. "
             "Use a config.json written by transformers for this architecture."
         )
     value = hf[key]
@@ -35,16 +35,16 @@ def required(hf: Mapping[str, Any], key: str, kind: type = int) -> Any:
 
 
 def optional(hf: Mapping[str, Any], key: str, absent: Any, kind: type = int) -> Any:
-    """The value of a key that old configurations lack or write as null."""
+    """The value of a key that may be absent or null, as in old configurations."""
     return absent if hf.get(key) is None else required(hf, key, kind)
 
 
 def rope_settings(hf: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
-    """Base and scaling of the rotary positions, in either generation of the format.
+    """Base and scaling of the rotary embedding, from the old or the new format.
 
-    transformers 5 writes one mapping `rope_parameters`; before, `rope_theta` stood at the top
-    with `rope_scaling` beside it, whose kind was called "type" and later "rope_type".
-    The first Llamas have neither key and were trained with a base of 10,000.
+    transformers 5 writes one mapping, `rope_parameters`. Earlier versions write `rope_theta` and
+    `rope_scaling` at the top level; its kind is "type" or, later, "rope_type".
+    The first Llamas have neither key; they were trained with a base of 10,000.
     """
     nested = optional(hf, "rope_parameters", None, dict)
     if nested is None:

@@ -10,8 +10,8 @@ from jaxtyping import Array, Float, Int32
 
 from jinfer.config import ModelConfig, RopeScaling
 
-# Up to this many tokens, XLA's products on CPUs are faster with the weights as their left side, and
-# with 1 or 256 not slower: jinfer/bench/results/2026-11-26-cpu-125m-zen4.md.
+# Up to this many tokens, XLA's matmuls on CPUs are faster with the weights as the left operand; at
+# 1 and at 256 tokens they are not slower: jinfer/bench/results/2026-11-26-cpu-125m-zen4.md.
 FEW_TOKENS = 256
 
 
@@ -20,7 +20,7 @@ def rms_norm(
 ) -> Float[Array, "T D"]:
     """Divides each token's vector by its root mean square and scales it.
 
-    Computed in float32, rounded to the input's dtype before the scale, as Hugging Face does.
+    Computed in float32 and rounded to the input's dtype before scaling, as in Hugging Face.
 
     Source: Zhang and Sennrich, arXiv:1910.07467, equation 4.
     """
@@ -32,12 +32,12 @@ def rms_norm(
 def project(
     x_TD: Float[Array, "T D"], weight_CD: Float[Array, "C D"], *, dtype: DTypeLike | None = None
 ) -> Float[Array, "T C"]:
-    """Each token's vector times a matrix that has its outputs first, as checkpoints store them.
+    """Multiplies each token's vector by a matrix stored outputs first, as in checkpoints.
 
     Args:
-      x_TD: any float dtype; here D is any width that goes in, and C any that comes out.
-      weight_CD: of the same dtype.
-      dtype: of the result; None = that of x_TD.
+      x_TD: any float dtype; here D is any input width, and C any output width.
+      weight_CD: the same dtype.
+      dtype: dtype of the result; None = that of x_TD.
     """
     tokens_first = partial(_tokens_first, dtype=dtype)
     if x_TD.shape[0] > FEW_TOKENS:
@@ -52,7 +52,7 @@ def _tokens_first(x_TD: Array, weight_CD: Array, *, dtype: DTypeLike | None) -> 
 
 def _weight_first(x_TD: Array, weight_CD: Array, *, dtype: DTypeLike | None) -> Array:
     product_CT = jnp.einsum("CD,TD->CT", weight_CD, x_TD, preferred_element_type=dtype)
-    # Without the barrier XLA swaps the operands back, and takes as long as before.
+    # Without the barrier XLA swaps the operands back, and the speed-up is lost.
     return jax.lax.optimization_barrier(product_CT).T
 
 
@@ -71,8 +71,8 @@ def rope_frequencies(config: ModelConfig) -> np.ndarray:
 
 
 def _llama3_frequencies(frequency: np.ndarray, scaling: RopeScaling) -> np.ndarray:
-    # Wavelengths beyond the trained context are stretched by `factor`, short ones kept, and
-    # those between blended linearly in (context / wavelength).
+    # Wavelengths beyond the trained context are stretched by `factor`. Short ones are kept.
+    # Wavelengths in between are blended linearly in (context / wavelength).
     turns = scaling.original_max_position_embeddings * frequency / (2 * np.pi)
     kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
     kept = np.clip(kept, 0.0, 1.0)

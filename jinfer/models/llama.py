@@ -1,4 +1,4 @@
-"""The Llama family: what its config.json says and what its tensors are called.
+"""The Llama family: how to read its config.json, and the names of its tensors.
 
 Source: Touvron et al., Llama, arXiv:2302.13971; tensor names as transformers writes them.
 """
@@ -36,11 +36,11 @@ LM_HEAD = HFTensor("lm_head.weight", "V D")
 
 
 def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
-    """Reads config.json of a LlamaForCausalLM, as any transformers since 4.28 wrote it.
+    """Reads config.json of a LlamaForCausalLM, in the format of any transformers since 4.28.
 
     Raises:
       CheckpointError: if a key is missing or of the wrong type.
-      NotImplementedError: for rope types, activations or storage that are not supported.
+      NotImplementedError: the rope type, activation or storage format is not supported.
     """
     refuse_unsupported(hf)
     hidden_size, num_q_heads = required(hf, "hidden_size"), required(hf, "num_attention_heads")
@@ -71,7 +71,7 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
 
 
 def weight_map(config: ModelConfig) -> WeightMap:
-    """Which stored tensor each parameter comes from, and its axes as stored."""
+    """Maps each parameter to its stored tensor and stored axes."""
     outer = {
         "embed_VD": HFTensor("model.embed_tokens.weight", "V D"),
         "final_norm_D": HFTensor("model.norm.weight", "D"),
@@ -94,7 +94,7 @@ def _in_layer(tensor: HFTensor) -> HFTensor:
 
 
 def _ignored(config: ModelConfig) -> frozenset[str]:
-    """Tables of frequencies that old versions saved, and the embedding's second name if tied."""
+    """Rope frequencies, which old versions saved, and lm_head if it is tied to the embedding."""
     names = {
         f"model.layers.{layer}.self_attn.rotary_emb.inv_freq" for layer in range(config.num_layers)
     }

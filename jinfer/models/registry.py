@@ -1,4 +1,4 @@
-"""Which model families there are, by the architecture name that config.json gives."""
+"""The supported model families, by the architecture name in config.json."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from jinfer.models.weight_map import WeightMap
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Family:
-    """What a family of models brings of its own."""
+    """The code that is specific to one model family."""
 
     name: str
     config_from_hf: Callable[[Mapping[str, Any]], ModelConfig]
@@ -26,7 +26,7 @@ FAMILIES = {family.name: family for family in FAMILY_OF_ARCHITECTURE.values()}
 
 
 def architecture(hf: Mapping[str, Any]) -> str:
-    """The first of config.json's `architectures`."""
+    """The first entry of `architectures` in config.json."""
     names = hf.get("architectures")
     if not isinstance(names, list) or not names or not isinstance(names[0], str):
         raise CheckpointError(
@@ -37,10 +37,10 @@ def architecture(hf: Mapping[str, Any]) -> str:
 
 
 def family_of(hf: Mapping[str, Any]) -> Family:
-    """The family that serves the architecture config.json names.
+    """The model family of the architecture in config.json.
 
     Raises:
-      CheckpointError: if config.json names none.
+      CheckpointError: if config.json names no architecture.
       NotImplementedError: if the architecture is not supported.
     """
     name = architecture(hf)

@@ -1,9 +1,8 @@
-"""Where each parameter lies in a Hugging Face checkpoint, written with axis letters.
+"""Which tensor of a Hugging Face checkpoint each parameter comes from, with its axes.
 
-A parameter's own name ends in its axes (`w_o_DQ`). Beside it stands the stored tensor's name and
-its axes as stored, one group of letters for each stored axis: "Q D" is a matrix of Q rows and D
-columns, "NH" a vector of N*H numbers. The two spellings say everything: split the groups, then
-permute letters.
+A parameter's name ends in its axes (`w_o_DQ`). It maps to the stored tensor's name and stored
+axes, one group of letters per stored axis: "Q D" is a matrix of Q rows and D columns, "NH" a
+vector of N*H numbers. To load it: split each group into its letters, then permute the letters.
 """
 
 import math
@@ -13,8 +12,8 @@ from typing import NamedTuple
 
 from jinfer.config import ModelConfig
 
-# What a block holds as one parameter, and the stored ones that it is made of, one after the other
-# along the first axis. Cut over several chips, each has its shares of them, in the same order.
+# Fused parameters: each is its parts concatenated along axis 0. Each chip's shard is the
+# concatenation of its shards of the parts, in the same order.
 JOINED = {
     "w_qkv_UD": ("w_q_QD", "w_k_CD", "w_v_CD"),
     "w_gate_up_YD": ("w_gate_FD", "w_up_FD"),
@@ -22,14 +21,14 @@ JOINED = {
 
 
 class HFTensor(NamedTuple):
-    """One stored tensor; in a block's map, `{layer}` in the name stands for the layer."""
+    """One stored tensor; in a block's map, the name contains `{layer}`."""
 
     name: str
     axes: str  # as stored, e.g. "NH D"
 
     @property
     def groups(self) -> list[str]:
-        """The letters of each stored axis."""
+        """The axis letters of each stored axis."""
         return self.axes.split()
 
 
@@ -38,9 +37,9 @@ class WeightMap:
     """Every parameter of a family: leaf name to stored tensor."""
 
     outer: Mapping[str, HFTensor]  # outside the blocks
-    block: Mapping[str, HFTensor]  # one layer's
+    block: Mapping[str, HFTensor]  # of one layer
     axis_sizes: Mapping[str, int]  # of every letter used
-    ignored: frozenset[str] = frozenset()  # stored names without a meaning here
+    ignored: frozenset[str] = frozenset()  # stored tensors that jinfer does not use
 
     def shape(self, leaf: str) -> tuple[int, ...]:
         """Shape of one parameter, without a layer axis."""
@@ -53,7 +52,7 @@ class WeightMap:
         )
 
     def stored_tensors(self, num_layers: int) -> Iterator[HFTensor]:
-        """Every tensor the checkpoint must hold, with its layer filled in."""
+        """Every tensor that the checkpoint must contain, with layer numbers in the names."""
         yield from self.outer.values()
         for layer in range(num_layers):
             for tensor in self.block.values():
@@ -61,7 +60,7 @@ class WeightMap:
 
 
 def axis_sizes(config: ModelConfig) -> dict[str, int]:
-    """What each axis letter counts in this model."""
+    """The size of each axis letter in this model."""
     return {
         "V": config.vocab_size,
         "D": config.hidden_size,
@@ -75,10 +74,10 @@ def axis_sizes(config: ModelConfig) -> dict[str, int]:
 
 
 def leaf_axes(leaf: str) -> str:
-    """The axis letters that end a parameter's name."""
+    """The axis letters at the end of a parameter's name."""
     return leaf.rsplit("_", 1)[-1]
 
 
 def at_layer(tensor: HFTensor, layer: int) -> HFTensor:
-    """A block's tensor in one layer."""
+    """A block's tensor with its layer number in the name."""
     return tensor._replace(name=tensor.name.format(layer=layer))

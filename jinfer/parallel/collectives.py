@@ -1,4 +1,4 @@
-"""What one shard says to the others. On a single device nothing is said, and nothing costs."""
+"""Collectives over the tensor axis; no-ops on one device."""
 
 from dataclasses import dataclass
 
@@ -12,10 +12,10 @@ from jaxtyping import Array
 class Shards:
     """The shards of a model, seen from inside one of them.
 
-    Every method gives every shard the same result, except `start`.
+    Every shard gets the same result from `sum`, `max`, `min`, `join` and `whole`.
     """
 
-    axis: str | None = None  # the mesh axis they lie along; None: the model is whole here
+    axis: str | None = None  # mesh axis of the shards; None = the model is not sharded
 
     def sum(self, part: Array) -> Array:
         """The sum of all shards' parts, in the dtype of the parts."""
@@ -28,21 +28,21 @@ class Shards:
         return part if self.axis is None else lax.pmin(part, self.axis)
 
     def join(self, part_RJ: Array) -> Array:
-        """All shards' parts side by side along the last axis, in the shards' order."""
+        """All shards' parts, concatenated along the last axis in shard order."""
         if self.axis is None:
             return part_RJ
         return lax.all_gather(part_RJ, self.axis, axis=part_RJ.ndim - 1, tiled=True)
 
     def whole(self, length: int) -> int:
-        """Length over all shards of an axis of which each has `length`."""
+        """Length of the whole axis, if each shard has `length` of it."""
         return length if self.axis is None else length * jax.lax.axis_size(self.axis)
 
     def start(self, length: int) -> Array | int:
-        """Where this shard's part begins, on an axis of which each shard has `length`."""
+        """Index where this shard's part of an axis begins, if each shard has `length` of it."""
         return 0 if self.axis is None else lax.axis_index(self.axis) * length
 
     def local(self, index: Array, length: int) -> Array:
-        """Indices of a whole axis as this shard counts them; `length` = not in this shard."""
+        """Maps indices of the whole axis to indices in this shard; `length` = not in this shard."""
         if self.axis is None:
             return index
         index = index - self.start(length)

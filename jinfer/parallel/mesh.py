@@ -1,4 +1,4 @@
-"""The mesh of devices: replicas of the model along one axis, its shards along the other."""
+"""The device mesh: replicas of the model along one axis, shards along the other."""
 
 import math
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ DATA, TENSOR = "data", "tensor"  # the mesh's axes
 
 
 def make_mesh(devices: Sequence[jax.Device], tensor_parallel_size: int) -> Mesh:
-    """One replica's mesh `("data", "tensor")` over the first devices, neighbours side by side.
+    """Makes one replica's mesh `("data", "tensor")` over the first devices.
 
     Raises:
       ValueError: there are fewer devices than tensor_parallel_size.
@@ -26,7 +26,7 @@ def make_mesh(devices: Sequence[jax.Device], tensor_parallel_size: int) -> Mesh:
 def split_devices(
     devices: Sequence[jax.Device], *, data_parallel_size: int, tensor_parallel_size: int
 ) -> list[list[jax.Device]]:
-    """The devices of each replica.
+    """Splits the devices into one list per replica.
 
     Raises:
       ValueError: there are fewer devices than data_parallel_size * tensor_parallel_size.

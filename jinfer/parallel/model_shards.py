@@ -1,21 +1,21 @@
-"""A model as a mesh holds it, and what one chip has of it: plain arithmetic on ModelConfig."""
+"""The sizes of a padded model and of one chip's shard of it, as ModelConfigs."""
 
 from dataclasses import replace
 
 from jinfer.config import ModelConfig
 
-# The draw picks a block of 128 tokens, then one of them, so no block may lie on two chips.
+# The sampler picks a block of 128 tokens, then a token in it, so no block may span two chips.
 VOCAB_BLOCK = 128
 
 
 def padded_model(model: ModelConfig, tensor_parallel_size: int) -> ModelConfig:
-    """The model as its weights are laid down, cut evenly over so many chips.
+    """The model with its sizes padded, so that every chip gets an equal shard.
 
-    kv heads that are fewer than the chips are repeated, side by side, so that each chip has one;
-    the vocabulary is filled up, with rows of zeros whose logits are -inf.
+    If there are fewer kv heads than chips, each head is repeated on neighbouring chips. The
+    vocabulary is padded with rows of zeros; their logits become -inf.
 
     Raises:
-      ValueError: the heads or the feed-forward width cannot be cut evenly.
+      ValueError: the heads or intermediate_size cannot be divided evenly.
     """
     size = tensor_parallel_size
     if size == 1:
@@ -34,7 +34,7 @@ def padded_model(model: ModelConfig, tensor_parallel_size: int) -> ModelConfig:
         raise ValueError(
             "tensor_parallel_size must divide the model's num_key_value_heads or be a multiple of "
             f"them; got tensor_parallel_size={size}, num_key_value_heads={num_kv_heads}. "
-            "Choose such a size."
+            "Choose one that does."
         )
     block = VOCAB_BLOCK * size
     return replace(
@@ -45,7 +45,7 @@ def padded_model(model: ModelConfig, tensor_parallel_size: int) -> ModelConfig:
 
 
 def chip_shard(padded: ModelConfig, tensor_parallel_size: int) -> ModelConfig:
-    """What one of the chips has of a held model: its heads, its feed-forward width, its tokens."""
+    """One chip's shard of a padded model: its heads, intermediate_size and vocabulary."""
     size = tensor_parallel_size
     return replace(
         padded,

@@ -1,7 +1,7 @@
-"""How arrays lie on a mesh: the one table, and what follows from the names of arrays.
+"""How arrays are sharded over a mesh: one table from axis letters to mesh axes.
 
-An array's name ends in its axes (`w_qkv_UD`, `output_count_AV`), so a name says where its array
-goes: each letter is looked up here, and nowhere else is a `PartitionSpec` written.
+An array's name ends in its axes (`w_qkv_UD`, `output_count_AV`), so the name decides its sharding.
+Only this file writes a `PartitionSpec`.
 """
 
 import re
@@ -14,47 +14,47 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDev
 from jinfer.parallel.collectives import WHOLE, Shards
 from jinfer.parallel.mesh import TENSOR
 
-# Logical axis -> mesh axis; what is not named here is whole on every chip. Heads side by side
-# (Q, C) are cut between heads, and what is joined (U, Y) chip by chip. Replicas (the mesh's other
-# axis) share no array.
+# Logical axis -> mesh axis. An axis that is not listed is not sharded. Q and C are split between
+# heads. In a fused axis (U, Y) each chip holds its shard of every part. Replicas, along the
+# other mesh axis, have no array in common.
 MESH_AXIS_OF = {
     "V": TENSOR,  # vocabulary: embeddings, logits, counts of tokens
     "W": TENSOR,  # 32-bit words of vocabulary masks
     "N": TENSOR,  # query heads
     "Q": TENSOR,
-    "K": TENSOR,  # kv heads, those of the pool included
+    "K": TENSOR,  # kv heads, in the pool too
     "C": TENSOR,
     "U": TENSOR,
     "Y": TENSOR,
-    "F": TENSOR,  # feed-forward width
+    "F": TENSOR,  # intermediate_size
     "E": TENSOR,  # experts
 }
 
-ON_EVERY_CHIP = PartitionSpec()  # of arrays that lie whole on each
+ON_EVERY_CHIP = PartitionSpec()  # not sharded
 
 
 def spec_of(axes: str) -> PartitionSpec:
-    """Which mesh axis each axis of an array is cut over, from its letters, such as "LQD".
+    """The PartitionSpec of an array, from its axis letters, such as "LQD".
 
-    It ends with the last axis that is cut, so that equal placements compare equal.
+    It ends with the last sharded axis, so that equal shardings compare equal.
     """
     last = max((at for at, letter in enumerate(axes) if letter in MESH_AXIS_OF), default=-1)
     cut = axes[: last + 1]
     if cut and not cut.isalpha():
-        raise ValueError(f"numbers stand behind the axes that are cut; got {axes=}.")
+        raise ValueError(f"numbers must come after the sharded axes; got {axes=}.")
     return PartitionSpec(*map(MESH_AXIS_OF.get, cut))
 
 
 def axes_of(name: str) -> str:
-    """The letters that end an array's name; none if it has no such end."""
+    """The axis letters at the end of an array's name; "" if there are none."""
     found = re.search(r"_([A-Z0-9]*[A-Z][A-Z0-9]*)$", name)
     return found[1] if found else ""
 
 
 class Placement:
-    """Where one model's arrays go, and how its functions are run there: one chip or a mesh.
+    """The devices of one model: shardings of its arrays, and functions that run on all shards.
 
-    On one device everything is whole, and nothing of `jax.shard_map` remains in a program.
+    On one device nothing is sharded, and programs contain no `jax.shard_map`.
     """
 
     def __init__(self, mesh: Mesh) -> None:
@@ -68,17 +68,17 @@ class Placement:
 
     @property
     def local_devices(self) -> list[jax.Device]:
-        """Those of this process."""
+        """The devices of this process."""
         return [d for d in self.devices if d.process_index == jax.process_index()]
 
     def sharding(self, axes: str, *, memory_kind: str | None = None) -> Sharding:
-        """Of an array with these axes."""
+        """The sharding of an array with these axes."""
         if self.is_single:
             return SingleDeviceSharding(self.devices[0], memory_kind=memory_kind)
         return NamedSharding(self.mesh, spec_of(axes), memory_kind=memory_kind)
 
     def placed(self, tree: Any) -> Any:
-        """The shapes of a pytree's arrays, with the place that the names of its fields tell."""
+        """The shapes of a pytree's arrays, with the shardings that their field names imply."""
 
         def shape(path: Sequence[Any], leaf: Any) -> jax.ShapeDtypeStruct:
             sharding = self.sharding(_axes_at(path))
@@ -87,17 +87,17 @@ class Placement:
         return jax.tree_util.tree_map_with_path(shape, tree)
 
     def spread(self, function: Callable[..., Any], shapes: Any, results: Any) -> Any:
-        """The function of whole arrays that runs `function` on every shard.
+        """Makes a function of whole arrays that runs `function` on every shard.
 
         Args:
-          function: takes and returns shards; it says what it exchanges by `self.shards`.
-          shapes: of its arguments, with their places.
-          results: of what it returns, or of the same subtrees; None = whole on every chip, where
-            it must be the same.
+          function: takes and returns shards; it calls the collectives of `self.shards`.
+          shapes: shapes of its arguments, with their shardings.
+          results: shapes of its results, for each leaf or subtree; None = not sharded, and then
+            every chip must return the same value.
         """
         if self.is_single:
             return function
-        # Whether results are equal on all shards cannot be inferred through kernels and loops.
+        # JAX cannot infer through kernels and loops that results are equal on all shards.
         return jax.shard_map(
             function,
             mesh=self.mesh,
@@ -115,7 +115,7 @@ def _specs(tree: Any) -> Any:
 
 
 def _axes_at(path: Sequence[Any]) -> str:
-    """The axes of the array at a path, from the last name on it."""
+    """The axes of the array at a path, from the last name in the path."""
     names = [getattr(key, "name", getattr(key, "key", None)) for key in path]
     named = [name for name in names if isinstance(name, str)]
     return axes_of(named[-1]) if named else ""

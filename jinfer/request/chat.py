@@ -1,7 +1,7 @@
-"""Messages to one prompt, by the checkpoint's chat template.
+"""Renders messages to one prompt with the checkpoint's chat template.
 
-A template is a program that came with a checkpoint. It runs in jinja2's sandbox, inside a worker
-process whose processor time and memory the kernel limits, so the worst it can do is fail.
+A template is a program from the checkpoint. It runs in jinja2's sandbox, in a worker process. The
+kernel limits the worker's processor time and memory, so a bad template can only fail.
 """
 
 import importlib.util
@@ -19,16 +19,16 @@ from typing import Any
 
 from jinfer.errors import RequestError
 
-# The longest template seen in a checkpoint has 20 thousand characters.
+# The longest template found in a checkpoint has 20 thousand characters.
 MAX_TEMPLATE_CHARS = 1 << 18
-# A context of a million tokens is some 4 million characters.
+# A context of a million tokens has about 4 million characters.
 MAX_OUTPUT_CHARS = 1 << 23
 MAX_INPUT_BYTES = 1 << 25
-# Real templates take milliseconds; a worker needs some 60 MiB to start.
+# Real templates take milliseconds; a worker needs about 60 MiB to start.
 MAX_CPU_S = 1.0
 MAX_MEMORY_BYTES = 1 << 29
-# Only for a worker that is stuck without computing, or a machine that hardly runs it. Counted in
-# short waits, so that a machine that was paused for a minute has lost one of them, not all.
+# For a worker that is stuck without computing, or starved by other work. Counted in short waits:
+# a machine that is paused for a minute loses one wait, not all.
 MAX_WALL_S = 30.0
 _WAIT_S = 0.25
 
@@ -38,8 +38,8 @@ _WORKER = Path(__file__).with_name("chat_worker.py")
 class ChatRenderer:
     """Renders chat templates; owns one worker process, started at the first use.
 
-    Safe to use from several threads. `close()` or leaving the `with` block ends the worker; so
-    does the end of the program. After a template broke a limit, the next call starts a new one.
+    Thread-safe. `close()`, leaving the `with` block, or the end of the program ends the worker.
+    After a template exceeds a limit, the next call starts a new worker.
     """
 
     def __init__(self) -> None:
@@ -53,7 +53,7 @@ class ChatRenderer:
         self.close()
 
     def close(self) -> None:
-        """Ends the worker process; a later `render` starts another."""
+        """Ends the worker process; a later `render` starts a new one."""
         with self._lock:
             self._stop()
 
@@ -68,23 +68,23 @@ class ChatRenderer:
         documents: Sequence[Mapping[str, Any]] | None = None,
         variables: Mapping[str, Any] | None = None,
     ) -> str:
-        """The prompt, as Hugging Face's `apply_chat_template` writes it.
+        """Returns the prompt, as Hugging Face's `apply_chat_template` does.
 
-        Where a template cannot read content as a list of parts, their texts are joined by line
-        ends first.
+        If the template cannot read content as a list of parts, their texts are first joined with
+        newlines.
 
         Args:
           template: jinja2 source.
           messages: dicts with "role" and "content"; content is a string or a list of
-            {"type": "text", "text": ...}. Further keys are the template's business.
+            {"type": "text", "text": ...}. The template may read further keys.
           add_generation_prompt: ends with the header of the assistant's turn.
-          continue_final_message: ends inside the last message, for the model to go on with it.
+          continue_final_message: ends inside the last message; the model continues it.
           tools: functions the model may call, as JSON schemas.
-          documents: texts for retrieval, if the template knows them.
+          documents: texts for retrieval, if the template supports them.
           variables: further names the template may read, such as bos_token and enable_thinking.
 
         Raises:
-          RequestError: messages are malformed, the template refuses or fails, or it breaks a limit.
+          RequestError: messages are malformed, or the template refuses, fails or exceeds a limit.
         """
         _check_template(template)
         variables = {
@@ -116,7 +116,7 @@ class ChatRenderer:
             try:
                 reply = self._worker.ask(request)
             except BaseException:
-                # Also on Ctrl-C: an answer that comes later must not meet another question.
+                # Also on Ctrl-C: a late answer must not be taken for the next one.
                 self._stop()
                 raise
             if reply.get("error") == "limit":
@@ -132,7 +132,7 @@ class ChatRenderer:
 def render_chat(template: str, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
     """Renders one chat with a worker of its own; see `ChatRenderer.render` for the options.
 
-    Cost: starting the worker takes about a tenth of a second; keep a `ChatRenderer` for many.
+    Cost: starting the worker takes about 0.1 s; for many chats keep a `ChatRenderer`.
     """
     with ChatRenderer() as renderer:
         return renderer.render(template, messages, **options)
@@ -141,10 +141,10 @@ def render_chat(template: str, messages: Sequence[Mapping[str, Any]], **options:
 def choose_template(
     templates: Mapping[str, str], *, name: str | None = None, tools: Any = None
 ) -> str:
-    """The template to use out of a checkpoint's: the named one, "tool_use" for tools, "default".
+    """Chooses one of a checkpoint's templates: by name, or "tool_use" for tools, or "default".
 
     Raises:
-      RequestError: there is none, or none of that name.
+      RequestError: the checkpoint has no template, or none of this name.
     """
     if name is None:
         name = "tool_use" if tools and "tool_use" in templates else "default"
@@ -161,10 +161,10 @@ def choose_template(
 
 
 def check_messages(messages: Any) -> list[dict[str, Any]]:
-    """Copies of the messages without their None values, checked.
+    """Checks the messages; returns copies without None values.
 
     Raises:
-      RequestError: naming the message and what is wrong with it.
+      RequestError: a message is malformed; names it and the error.
     """
     if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Sequence):
         raise RequestError(
@@ -302,7 +302,7 @@ def _explained(kind: str, details: str) -> RequestError:
 
 
 class _Worker:
-    """One process of chat_worker.py and the line to it."""
+    """One process of chat_worker.py and the connection to it."""
 
     def __init__(self) -> None:
         ours, theirs = socket.socketpair()
@@ -314,13 +314,13 @@ class _Worker:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
-                start_new_session=True,  # Ctrl-C in the terminal is the parent's business
+                start_new_session=True,  # only the parent handles Ctrl-C in the terminal
             )
         self._line = Connection(ours.detach())
         self.stop = weakref.finalize(self, _end, self._process, self._line)
 
     def ask(self, request: bytes) -> dict[str, str]:
-        """One question and its answer; a worker that dies of it is an answer too."""
+        """Sends one request and returns the reply; a worker that dies is an error reply."""
         try:
             self._line.send_bytes(request)
             if not any(self._line.poll(_WAIT_S) for _ in range(int(MAX_WALL_S / _WAIT_S))):
@@ -339,7 +339,7 @@ def _end(process: subprocess.Popen[bytes], line: Connection) -> None:
 
 
 def _folders_of(*packages: str) -> list[str]:
-    """Where the packages are installed, for a worker that looks nowhere else."""
+    """Folders of the packages; the worker imports from these only."""
     folders = []
     for package in packages:
         spec = importlib.util.find_spec(package)

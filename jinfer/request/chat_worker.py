@@ -1,8 +1,8 @@
-"""Renders chat templates in a process of its own, which hard limits can end.
+"""Renders chat templates in a separate process with hard limits.
 
-Run as a script by `chat.py`, never imported by it: a template is code from a checkpoint, and no
-check inside one process stops every `'a' * 10**10` or endless loop. Here the kernel does. It
-imports only the standard library and jinja2.
+`chat.py` runs this file as a script and never imports it. A template is code from a checkpoint, and
+no check inside one process stops every `'a' * 10**10` or endless loop; the kernel's limits do. This
+file imports only the standard library and jinja2.
 
 Arguments: a socket's file descriptor, then the folders to import from.
 """
@@ -27,7 +27,7 @@ _END_OF_TEXT = "<<end of the message to continue>> "
 
 
 class RefusedError(Exception):
-    """Why there is no text: (kind, details), both strings."""
+    """No text was rendered; the arguments are kind and details, both strings."""
 
 
 class RaisedByTemplateError(TemplateError):
@@ -54,7 +54,7 @@ def _strftime_now(style: str) -> str:
 
 
 def _to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
-    # jinja2's own filter escapes HTML, which templates for models do not want.
+    # jinja2's own filter escapes HTML, which is wrong for a model's prompt.
     return json.dumps(
         value,
         ensure_ascii=ensure_ascii,
@@ -84,7 +84,7 @@ def _compiled(source: str) -> tuple[Template, bool]:
 
 
 def _reads_parts(tree: nodes.Template) -> bool:
-    """Whether some loop runs over a message's content, directly or by another name."""
+    """Whether a loop runs over a message's content, directly or through a variable."""
     names = {
         node.target.name
         for node in tree.find_all(nodes.Assign)
@@ -112,7 +112,7 @@ def _join_parts(messages: list[dict]) -> None:
 
 
 def _mark_end(message: dict) -> str:
-    """Puts the mark after the text to continue; returns that text."""
+    """Appends the mark to the text to continue; returns that text."""
     content = message["content"]
     if isinstance(content, list):
         text = content[-1]["text"]
@@ -123,12 +123,12 @@ def _mark_end(message: dict) -> str:
 
 
 def _cut_at_mark(text: str, continued: str) -> str:
-    """The prompt up to the end of the message; its trailing space as the template left it."""
+    """Cuts the prompt at the mark; trailing space stays only if the template keeps it."""
     mark = _END_OF_TEXT.strip()
     if mark not in text or continued.strip() not in text:
         raise RefusedError("continue", "")
     at = text.rindex(mark)
-    # A template that trims messages has eaten the space after the mark: so it would the text's.
+    # If the template trimmed the space after the mark, it would trim the text's space too.
     kept = text[at : at + len(_END_OF_TEXT)] == _END_OF_TEXT
     return text[:at] if kept else text[:at].rstrip()
 
@@ -151,7 +151,7 @@ def render(job: dict) -> str:
 
 
 def answer(job: dict) -> dict[str, str]:
-    """The rendered text, or which kind of failure and its details."""
+    """Returns the rendered text, or the kind and details of the failure."""
     try:
         return {"text": render(job)}
     except RefusedError as refused:
@@ -162,12 +162,12 @@ def answer(job: dict) -> dict[str, str]:
         return {"error": "syntax", "details": f"{error.message} at line {error.lineno}"[:500]}
     except (MemoryError, RecursionError) as error:
         return {"error": "limit", "details": type(error).__name__}
-    except Exception as error:  # a template is a program: it can raise anything
+    except Exception as error:  # a template is a program and can raise anything
         return {"error": "failed", "details": f"{type(error).__name__}: {error}"[:500]}
 
 
 def main(connection: Connection) -> None:
-    """Answers jobs until the other side hangs up. A limit that is passed ends the process."""
+    """Answers jobs until the connection closes. Exceeding a limit ends the process."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     while True:
         try:
@@ -176,7 +176,7 @@ def main(connection: Connection) -> None:
             return
         if sys.platform == "linux":  # macOS does not enforce this limit
             resource.setrlimit(resource.RLIMIT_AS, (job["max_bytes"], job["max_bytes"]))
-        # Processor time, not the clock: a busy machine must not fail honest templates.
+        # Processor time, not wall time: templates must not fail on a busy machine.
         signal.setitimer(signal.ITIMER_PROF, job["max_cpu_s"])
         reply = answer(job)
         signal.setitimer(signal.ITIMER_PROF, 0)

@@ -1,25 +1,24 @@
-"""Token ids to text while they arrive, without ever cutting a character in two."""
+"""Converts token ids to text as they arrive; never splits a character."""
 
 import codecs
 from collections.abc import Iterable, Sequence
 
 from jinfer.request.tokenizer import Tokenizer
 
-# A character has at most 4 bytes, so an unfinished one reaches back at most 3 tokens.
+# A character has at most 4 bytes, so an unfinished one spans at most 3 tokens.
 _UNFINISHED_TOKENS = 3
 
 
 class Detokenizer:
-    """Text of one output, token by token; a fixed amount of work for each.
+    """Text of one completion, token by token; constant work per token.
 
-    Over the life of one detokenizer, the pieces joined are `tokenizer.decode` of all ids. With
-    `prompt_ids` they are what the output adds to the prompt's text: " world" after "Hello", where
-    decoded alone it would lose its space.
+    All pieces joined equal `tokenizer.decode` of all ids. With `prompt_ids` the pieces continue the
+    prompt's text: " world" after "Hello" keeps its space, which it loses when decoded alone.
 
     Args:
-      tokenizer: whose vocabulary the ids are of.
+      tokenizer: the tokenizer of the ids.
       skip_special_tokens: leaves special tokens out of the text.
-      prompt_ids: the tokens that the output continues.
+      prompt_ids: tokens of the prompt before the completion.
     """
 
     def __init__(
@@ -31,7 +30,7 @@ class Detokenizer:
     ) -> None:
         self._token_bytes = tokenizer.token_bytes
         self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset()
-        # Invalid bytes become U+FFFD; the unfinished end of a character waits inside the decoder.
+        # Invalid bytes become U+FFFD; the decoder keeps an unfinished character.
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._strips_space = tokenizer.strips_first_space and not any(
             self._bytes_of(token_id) for token_id in prompt_ids
@@ -40,11 +39,11 @@ class Detokenizer:
             self._decoder.decode(self._bytes_of(token_id))
 
     def feed(self, token_ids: Iterable[int]) -> str:
-        """Text that these further tokens complete; empty while a character is unfinished."""
+        """Returns the text completed by these tokens; empty while a character is unfinished."""
         return self._emit(b"".join(map(self._bytes_of, token_ids)), final=False)
 
     def flush(self) -> str:
-        """What is left at the very end: U+FFFD for an unfinished character, else nothing."""
+        """Returns the rest at the end: U+FFFD for an unfinished character, else nothing."""
         return self._emit(b"", final=True)
 
     def _bytes_of(self, token_id: int) -> bytes:

@@ -1,4 +1,4 @@
-"""What comes back from a request, with vLLM's names."""
+"""The outputs of a request, under vLLM's names."""
 
 import time
 from collections.abc import Sequence
@@ -10,12 +10,12 @@ _SHOWN_IDS = 16
 
 @dataclass(frozen=True, slots=True)
 class Logprob:
-    """One token's place in a distribution.
+    """Probability and rank of one token.
 
     Args:
       logprob: natural logarithm of its probability.
-      rank: 1 is the likeliest; None if it was not asked for.
-      decoded_token: its text standing alone; None without a tokenizer.
+      rank: 1 is the likeliest; None if not requested.
+      decoded_token: text of this token alone; None without a tokenizer.
     """
 
     logprob: float
@@ -25,10 +25,10 @@ class Logprob:
 
 @dataclass(kw_only=True, slots=True)
 class RequestMetrics:
-    """When a request passed each station, always kept.
+    """Times and token counts of a request; always recorded.
 
-    Times are seconds of `time.monotonic()`, so differences are durations whatever the wall clock
-    does; `wall_origin + t` is the same moment in seconds of `time.time()`. None: not yet.
+    Times are seconds of `time.monotonic()`, so changes of the wall clock do not affect durations;
+    `wall_origin + t` is the same moment in seconds of `time.time()`. None: not yet.
     """
 
     arrival_time: float = field(default_factory=time.monotonic)
@@ -37,17 +37,17 @@ class RequestMetrics:
     finished_time: float | None = None
     wall_origin: float = field(default_factory=lambda: time.time() - time.monotonic())
     num_prompt_tokens: int = 0
-    num_cached_tokens: int = 0  # of the prompt, found in the prefix cache
-    num_output_tokens: int = 0  # over all outputs
+    num_cached_tokens: int = 0  # prompt tokens found in the prefix cache
+    num_output_tokens: int = 0  # over all completions
 
     @property
     def queue_s(self) -> float | None:
-        """From arrival to the first step it took part in."""
+        """Time from arrival to the request's first step."""
         return self._since_arrival(self.first_scheduled_time)
 
     @property
     def ttft_s(self) -> float | None:
-        """Time to first token: from arrival to the first token known on the host."""
+        """Time to first token: from arrival until the host has the first token."""
         return self._since_arrival(self.first_token_time)
 
     @property
@@ -59,7 +59,7 @@ class RequestMetrics:
     def tpot_s(self) -> float | None:
         """Time per output token after the first: (e2e - ttft) / (tokens - 1).
 
-        None for fewer than two tokens. With n > 1 the tokens of all outputs count.
+        None for fewer than two tokens. With n > 1 the tokens of all completions count.
         """
         if self.e2e_s is None or self.ttft_s is None or self.num_output_tokens < 2:
             return None
@@ -71,14 +71,14 @@ class RequestMetrics:
 
 @dataclass(kw_only=True, slots=True, repr=False)
 class CompletionOutput:
-    """One of the n outputs of a request.
+    """One of the n completions of a request.
 
     Args:
-      index: which of the n.
-      text: without the stop string, unless it was to be included.
-      token_ids: the token that ended it included.
-      cumulative_logprob: sum over token_ids; None unless logprobs were asked for.
-      logprobs: per token, the reported tokens by id.
+      index: its number, 0 to n - 1.
+      text: without the stop string, unless `include_stop_str_in_output` is set.
+      token_ids: includes the token that ended it.
+      cumulative_logprob: sum over token_ids; None unless logprobs were requested.
+      logprobs: for each token, the reported tokens by id.
       finish_reason: "stop", "length", "abort" or "error"; None while running.
       stop_reason: the stop string, or the stop token's id; None for the model's own end token and
         for other reasons.
@@ -93,7 +93,7 @@ class CompletionOutput:
     stop_reason: int | str | None = None
 
     def finished(self) -> bool:
-        """Whether no token will follow."""
+        """Whether the completion is finished."""
         return self.finish_reason is not None
 
     def __repr__(self) -> str:
@@ -107,18 +107,18 @@ class CompletionOutput:
 
 @dataclass(kw_only=True, slots=True, repr=False)
 class RequestOutput:
-    """Everything known about one request, final or so far.
+    """The result of one request, final or so far.
 
     Args:
       request_id: unique in its engine.
-      prompt: its text, if text was given or rendered.
-      prompt_token_ids: what the model was given, special tokens included.
-      prompt_logprobs: per prompt token; None at the first, which nothing predicts.
-      outputs: n of them, by index.
-      finished: whether no output will grow.
-      metrics: when what happened.
+      prompt: its text; None if only token ids were given.
+      prompt_token_ids: the model's input, special tokens included.
+      prompt_logprobs: for each prompt token; None for the first, which has no prediction.
+      outputs: the n completions, by index.
+      finished: whether all completions are finished.
+      metrics: times and token counts.
       num_cached_tokens: prompt tokens found in the prefix cache.
-      error: why it could not be served, under on_error="return"; else None.
+      error: the reason of a failure, with on_error="return"; else None.
     """
 
     request_id: str
@@ -141,7 +141,7 @@ class RequestOutput:
 
 
 def new_since(output: RequestOutput, before: RequestOutput | None) -> RequestOutput:
-    """An output with only the text, tokens and logprobs that an earlier one did not have."""
+    """Returns an output with only the text, tokens and logprobs that are new since `before`."""
     if before is None:
         return output
     old_prompt = before.prompt_logprobs or []
@@ -174,5 +174,5 @@ def _shown_ids(token_ids: Sequence[int]) -> str:
 
 
 def _plain(reason: str | None) -> str:
-    """Quotes a reason as a string also where it is a member of an enum."""
+    """Quotes a reason as a string, also a member of an enum."""
     return repr(None if reason is None else str(reason))

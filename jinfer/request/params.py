@@ -1,4 +1,4 @@
-"""What a user may ask of one request: sampling, stopping and what to report, in vLLM's names."""
+"""Parameters of one request: sampling, stopping and reporting, under vLLM's names."""
 
 import functools
 import numbers
@@ -11,32 +11,32 @@ from typing import Any, TypeVar
 from jinfer.errors import RequestError, shown, unknown_keyword
 from jinfer.request.prompt import require_unicode
 
-# Every one of the n outputs occupies a slot of its own; beyond a thousand it is a slip, not a wish.
+# Each of the n completions takes a slot; more than a thousand is a typing error.
 MAX_N = 1024
-# Stop strings are searched in the text of every token, so their number and length are work.
+# Stop strings are searched in the text of every token: many or long ones cost time.
 MAX_STOP_STRINGS = 64
 MAX_STOP_CHARS = 1024
-# These live in short fixed rows on the device, one per slot: no request ever recompiles a step.
+# Stored in rows of fixed size on the device, one per slot, so no request recompiles a step.
 MAX_STOP_TOKEN_IDS = 64
 MAX_LOGIT_BIASES = 1024
-MAX_BAD_WORDS = 128  # also the sequences of two or more tokens that a slot holds
-# The field's convention. Beyond it a bias is a ban or a command, which have fields of their own.
+MAX_BAD_WORDS = 128  # also the limit on a slot's bad words of two or more tokens
+# The usual limit. To ban or force tokens, use bad_words or allowed_token_ids.
 MAX_ABS_LOGIT_BIAS = 100.0
-# Logits are divided by these in float32, whose range ends near 1e38: both stay far from its ends.
+# Limits of the divisors of logits, far from the ends of float32 (1e-38 and 1e38).
 MIN_DIVISOR = 1e-5
 MAX_DIVISOR = 1e6
-# Counts travel as int32.
+# Counts are int32 on the device.
 MAX_COUNT = 2**31 - 1
 
 _Class = TypeVar("_Class", bound=type)
 
 
 class RequestOutputKind(Enum):
-    """What each output of a stream holds; names and values are vLLM's."""
+    """The content of each output of a stream; names and values are vLLM's."""
 
     CUMULATIVE = 0  # everything so far
-    DELTA = 1  # what the one before did not have
-    FINAL_ONLY = 2  # everything, and there is only one, at the end
+    DELTA = 1  # the part that is new since the last output
+    FINAL_ONLY = 2  # one output, at the end, with everything
 
 
 def _refuse_unknown_keywords(cls: _Class) -> _Class:
@@ -58,45 +58,45 @@ def _refuse_unknown_keywords(cls: _Class) -> _Class:
 @_refuse_unknown_keywords
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """What one request asks for; names, meanings and defaults are vLLM's.
+    """Parameters of one request; names, meanings and defaults are vLLM's.
 
     Differences: `max_tokens=None`, the default, means "until the model stops or the context ends"
     (vLLM's default is 16), and a temperature between 0 and 1e-5 is refused (vLLM raises everything
     below 0.01 to 0.01). Lists may be any iterable and become tuples; `stop` may be one string.
 
     Order of the transforms: penalties, logit_bias, bad_words and allowed_token_ids, temperature,
-    top_k, top_p, min_p, draw.
+    top_k, top_p, min_p, then sample.
 
     Args:
-      n: outputs per prompt, 1 to 1024.
-      presence_penalty: -2 to 2; subtracted once from the logit of each token already generated.
+      n: completions per prompt, 1 to 1024.
+      presence_penalty: -2 to 2; subtracted once from the logit of each token of the output.
       frequency_penalty: -2 to 2; subtracted once per earlier occurrence in the output.
       repetition_penalty: above 0; divides the positive and multiplies the negative logits of
         tokens already in the prompt or the output. 1 changes nothing.
       temperature: 0 takes the likeliest token; else at least 1e-5.
       top_p: in (0, 1]; 1 keeps every token.
       top_k: keeps this many of the likeliest tokens; 0 or -1 keeps all.
-      min_p: in [0, 1]; drops tokens less likely than this share of the likeliest.
+      min_p: in [0, 1]; drops tokens less likely than this fraction of the top probability.
       seed: any integer of 64 bits; None lets the engine choose.
       stop: strings that end the output.
       stop_token_ids: tokens that end the output, besides the model's own end tokens.
       bad_words: strings that may not be generated.
-      ignore_eos: goes on after the model's own end tokens.
-      max_tokens: most tokens of output; None = until the model stops or the context ends.
-      min_tokens: end and stop tokens are forbidden before this many.
-      logprobs: how many likeliest tokens to report at each output position, the chosen one aside.
+      ignore_eos: does not stop at the model's own end tokens.
+      max_tokens: most output tokens; None = until the model stops or the context ends.
+      min_tokens: fewest output tokens; end and stop tokens are forbidden before.
+      logprobs: top tokens to report at each output position, besides the sampled one.
       prompt_logprobs: the same at each prompt position.
       detokenize: False leaves the text of outputs empty.
       skip_special_tokens: leaves special tokens out of the text.
       include_stop_str_in_output: keeps the matched stop string at the end of the text.
       logit_bias: token id -> value in [-100, 100] that is added to its logit.
       allowed_token_ids: only these tokens may be generated; None allows all.
-      output_kind: of what `LLM.stream` and `AsyncLLM` yield; other methods give whole outputs.
-        Under FINAL_ONLY nobody waits for single tokens, so the device may decode many at once.
+      output_kind: content of the outputs that `LLM.stream` and `AsyncLLM` yield. With FINAL_ONLY
+        one dispatch may decode many tokens, because no caller waits for single ones.
 
     Raises:
-      RequestError: a value has the wrong type or range, or two contradict each other.
-      TypeError: a keyword has no such name.
+      RequestError: a value has a wrong type or range, or two values contradict each other.
+      TypeError: a keyword is unknown.
     """
 
     n: int = 1
@@ -125,7 +125,7 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         for name, check in _CHECKS.items():
-            # The one place where a frozen field is written: with its normal form.
+            # The only writes to frozen fields: each gets its normal form.
             object.__setattr__(self, name, check(name, getattr(self, name)))
         _refuse_contradictions(self)
 
@@ -135,18 +135,18 @@ class SamplingParams:
         return cls(**{**defaults, **chosen})
 
     def clone(self) -> "SamplingParams":
-        """These parameters once more, as vLLM spells it; `dataclasses.replace` changes some."""
+        """Returns a copy, as in vLLM; `dataclasses.replace` returns one with changes."""
         return replace(self)
 
     @property
     def greedy(self) -> bool:
-        """Whether the likeliest token is always taken, so that no draw happens."""
+        """Whether the likeliest token is always taken, without randomness."""
         return self.temperature == 0.0
 
     def check_against(
         self, *, vocab_size: int, max_logprobs: int, max_model_len: int, has_tokenizer: bool = True
     ) -> None:
-        """Refuses what this engine and model cannot do.
+        """Refuses values that this engine or model does not support.
 
         Args:
           vocab_size: V, the width of the model's logits.
@@ -217,7 +217,7 @@ def _number_within(low: float, high: float, *, above: bool = False) -> Callable[
             number = float(value)
         except OverflowError:  # an integer past 1e308
             number = float("inf")
-        # NaN fails every comparison, so it is refused here too.
+        # NaN fails every comparison, so this refuses it too.
         if not (low < number if above else low <= number) or not number <= high:
             raise RequestError(
                 f"{name} must be in {bracket}{low:g}, {high:g}]; got {name}={number}. "
@@ -249,7 +249,7 @@ def _flag(name: str, value: Any) -> bool:
 
 
 def _output_kind(name: str, value: Any) -> RequestOutputKind:
-    value = value.value if isinstance(value, Enum) else value  # vLLM's own has the same
+    value = value.value if isinstance(value, Enum) else value  # vLLM's enum has the same values
     try:
         return RequestOutputKind(_integer(name, value))
     except (RequestError, ValueError):
@@ -332,7 +332,7 @@ def _logit_bias(name: str, value: Any) -> dict[int, float] | None:
     within = _number_within(-MAX_ABS_LOGIT_BIAS, MAX_ABS_LOGIT_BIAS)
     bias = {}
     for key, number in value.items():
-        # JSON has no integer keys, so requests that came over a wire spell them as text.
+        # JSON has no integer keys; requests from a network have text.
         is_text = isinstance(key, str) and key.isascii() and key.isdigit() and len(key) <= 10
         token_id = is_id("a key of logit_bias", int(key) if is_text else key)
         bias[token_id] = within(f"{name}[{token_id}]", number)
@@ -406,13 +406,13 @@ def priorities_for(num_prompts: int, priority: Any) -> Sequence[int]:
     if len(priority) != num_prompts:
         raise RequestError(
             f"priority needs one entry per prompt; got {len(priority)} for {num_prompts} prompts. "
-            "Pass as many."
+            "Pass one each."
         )
     return priority
 
 
 def check_priority(priority: Any) -> None:
-    """Refuses what cannot be ranked among others.
+    """Refuses a priority that is not an integer.
 
     Raises:
       RequestError: it is not an integer.

@@ -1,4 +1,4 @@
-"""One spelling for everything a user may pass as a prompt."""
+"""Converts all accepted forms of a prompt to `Prompt`."""
 
 import operator
 from collections.abc import Mapping, Sequence
@@ -16,10 +16,10 @@ _HOW = 'Pass a string, a list of token ids, {"prompt": ...} or {"prompt_token_id
 class Prompt:
     """One prompt: its text, its token ids, or both if the caller knows both.
 
-    Only prompts of the same `cache_salt` share cached prefixes. A hit never shows another's text,
-    but it shows in the time to the first token, so whoever can guess a prefix can find out by the
-    clock whether somebody sent it. Give each tenant a salt of its own: then nobody's time depends
-    on what another tenant sent, but for the load on the machine.
+    Only prompts with the same `cache_salt` share cached prefixes. A hit never shows another's text,
+    but it makes the first token come sooner. A tenant can guess a prefix and measure whether
+    another tenant sent it. Give each tenant a salt of its own: then only the load on the machine
+    depends on other tenants.
     """
 
     text: str | None
@@ -28,16 +28,16 @@ class Prompt:
 
 
 def split_prompts(prompts: Any) -> tuple[list[Prompt], bool]:
-    """Tells one prompt from a list of them.
+    """Splits the argument into prompts.
 
-    A string, a flat list of ids, a one-dimensional array and a dict are one prompt; a list of
-    those, or a two-dimensional array, is many. An empty list is no prompt at all.
+    A string, a flat list of ids, a one-dimensional array or a dict is one prompt. A list of these,
+    or a two-dimensional array, is many prompts. An empty list is no prompt.
 
     Returns:
-      The prompts, and whether the caller passed a single one.
+      The prompts, and whether the argument was a single prompt.
 
     Raises:
-      RequestError: something in it is none of these.
+      RequestError: an element has none of these forms.
     """
     if _is_one(prompts):
         return [as_prompt(prompts)], True
@@ -47,10 +47,10 @@ def split_prompts(prompts: Any) -> tuple[list[Prompt], bool]:
 
 
 def as_prompt(prompt: Any) -> Prompt:
-    """Brings one prompt into its normal form; ids are converted but not yet checked for range.
+    """Converts one prompt to `Prompt`; it does not check the range of ids.
 
     Raises:
-      RequestError: it is of no known kind, or an id is not an integer.
+      RequestError: the prompt has an unknown type, or an id is not an integer.
     """
     if isinstance(prompt, Prompt):
         return prompt
@@ -64,7 +64,7 @@ def as_prompt(prompt: Any) -> Prompt:
 
 
 def check_prompt_ids(token_ids: Sequence[int], *, vocab_size: int, max_model_len: int) -> None:
-    """Refuses ids that this model cannot take.
+    """Refuses token ids that this model does not support.
 
     Args:
       token_ids: the prompt, special tokens included.
@@ -72,8 +72,8 @@ def check_prompt_ids(token_ids: Sequence[int], *, vocab_size: int, max_model_len
       max_model_len: tokens of prompt and output together.
 
     Raises:
-      RequestError: the prompt is empty, too long for one token of output, or an id lies outside
-        the vocabulary; with the position.
+      RequestError: the prompt is empty, too long for one token of output, or has an id outside
+        the vocabulary; the message names its position.
     """
     if len(token_ids) == 0:
         raise RequestError("a prompt needs at least one token; got none. Pass some text or ids.")
@@ -95,7 +95,7 @@ def check_prompt_ids(token_ids: Sequence[int], *, vocab_size: int, max_model_len
 
 
 def require_unicode(what: str, text: str) -> None:
-    """Refuses half of a surrogate pair, which has no UTF-8."""
+    """Refuses text with half of a surrogate pair, which UTF-8 cannot encode."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -116,7 +116,7 @@ def _is_one(prompts: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    # Floats and bools count: [1.5, 2.5] is one wrong prompt, not two of them.
+    # Floats and bools count too: [1.5, 2.5] is one wrong prompt, not two.
     return isinstance(value, int | float | np.generic)
 
 
@@ -137,10 +137,10 @@ def _from_mapping(prompt: Mapping[str, Any]) -> Prompt:
 
 
 def checked_salt(salt: Any) -> str:
-    """What keeps the prefixes of one tenant apart.
+    """Returns a checked `cache_salt`.
 
     Raises:
-      RequestError: it is not a string of Unicode text.
+      RequestError: the salt is not a string, or not valid Unicode.
     """
     if not isinstance(salt, str):
         raise RequestError(f'"cache_salt" must be a string; got {shown(salt)}. {_HOW}')

@@ -1,18 +1,18 @@
-"""Seeds of requests that bring none."""
+"""Seeds for requests without one."""
 
 import hashlib
 
 
 class Seeds:
-    """Draws seeds that differ from each other, and repeat from run to run."""
+    """Makes distinct seeds; every run makes the same ones."""
 
     def __init__(self, seed: int) -> None:
-        """All of them follow from one number, and from how many were drawn before."""
+        """Each seed depends on `seed` and on the number of earlier seeds."""
         self._seed = seed
         self._num_made = 0
 
     def draw(self) -> int:
-        """The next one, of 64 bits."""
+        """Returns the next seed, of 64 bits."""
         self._num_made += 1
         text = f"{self._seed}/{self._num_made}".encode()
         return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big")

@@ -1,4 +1,4 @@
-"""Why an output ends, and the search for stop strings in text that arrives in pieces."""
+"""Finish reasons, and the search for stop strings in text that comes in pieces."""
 
 import enum
 from collections.abc import Iterable
@@ -6,31 +6,31 @@ from dataclasses import dataclass
 
 
 class Finish(enum.StrEnum):
-    """Why an output ended, in vLLM's words (`finish_reason`)."""
+    """Why a completion ended, in vLLM's words (`finish_reason`)."""
 
     STOP = "stop"  # an end token, a stop token or a stop string
     LENGTH = "length"  # max_tokens, or the end of the context
-    ABORT = "abort"  # the caller took it back
-    ERROR = "error"  # it could not be served; the request's `error` says why
+    ABORT = "abort"  # the caller aborted it
+    ERROR = "error"  # it failed; the request's `error` says why
 
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """What became of one piece of text."""
+    """The result for one piece of text."""
 
-    text: str  # may be shown now
-    stop: str | None  # the stop string that ended the output, if one did
+    text: str  # the text that may be shown now
+    stop: str | None  # the stop string that ended the completion, or None
 
 
 class StopChecker:
-    """Finds the first stop string in text that comes piece by piece, wherever the pieces are cut.
+    """Finds the first stop string in text that comes in pieces; a match may span pieces.
 
-    First is the one that is complete first; of two that end together, the longer. Text that may be
-    the beginning of a stop string is held back until it is known not to be.
+    The first match is the one that ends first; if two end together, it is the longer one. Text that
+    may be the start of a stop string is held back until it cannot match any more.
 
     Args:
       stop: the stop strings; none is empty.
-      include_stop_str_in_output: shows the text up to the end of the match instead of its start.
+      include_stop_str_in_output: shows the text up to the end of the match, not its start.
 
     Source: Knuth, Morris and Pratt, Fast Pattern Matching in Strings, 1977.
     """
@@ -45,8 +45,8 @@ class StopChecker:
         """Takes the next piece of text; nothing is shown after the first match.
 
         Args:
-          text: what the output gained.
-          may_stop: False before min_tokens: a stop string that ends in this piece is only text.
+          text: the new text.
+          may_stop: False before min_tokens; a stop string that ends in this piece is then text.
         """
         assert not self._stopped, f"fed after the output stopped: {text=}"
         if not self._patterns:
@@ -63,18 +63,18 @@ class StopChecker:
         return Checked(shown[:cut], None)
 
     def flush(self) -> str:
-        """The text held back, when the output ended for another reason."""
+        """Returns the text held back; for completions that ended for another reason."""
         text, self._held = self._held, ""
         return text
 
     def _advance(self, char: str) -> str | None:
-        """Moves every pattern on by one character; the longest that is now complete."""
+        """Moves every pattern by one character; returns the longest complete one."""
         complete = [p.text for p in self._patterns if p.advance(char)]
         return max(complete, key=len, default=None)
 
 
 class _Pattern:
-    """One stop string and how many of its characters the text so far ends with."""
+    """One stop string, and how many of its first characters the text ends with."""
 
     def __init__(self, text: str) -> None:
         assert text, "an empty stop string"
@@ -89,7 +89,7 @@ class _Pattern:
             self._shorter.append(length + (text[length] == char))
 
     def advance(self, char: str) -> bool:
-        """Takes one character; says whether the pattern is now complete."""
+        """Takes one character; returns whether the pattern is now complete."""
         length = self.num_matched
         while length and self.text[length] != char:
             length = self._shorter[length]

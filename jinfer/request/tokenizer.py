@@ -1,7 +1,7 @@
-"""Text to token ids and back, from the files of a model folder; nothing in them is executed.
+"""Converts text to token ids and back, with a model folder's files; none of their code is run.
 
-Two backends read two kinds of file and are used through one class: `tokenizer.json` through the
-`tokenizers` library, else `tokenizer.model` through `sentencepiece`.
+One class with two backends: the `tokenizers` library reads `tokenizer.json`; if there is none,
+`sentencepiece` reads `tokenizer.model`.
 """
 
 import functools
@@ -17,10 +17,9 @@ from jinfer.request.tokenizer_files import TokenizerFiles, read_tokenizer_files
 class Tokenizer:
     """Turns text into token ids and back.
 
-    A token is a string of bytes; the text of a sequence is the UTF-8 reading of its tokens' bytes,
-    with U+FFFD where they are not UTF-8, less one leading space where the vocabulary puts one
-    there. Hugging Face's `clean_up_tokenization_spaces` is not applied: it removes spaces that the
-    model wrote.
+    A token is a string of bytes. The text of a sequence is its tokens' bytes decoded as UTF-8, with
+    U+FFFD for invalid bytes, and without the leading space if the vocabulary adds one. Hugging
+    Face's `clean_up_tokenization_spaces` is not applied: it removes spaces that the model wrote.
     """
 
     def __init__(self, backend: Backend, files: TokenizerFiles) -> None:
@@ -41,28 +40,28 @@ class Tokenizer:
         self.token_bytes = functools.cache(backend.token_bytes)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of `text`; special tokens written out in it become their ids.
+        """Converts `text` to token ids; special tokens in the text become their ids.
 
         Args:
-          text: any text; a chat prompt already rendered brings its own special tokens.
-          add_special_tokens: begin (and end) as the checkpoint says, e.g. with the bos token.
+          text: any text; a rendered chat prompt already contains its special tokens.
+          add_special_tokens: add the checkpoint's first and last tokens, e.g. the bos token.
 
         Raises:
-          RequestError: the text holds half of a surrogate pair, which has no UTF-8.
+          RequestError: the text has half of a surrogate pair, which UTF-8 cannot encode.
         """
         if not text.isascii():
             require_unicode("a prompt", text)
         return self._backend.encode(text, add_special_tokens=add_special_tokens)
 
     def decode(self, token_ids: Iterable[int], skip_special_tokens: bool = True) -> str:
-        """Text of the tokens. Ids that the vocabulary lacks (padded logits) add nothing."""
+        """Converts tokens to text. Ids outside the vocabulary (padded logits) add nothing."""
         skipped = self.special_ids if skip_special_tokens else frozenset()
         pieces = [self.token_bytes(one) for one in token_ids if one not in skipped]
         text = b"".join(pieces).decode(errors="replace")
         return text[1:] if self.strips_first_space and text[:1] == " " else text
 
     def token_text(self, token_id: int) -> str:
-        """Text of one token standing alone, its leading space kept, for logprobs."""
+        """Text of one token alone, with its leading space; for logprobs."""
         return self.token_bytes(token_id).decode(errors="replace")
 
     def token_id(self, content: str) -> int | None:
@@ -71,12 +70,12 @@ class Tokenizer:
 
     @property
     def template_variables(self) -> dict[str, str]:
-        """The special tokens as chat templates know them: bos_token, eos_token and so on."""
+        """The special tokens by their names in chat templates: bos_token, eos_token and so on."""
         return dict(self._named)
 
     @property
     def chat_template(self) -> str | None:
-        """The template used unless another is named."""
+        """The default template; None if there is none."""
         return self.chat_templates.get("default")
 
     def _named_id(self, content: str | None) -> int | None:
@@ -88,7 +87,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
 
     Raises:
       CheckpointError: a file is missing or damaged; names it.
-      NotImplementedError: tokenizer.json decodes by steps that are not bytes.
+      NotImplementedError: tokenizer.json has a decoder that does not map tokens to bytes.
     """
     folder = Path(folder)
     files = read_tokenizer_files(folder)

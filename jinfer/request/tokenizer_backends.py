@@ -1,4 +1,4 @@
-"""The two libraries that know tokenizer files, behind one small interface."""
+"""Two tokenizer libraries behind one interface."""
 
 import json
 import re
@@ -14,18 +14,18 @@ from jinfer.request.tokenizer_files import AddedToken, TokenizerFiles, damaged, 
 
 _SPACE_MARK = "▁"  # U+2581, how sentencepiece spells a space inside a piece
 _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
-# In these classes of Hugging Face's (4.x) the flags add_bos_token and add_eos_token rule; in all
-# others the post-processor inside tokenizer.json does, whatever the flags say. (5.x never reads
-# the flags beside a tokenizer.json, which costs DeepSeek-R1 its bos token.)
+# Hugging Face 4.x: these classes obey the flags add_bos_token and add_eos_token; all others ignore
+# them and use the post-processor of tokenizer.json. (5.x ignores the flags of every model with a
+# tokenizer.json, so DeepSeek-R1 loses its bos token.)
 _CLASSES_RULED_BY_FLAGS = ("Llama", "CodeLlama", "Gemma", "Cohere")
 
 
 class Backend(Protocol):
-    """What one tokenizer library is asked for."""
+    """The interface to one tokenizer library."""
 
     vocab_size: int  # one past the largest id
     special_ids: frozenset[int]
-    strips_first_space: bool  # decoding drops one space at the start of the text
+    strips_first_space: bool  # whether decoding drops one space at the start of the text
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
 
@@ -41,7 +41,7 @@ class HFBackend:
         text = read_text(path)
         try:
             self._library = tokenizers.Tokenizer.from_str(text)
-        except Exception as error:  # the library raises Exception itself, nothing narrower
+        except Exception as error:  # the library raises plain Exception
             raise damaged(path, str(error)) from error
         self._library.no_truncation()
         self._library.no_padding()
@@ -69,7 +69,7 @@ class HFBackend:
         return b"" if token is None else self._to_bytes(token)
 
     def _add_tokens(self, path: Path, files: TokenizerFiles) -> None:
-        """Adds what only tokenizer_config.json names, and marks the special ones as such."""
+        """Adds tokens that only tokenizer_config.json names, and marks special tokens."""
         known = {token.content for token in self._library.get_added_tokens_decoder().values()}
         for token_id, token in sorted(files.added.items()):
             if token.content in known:
@@ -88,7 +88,7 @@ class HFBackend:
                 )
 
     def _framing(self, files: TokenizerFiles) -> tuple[list[int], list[int]] | None:
-        """Ids put around every text by the flags; None where the post-processor rules."""
+        """Ids that the flags put before and after a text; None: the post-processor adds them."""
         ruled = files.tokenizer_class.startswith(_CLASSES_RULED_BY_FLAGS)
         if not ruled or (files.add_bos is None and files.add_eos is None):
             return None
@@ -116,7 +116,7 @@ def _library_token(token: AddedToken) -> tokenizers.AddedToken:
 def _byte_alphabet() -> dict[str, int]:
     """GPT-2's spelling of the 256 bytes as printable characters, inverted.
 
-    Printable Latin-1 stands for itself; the other bytes, in order, are U+0100 and up.
+    Printable Latin-1 characters stand for themselves; other bytes, in order, are U+0100 and up.
     Source: Radford et al., Language Models are Unsupervised Multitask Learners, 2019, encoder.py.
     """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
@@ -130,18 +130,18 @@ _BYTE_OF_CHAR = _byte_alphabet()
 def _from_byte_level(token: str) -> bytes:
     try:
         return bytes([_BYTE_OF_CHAR[char] for char in token])
-    except KeyError:  # an added token, spelt as it reads
+    except KeyError:  # an added token, stored as plain text
         return token.encode(errors="replace")
 
 
 def _byte_reading(path: Path, decoder: Any) -> tuple[Callable[[str], bytes], bool]:
-    """A decoder of tokenizer.json as a function from one token to its bytes.
+    """Makes a function from one token to its bytes, from the decoder of tokenizer.json.
 
     Returns:
       The function, and whether one space at the start of the text is dropped.
 
     Raises:
-      NotImplementedError: the decoder works on something else than single tokens' bytes.
+      NotImplementedError: the decoder does not work on the bytes of single tokens.
     """
     steps = decoder.get("decoders", [decoder]) if isinstance(decoder, dict) else [decoder]
     kinds = [step.get("type") if isinstance(step, dict) else None for step in steps]
@@ -187,10 +187,10 @@ def _from_pieces(
 class SentencePieceBackend:
     """`tokenizer.model` through the `sentencepiece` library.
 
-    The library does not see control tokens in text, so the text is first cut at them, as Hugging
-    Face's Llama tokenizer (4.x) does. Every stretch gets the dummy leading space if `legacy`, else
-    only the first one. (5.x converts the model to `tokenizers` and differs from sentencepiece
-    where a stretch begins with a space of its own.)
+    The library does not recognise control tokens in text, so the text is first split at them, as in
+    Hugging Face's Llama tokenizer (4.x). With `legacy` every part gets the dummy leading space, else
+    only the first part. (5.x converts the model to `tokenizers` and differs from sentencepiece
+    if a part begins with its own space.)
     """
 
     def __init__(self, path: Path, files: TokenizerFiles) -> None:
@@ -262,7 +262,7 @@ class SentencePieceBackend:
     def _recognised(
         self, path: Path, files: TokenizerFiles, num_pieces: int
     ) -> dict[int, AddedToken]:
-        """Tokens that the text is cut at: control pieces, and what the files add or name."""
+        """Tokens at which text is split: control pieces, and tokens of the files."""
         library = self._first
         found = {
             i: AddedToken(content=library.id_to_piece(i), special=True)
@@ -282,7 +282,7 @@ class SentencePieceBackend:
             token_id = ids.get(content)
             if token_id is None:
                 token_id = library.piece_to_id(content)
-                if library.id_to_piece(token_id) != content:  # a word of its own, past the pieces
+                if library.id_to_piece(token_id) != content:  # not a piece: a new id past the pieces
                     token_id = max(num_pieces, *(i + 1 for i in found))
             if token_id not in found or not found[token_id].special:
                 found[token_id] = AddedToken(content=content, special=True)
@@ -293,9 +293,9 @@ class SentencePieceBackend:
 def _load_model(
     path: Path,
 ) -> tuple[sentencepiece.SentencePieceProcessor, sentencepiece.SentencePieceProcessor]:
-    """The model, and the same model without a dummy space before the text."""
+    """Loads the model twice: with and without a dummy space before the text."""
     model = path.read_bytes()
-    # A protobuf message that is appended to another is merged into it, later values winning:
+    # Protobuf merges an appended message; its values override earlier ones:
     # field 3 (normalizer_spec), 2 bytes long: its field 3 (add_dummy_prefix) = false.
     without_prefix = model + b"\x1a\x02\x18\x00"
     try:

@@ -1,4 +1,4 @@
-"""What the files of a model folder say about its tokenizer, in one spelling."""
+"""Reads the tokenizer's configuration files of a model folder into one form."""
 
 import json
 from collections.abc import Mapping
@@ -13,11 +13,11 @@ _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AddedToken:
-    """A token that is recognised in text as a whole, before anything else is."""
+    """A token that is matched in text as a whole, before all other tokens."""
 
     content: str
     special: bool
-    lstrip: bool = False  # swallows the white space before it
+    lstrip: bool = False  # removes white space before it
     rstrip: bool = False
     normalized: bool = False
     single_word: bool = False
@@ -25,15 +25,15 @@ class AddedToken:
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerFiles:
-    """What the configuration files beside a tokenizer say, in one spelling."""
+    """The contents of a tokenizer's configuration files, in one form."""
 
     folder: Path
     added: dict[int, AddedToken] = field(default_factory=dict)  # by token id
     named: dict[str, str] = field(default_factory=dict)  # "bos_token" -> "<s>"
-    specials: tuple[str, ...] = ()  # further special tokens, by content
-    add_bos: bool | None = None  # None: the file does not say
+    specials: tuple[str, ...] = ()  # contents of further special tokens
+    add_bos: bool | None = None  # None: not in the file
     add_eos: bool | None = None
-    legacy: bool = True  # sentencepiece: every stretch of text gets its leading space
+    legacy: bool = True  # sentencepiece: every part of a text gets a leading space
     tokenizer_class: str = ""
     chat_templates: dict[str, str] = field(default_factory=dict)
 
@@ -41,10 +41,10 @@ class TokenizerFiles:
 def read_tokenizer_files(folder: Path) -> TokenizerFiles:
     """Reads tokenizer_config.json, special_tokens_map.json, added_tokens.json and templates.
 
-    Each may be absent. tokenizer_config.json overrides the older files.
+    Each file is optional. tokenizer_config.json overrides the older files.
 
     Raises:
-      CheckpointError: a file is damaged or holds another type than its readers expect.
+      CheckpointError: a file is damaged, or a value has a wrong type.
     """
     config = _read_json(folder / "tokenizer_config.json")
     older = _read_json(folder / "special_tokens_map.json")
@@ -63,7 +63,7 @@ def read_tokenizer_files(folder: Path) -> TokenizerFiles:
         added[int(key)] = _added_token(path, entry)
     named = {}
     for name in _NAMED_TOKENS:
-        # A null in the newer file is an answer too: there is no such token.
+        # A null in the newer file means: no such token.
         said = config[name] if name in config else older.get(name)
         if said is not None:
             named[name] = _content(path, name, said)
@@ -85,7 +85,7 @@ def read_tokenizer_files(folder: Path) -> TokenizerFiles:
 
 
 def _chat_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
-    """Templates by name; files of their own override tokenizer_config.json."""
+    """Templates by name; template files override tokenizer_config.json."""
     path = folder / "tokenizer_config.json"
     said = config.get("chat_template")
     templates: dict[str, str] = {}
@@ -113,7 +113,7 @@ def _added_token(path: Path, entry: Any) -> AddedToken:
 
 
 def _content(path: Path, name: str, said: Any) -> str:
-    """A token is spelt as a string or as a dict with its content."""
+    """Returns a token's content; the file has a string, or a dict with "content"."""
     return _checked(path, name, said.get("content") if isinstance(said, dict) else said, str)
 
 
@@ -129,7 +129,7 @@ def _checked(path: Path, name: str, value: Any, kind: type) -> Any:
 
 
 def read_text(path: Path) -> str:
-    """A file's text; `CheckpointError` where it is not UTF-8 or cannot be read."""
+    """Reads a file's text; raises CheckpointError if it is unreadable or not UTF-8."""
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -146,7 +146,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def damaged(path: Path, why: str) -> CheckpointError:
-    """The error for a file that cannot be used, with its name."""
+    """The error for a damaged file; names it."""
     return CheckpointError(
         f"{path.name} must be readable; got {str(path)!r}: {why}. Download the file again."
     )

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
+from jinfer.compile.names import RESTORE_COUNTS, WRITE_SLOTS
 from jinfer.models.decoder import Params
 from jinfer.runner.page_mover import PageMover
 from jinfer.sampling.sampler import SamplingState
@@ -77,10 +78,10 @@ class ModelRunner:
     def write_slots(
         self, slot_A: np.ndarray, rows: SamplingState, page_table_AM: np.ndarray
     ) -> None:
-        self.slots = self.programs["write_slots"](self.slots, slot_A, rows, page_table_AM)
+        self.slots = self.programs[WRITE_SLOTS](self.slots, slot_A, rows, page_table_AM)
 
     def restore_counts(self, slot: int, token_J: np.ndarray) -> None:
-        self.slots = self.programs["restore_counts"](self.slots, np.int32(slot), token_J)
+        self.slots = self.programs[RESTORE_COUNTS](self.slots, np.int32(slot), token_J)
 
     def move_pages(
         self,

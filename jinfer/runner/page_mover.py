@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from jinfer.axes import PageId
+from jinfer.compile.names import COPY_PAGES, GATHER_PAGES, SCATTER_PAGES
 from jinfer.parallel.sharding import Placement
 from jinfer.schedule.plan import PageCopy, PageRestore, PageSave
 from jinfer.schedule.prefix_cache import PageKey
@@ -82,7 +83,7 @@ class PageMover:
             if len(under_way) == GROUPS_AT_ONCE:
                 jax.block_until_ready(under_way.popleft())
             page_J = _padded([save.page_id for save in group])
-            contents = self._programs["gather_pages"](pages, page_J)[: len(group)]
+            contents = self._programs[GATHER_PAGES](pages, page_J)[: len(group)]
             stored = jax.device_put(list(contents), self._on_host)
             self._stored.update(zip([save.key for save in group], stored, strict=True))
             under_way.append(stored)
@@ -95,14 +96,14 @@ class PageMover:
             stored = [self._stored[restore.key] for restore in group]
             contents = jax.device_put(stored, self._on_device)
             contents += contents[:1] * (PAGES_PER_MOVE - len(group))  # for the bin
-            pages = self._programs["scatter_pages"](pages, page_J, tuple(contents))
+            pages = self._programs[SCATTER_PAGES](pages, page_J, tuple(contents))
         return pages
 
     def _copy(self, pages: Any, copies: Sequence[PageCopy]) -> Any:
         for group in _groups(copies):
             source_J = _padded([copy.source_id for copy in group])
             page_J = _padded([copy.page_id for copy in group])
-            pages = self._programs["copy_pages"](pages, source_J, page_J)
+            pages = self._programs[COPY_PAGES](pages, source_J, page_J)
         return pages
 
 

@@ -1,4 +1,4 @@
-"""One sequence's sampling parameters as the row that its slot will hold."""
+"""Builds a slot's row of SamplingState from one sequence's sampling parameters."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -22,18 +22,18 @@ def sampling_row(
     bad_words: Sequence[Sequence[int]],
     vocab_size: int,
 ) -> SamplingState:
-    """Builds what `write_slots` writes, leaves without the slot axis.
+    """Builds the row that `write_slots` writes, its leaves without the slot axis.
 
     Args:
-      params: as the user gave them, already checked.
-      sequence: its prompt, its index among the request's n, and any output it resumes with.
-      seed: the request's own, or the one the engine drew for it.
-      stop_ids: end tokens of the model and the request's own; banned below min_tokens.
+      params: the user's parameters, already checked.
+      sequence: its prompt, its index among the n completions, and any output it resumes with.
+      seed: the request's seed, or the engine's random choice for it.
+      stop_ids: end tokens of the model and of the request; banned before min_tokens.
       bad_words: token ids of every banned word.
       vocab_size: V.
 
     Raises:
-      RequestError: a list is too long for its slot, or names a token past the vocabulary.
+      RequestError: a list is too long for its slot, or a token id is outside the vocabulary.
     """
     nothing = dataclasses.replace(empty_state(1, vocab_size, xp=np), output_count_AV=None)
     row = jax.tree.map(lambda leaf_1: leaf_1[0], nothing)
@@ -68,10 +68,10 @@ def check_row(
     bad_words: Sequence[Sequence[int]],
     vocab_size: int,
 ) -> None:
-    """Refuses what a slot's row cannot hold, before the request is queued.
+    """Rejects a request that does not fit a slot's row, before it is queued.
 
     Raises:
-      RequestError: as `sampling_row` would; or nothing is left to draw before min_tokens.
+      RequestError: as `sampling_row` would; or no token can be sampled before min_tokens.
     """
     masks.pad_stop_ids(stop_ids, vocab_size)
     allowed = params.allowed_token_ids
@@ -91,10 +91,10 @@ def _refuse_dead_ends(
     stop_ids: Sequence[int],
     bad_words: Sequence[Sequence[int]],
 ) -> None:
-    """Some allowed token must be free at every step: no bad word ends in it, and it never stops.
+    """Requires an allowed token that is never banned: it ends no bad word, and is no stop token.
 
-    A word of several tokens bans its last one only behind the others, so this refuses a little
-    too much: of two allowed tokens that are each banned behind the other, one could repeat.
+    Stricter than necessary: a bad word of several tokens bans its last token only after the others.
+    If each of two allowed tokens is banned only after the other, repeating one would be possible.
     """
     enders = {word[-1] for word in bad_words}
     unstoppable = set(stop_ids) if params.min_tokens else set()

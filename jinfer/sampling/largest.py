@@ -1,7 +1,7 @@
-"""The few largest of each row, without sorting it.
+"""Finds the few largest numbers of each row, without sorting it.
 
-XLA for GPUs finds more than 16 of them by sorting whole rows: 21 kernels, which take it longer to
-compile than all the rest of a step's logprobs, and of 256 rows of 128,256 logits dozens of passes.
+For more than 16, XLA for GPUs sorts whole rows with 21 kernels. They take longer to compile than
+all the rest of a step's logprobs, and make dozens of passes over 256 rows of 128,256 logits.
 """
 
 from typing import NamedTuple
@@ -15,20 +15,20 @@ _NONE = jnp.iinfo(jnp.int32).min  # below every number
 
 
 class _Taken(NamedTuple):
-    """How far each row is: `key_R` and `id_R` are those of the last number taken."""
+    """Progress of each row: `key_R` and `id_R` belong to the last number taken."""
 
     key_R: Array
     id_R: Array
-    best_RX: Array  # the largest key of each block that is not taken
+    best_RX: Array  # the largest key not yet taken, per block
 
 
 def largest(
     logits_RV: Float[Array, "R V"], count: int
 ) -> tuple[Float[Array, "R J"], Int32[Array, "R J"]]:
-    """What `lax.top_k` gives: the `count` largest of each row, of equal ones the first, and where.
+    """Like `lax.top_k`: the `count` largest numbers of each row and their indices, ties in order.
 
-    The largest of every block of 128 are found once; then, one after the other, the best block's
-    best is taken, and that block alone is looked through again.
+    First finds the largest number of each block of 128. Then repeats: takes the largest of these,
+    and searches only its block for the next largest.
 
     Args:
       logits_RV: float32. NaN counts as larger than +inf, below -inf if its sign is set.
@@ -61,14 +61,14 @@ def largest(
 
 
 def _behind(key_R128: Array, id_R128: Array, key_R: Array, id_R: Array) -> Array:
-    """The keys that are taken later than the given ones; `_NONE` in place of the others."""
+    """The keys not yet taken, which come after the given ones; `_NONE` for the others."""
     key_R1, id_R1 = key_R[:, None], id_R[:, None]
     is_behind_R128 = (key_R128 < key_R1) | ((key_R128 == key_R1) & (id_R128 > id_R1))
     return jnp.where(is_behind_R128, key_R128, _NONE)
 
 
 def _key(number: Float[Array, "..."]) -> Int32[Array, "..."]:
-    """An integer by which numbers are ordered: their bits, those of negative ones turned over."""
+    """An integer ordered as the number: its bits, inverted after the sign if negative."""
     bits = lax.bitcast_convert_type(number, jnp.int32)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 

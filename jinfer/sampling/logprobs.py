@@ -1,4 +1,4 @@
-"""Log-probabilities of a step's readouts, from the logits as the model gave them."""
+"""Log-probabilities of a step's rows of logits, before any sampling transform."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +17,7 @@ from jinfer.sampling.largest import largest
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class Logprobs:
-    """One row per readout. What a row did not ask for holds -inf, rank 0 and token 0."""
+    """One entry per row of logits. Fields that a row did not ask for hold -inf, rank 0, token 0."""
 
     token_logprob_R: Float[Array, "R"]
     rank_R: Int32[Array, "R"]  # 1 + how many tokens are more probable
@@ -26,7 +26,7 @@ class Logprobs:
 
 
 def no_logprobs(*rows: int, max_logprobs: int) -> Logprobs:
-    """What rows that ask for nothing hold, `rows` the axes before J."""
+    """Entries of rows that ask for nothing; `rows` are the axes before J."""
     listed = (*rows, max_logprobs)
     return Logprobs(
         token_logprob_R=jnp.full(rows, -jnp.inf, jnp.float32),
@@ -47,15 +47,15 @@ def read_logprobs(
 ) -> Logprobs:
     """Reads log_softmax of the raw logits, before any sampling transform.
 
-    Costs only a branch in a step in which no row asks.
+    Cost: one branch in a step in which no row asks.
 
     Args:
       logits_RV: any float dtype; computed in float32.
-      token_R: the token each row reports: drawn, or the prompt's next one.
+      token_R: the token each row reports: the sampled one, or the next of the prompt.
       wants_top_R: rows that also report the most probable tokens.
       max_logprobs: J; static.
       wants_token_R: rows that report their token; None = all.
-      shards: over which V is cut.
+      shards: the shards of V.
     """
     num_rows = token_R.shape[0]
     if wants_token_R is None:
@@ -105,10 +105,10 @@ def _log_total(logits_RV: Array, shards: Shards) -> Array:
 
 
 def _top(logits_RV: Array, max_logprobs: int, shards: Shards) -> tuple[Array, Array]:
-    """Ids and logits of the most probable tokens; spare places hold token 0 and -inf."""
+    """Ids and logits of the most probable tokens, padded with token 0 and -inf."""
     length = logits_RV.shape[-1]
     logits_RJ, ids_RJ = _top_k(logits_RV.astype(jnp.float32), min(max_logprobs, length))
-    if shards.axis is not None:  # the best of each shard's best, whose order keeps that of ids
+    if shards.axis is not None:  # top of the shards' tops; ties keep the order of ids
         ids_RJ = shards.join(ids_RJ + shards.start(length))
         logits_RJ, place_RJ = _top_k(shards.join(logits_RJ), min(max_logprobs, ids_RJ.shape[1]))
         ids_RJ = jnp.take_along_axis(ids_RJ, place_RJ, axis=-1)

@@ -1,4 +1,4 @@
-"""A request's token lists as the fixed-width arrays the sampler reads; numpy, for the host.
+"""Packs a request's token lists into fixed-width numpy arrays for the sampler.
 
 Every list is padded with V, one past the last token id: a scatter drops it and no token equals it.
 """
@@ -17,16 +17,16 @@ WORD_BITS = 32  # tokens per word of a vocabulary mask
 MAX_STOP_IDS = 64  # end tokens of the model and stop_token_ids of the request together
 MAX_LOGIT_BIAS = 1024  # entries of logit_bias
 MAX_BAD_WORD_TOKENS = 8
-WINDOW = MAX_BAD_WORD_TOKENS - 1  # last tokens remembered, enough for every prefix
+WINDOW = MAX_BAD_WORD_TOKENS - 1  # last tokens kept: the longest prefix of a bad word
 
 
 def num_words(vocab_size: int) -> int:
-    """W: how many 32-bit words hold one bit per token."""
+    """W: the number of 32-bit words that hold one bit per token."""
     return -(-vocab_size // WORD_BITS)
 
 
 def pack_bits(ids: Ids, vocab_size: int) -> np.ndarray:
-    """uint32[W] in which exactly the bits of `ids` are set; token v is bit v % 32 of word v // 32.
+    """uint32[W] with the bits of `ids` set; token v is bit v % 32 of word v // 32.
 
     Raises:
       RequestError: if an id lies outside the vocabulary.
@@ -39,12 +39,12 @@ def pack_bits(ids: Ids, vocab_size: int) -> np.ndarray:
 def allowed_bits(
     vocab_size: int, *, allowed_ids: Ids | None = None, banned_ids: Ids = ()
 ) -> np.ndarray:
-    """uint32[W] of the tokens that may be drawn; all ones (spare bits too) if all may.
+    """uint32[W] of the allowed tokens; all ones, spare bits included, if all are allowed.
 
     Args:
       vocab_size: V, the width of the logits.
-      allowed_ids: the only tokens that may be drawn; None = every token.
-      banned_ids: taken away from those: one-token bad words, padding of the vocabulary.
+      allowed_ids: the only tokens allowed; None = every token.
+      banned_ids: tokens to exclude: one-token bad words, padding of the vocabulary.
 
     Raises:
       RequestError: if an id lies outside the vocabulary, or no token is left.
@@ -56,7 +56,7 @@ def allowed_bits(
     bits_W = bits_W & ~pack_bits(banned_ids, vocab_size)
     if not (bits_W & pack_bits(np.arange(vocab_size), vocab_size)).any():
         raise RequestError(
-            "a request must leave at least one token to draw; got none after allowed_token_ids "
+            "a request must leave at least one token to sample; got none after allowed_token_ids "
             "and bad_words. Allow a token that bad_words does not ban."
         )
     return bits_W
@@ -88,7 +88,7 @@ def pad_bias(bias: Mapping[int, int | float], vocab_size: int) -> tuple[np.ndarr
 def pad_bad_words(words: Sequence[Ids], vocab_size: int) -> np.ndarray:
     """int32[MAX_BAD_WORDS, MAX_BAD_WORD_TOKENS], each word aligned to the right.
 
-    The last column is the token to ban once the columns before it match the last tokens drawn.
+    The last column is the token to ban when the other columns match the last sampled tokens.
 
     Raises:
       RequestError: if there are too many words, one is empty or too long, or an id lies outside
@@ -111,7 +111,7 @@ def pad_bad_words(words: Sequence[Ids], vocab_size: int) -> np.ndarray:
 
 
 def recent_window(output_ids: Ids, vocab_size: int) -> np.ndarray:
-    """int32[WINDOW]: the last tokens drawn, newest last, as `record` keeps them on the device."""
+    """int32[WINDOW]: the last sampled tokens, newest last, as `record` keeps them on the device."""
     window_7 = np.full(WINDOW, vocab_size, dtype=np.int32)
     tail = list(output_ids)[-WINDOW:]
     if tail:
@@ -120,14 +120,14 @@ def recent_window(output_ids: Ids, vocab_size: int) -> np.ndarray:
 
 
 def seed_words(seed: int, index: int) -> np.ndarray:
-    """uint32[2]: the draw key of continuation `index` of a request with this seed.
+    """uint32[2]: the random key of completion `index` of a request with this seed.
 
-    Continuation 0 uses the seed itself, high word first; the others a digest of seed and index,
-    so they do not depend on how many continuations were asked.
+    Completion 0 uses the seed itself, high word first. The others use a digest of seed and index,
+    so their keys do not depend on n.
 
     Args:
       seed: any integer; its low 64 bits count.
-      index: 0-based continuation of the request (`n` of them).
+      index: completion of the request, 0 to n - 1.
     """
     payload = (seed & 0xFFFFFFFFFFFFFFFF).to_bytes(8, "big")
     if index:

@@ -1,12 +1,12 @@
-"""From logits to one token per readout. Pure; what a request asked arrives as arrays.
+"""Samples one token per row of logits. Pure; a request's parameters are arrays.
 
 The order is public and fixed: repetition, presence and frequency penalties; logit bias; bad words
-and allowed ids; the ban of stop ids before min_tokens; temperature; top-k; top-p; min-p; the draw.
-Each part runs only in steps in which some row needs it, and changes nothing in the other rows: a
-row's token depends on its own logits, parameters and position alone.
+and allowed ids; the ban of stop ids before min_tokens; temperature; top-k; top-p; min-p; sampling.
+Each part runs only in steps in which some row needs it, and leaves the other rows as they are: a
+row's token depends only on its own logits, parameters, history and position.
 
-Where the vocabulary lies on several chips, each works on its own part of [R, V], and only a few
-numbers per row are exchanged: sums, maxima, and the weights of blocks of 128 tokens.
+If several chips shard the vocabulary, each computes its own part of [R, V]. The chips exchange only
+a few numbers per row: sums, maxima, and the weights of blocks of 128 tokens.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ from jinfer.sampling.masks import (
 )
 from jinfer.sampling.threshold import top_k_threshold, top_p_threshold
 
-_LANES = 128  # tokens per block of the two-level draw
+_LANES = 128  # tokens per block of two-level sampling
 _LARGEST = float(jnp.finfo(jnp.float32).max)
 
 
@@ -42,7 +42,7 @@ _LARGEST = float(jnp.finfo(jnp.float32).max)
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class SamplingState:
-    """What each slot asks of the sampler, and the history its penalties need. Last row: the bin.
+    """Each slot's sampling parameters and token history. The last row is the null slot.
 
     Lists are padded with V (`jinfer.sampling.masks` builds them). Admission writes every field;
     `record` updates the last two. A shard has its part of V and W.
@@ -60,20 +60,20 @@ class SamplingState:
     stop_ids_AJ: Int32[Array, "A J"]  # J = MAX_STOP_IDS
     bias_ids_AJ: Int32[Array, "A J"]  # J = MAX_LOGIT_BIAS
     bias_values_AJ: Float[Array, "A J"]
-    allowed_bits_AW: UInt32[Array, "A W"]  # all ones = every token may be drawn
+    allowed_bits_AW: UInt32[Array, "A W"]  # all ones = every token is allowed
     bad_words_AJ8: Int32[Array, "A J 8"]  # masks.pad_bad_words; J = MAX_BAD_WORDS
     prompt_bits_AW: UInt32[Array, "A W"]  # tokens that occur in the prompt
-    recent_A7: Int32[Array, "A 7"]  # last tokens drawn, the newest last, V where there is none
-    output_count_AV: Int32[Array, "A V"]  # how often each token was drawn
+    recent_A7: Int32[Array, "A 7"]  # last tokens sampled, newest last, padded with V
+    output_count_AV: Int32[Array, "A V"]  # how often each token was sampled
 
 
 def empty_state(num_rows: int, vocab_size: int, xp: ModuleType = jnp) -> SamplingState:
-    """Rows that ask for nothing: the most probable token, no penalty, everything allowed.
+    """Rows with default parameters: the most probable token, no penalty, everything allowed.
 
     Args:
-      num_rows: A, the slots and the bin; or the rows of one admission.
+      num_rows: A, the slots and the null slot; or the rows of one admission.
       vocab_size: V, the width of the logits.
-      xp: `numpy` builds rows on the host, for `dataclasses.replace` to fill in.
+      xp: `numpy` builds rows on the host, for the caller to change.
     """
 
     def full(value: int, dtype: str, *rest: int) -> Any:
@@ -108,18 +108,18 @@ def sample(
     position_R: Int32[Array, "R"],
     shards: Shards = WHOLE,
 ) -> Int32[Array, "R"]:
-    """Draws one token per readout, in the order the module promises.
+    """Samples one token per row of logits, in the order of the module's docstring.
 
     Ties: top-k and top-p keep every token that ties with the last one kept; temperature 0 takes
-    the lowest id among equals. A NaN logit is never drawn and +inf counts as the largest float32.
-    A row in which nothing may be drawn (all NaN, -inf or banned) gives token 0.
+    the lowest id among equals. A NaN logit is never sampled, +inf counts as the largest float32.
+    A row without a possible token (all NaN, -inf or banned) gives token 0.
 
     Args:
       logits_RV: any float dtype; computed in float32.
       state: parameters and history of every slot.
-      slot_R: the slot each readout belongs to; the bin for padding.
-      position_R: the position the drawn token will take: how many tokens come before it.
-      shards: over which V is cut.
+      slot_R: the slot of each row of logits; the null slot for padding.
+      position_R: position of the sampled token: the number of tokens before it.
+      shards: the shards of V.
 
     Raises:
       ValueError: if `state` was made for another vocabulary.
@@ -149,7 +149,7 @@ def sample(
         ),
     )
     logits_RV = _row_major(logits_RV.astype(jnp.float32))
-    # The shards of a mask may disagree on whether it is needed: an edit exchanges nothing.
+    # Shards may disagree on whether a mask is needed, so edits must use no collectives.
     for needed_R, edit in edits:
         logits_RV = lax.cond(jnp.any(needed_R), edit, lambda same_RV: same_RV, logits_RV)
     likeliest_R = _argmax(logits_RV, shards)
@@ -170,9 +170,9 @@ def record(
     sampled_R: Bool[Array, "R"],
     shards: Shards = WHOLE,
 ) -> SamplingState:
-    """Adds the drawn tokens to their slots' history, in place where `state` is donated.
+    """Adds the sampled tokens to their slots' history, in place if `state` is donated.
 
-    A slot may draw once per call. Rows that drew nothing touch only the bin.
+    A slot may sample once per call. Rows that sampled nothing write only to the null slot.
     """
     null_slot = state.temperature_A.shape[0] - 1
     slot_R = jnp.where(sampled_R, slot_R, null_slot)
@@ -186,23 +186,23 @@ def record(
 
 
 def unpack_bits(bits_RW: UInt32[Array, "R W"], vocab_size: int) -> Bool[Array, "R V"]:
-    """One bool per token of a packed vocabulary mask."""
+    """Unpacks a vocabulary mask to one bool per token."""
     lane = jnp.arange(WORD_BITS, dtype=jnp.uint32)
     flag_RW32 = (bits_RW[:, :, None] >> lane) & 1
     return flag_RW32.reshape(bits_RW.shape[0], -1)[:, :vocab_size].astype(bool)
 
 
 def _row_major(array: Array) -> Array:
-    """The same, held one row after the other.
+    """Forces the row-major layout.
 
-    On a TPU, XLA would rather have 128 rows side by side, and transpose all of [R, V] before and
-    after every edit, also where none is needed.
+    On a TPU, XLA prefers 128 rows side by side, and would transpose all of [R, V] before and after
+    every edit, even an edit that is not needed.
     """
     return with_layout_constraint(array, Layout(major_to_minor=tuple(range(array.ndim))))
 
 
 def _clean(logits_RV: Array) -> Array:
-    """Without NaN (it becomes -inf) and +inf (it becomes the largest number)."""
+    """Replaces NaN by -inf and +inf by the largest float32."""
     return _row_major(jnp.where(jnp.isnan(logits_RV), -jnp.inf, jnp.minimum(logits_RV, _LARGEST)))
 
 
@@ -254,9 +254,9 @@ def _add_bias(logits_RV: Array, state: SamplingState, slot_R: Array, shards: Sha
 
 
 def _told_apart(ids_RJ: Array, dropped_RJ: Array, length: int) -> Array:
-    """Those to drop get a place of their own behind V, so that no row has an id twice.
+    """Gives each dropped id its own index past V, so that no row has an id twice.
 
-    Knowing this, XLA compiles a scatter for a TPU in a sixth of the time.
+    With unique indices, XLA compiles a scatter for a TPU in a sixth of the time.
     """
     behind_J = length + jnp.arange(ids_RJ.shape[-1], dtype=jnp.int32)
     return jnp.where(dropped_RJ, behind_J, ids_RJ)
@@ -279,7 +279,7 @@ def _needs_bans(state: SamplingState, slot_R: Array, position_R: Array, vocab_si
 def _ban(
     logits_RV: Array, state: SamplingState, slot_R: Array, position_R: Array, shards: Shards
 ) -> Array:
-    """Bans the tokens that would complete a bad word, and stop ids below the minimal length."""
+    """Bans tokens that would complete a bad word, and stop ids before the minimum length."""
     length = logits_RV.shape[-1]
     vocab_size = shards.whole(length)
     bad_words_RJ8 = state.bad_words_AJ8[slot_R]
@@ -293,19 +293,19 @@ def _ban(
     repeated_RJ = jnp.any(jnp.tril(same_RJJ, k=-1), axis=-1)
     banned_RJ = _told_apart(banned_RJ, repeated_RJ | (banned_RJ >= length), length)
     banned = logits_RV.at[jnp.arange(slot_R.shape[0])[:, None], banned_RJ]
-    # Not set: of 128 rows, that takes XLA for TPUs five times as long to compile.
+    # min, not set: for 128 rows, XLA for TPUs compiles a set five times as long.
     return _row_major(banned.min(-jnp.inf, mode="drop", unique_indices=True))
 
 
 def _draw(
     logits_RV: Array, state: SamplingState, slot_R: Array, position_R: Array, shards: Shards
 ) -> Array:
-    """One token per row in proportion to exp(logit / temperature) over what is kept."""
+    """Samples a kept token per row, with probability proportional to exp(logit / temperature)."""
     temperature_R = state.temperature_A[slot_R]
     weight_RV = _weights(logits_RV, jnp.where(temperature_R > 0.0, temperature_R, 1.0), shards)
     top_k_R = jnp.where(temperature_R > 0.0, state.top_k_A[slot_R], 0)
     top_p_R = jnp.where(temperature_R > 0.0, state.top_p_A[slot_R], 1.0)
-    floor_R = top_k_threshold(weight_RV, top_k_R, shards)  # no pass over V where it is off
+    floor_R = top_k_threshold(weight_RV, top_k_R, shards)  # no pass over V if off
     floor_R = lax.cond(
         jnp.any(top_p_R < 1.0),
         lambda: top_p_threshold(weight_RV, top_p_R, floor_R, shards),
@@ -317,7 +317,7 @@ def _draw(
 
 
 def _weights(logits_RV: Array, temperature_R: Array, shards: Shards) -> Array:
-    """exp((logit - largest) / temperature), within [0, 1]; all 0 where nothing may be drawn."""
+    """exp((logit - largest) / temperature), within [0, 1]; all 0 if every token is banned."""
     logits_RV = _clean(logits_RV)
     largest_R1 = shards.max(jnp.max(logits_RV, axis=-1, keepdims=True))
     largest_R1 = jnp.maximum(largest_R1, -_LARGEST)
@@ -325,14 +325,15 @@ def _weights(logits_RV: Array, temperature_R: Array, shards: Shards) -> Array:
 
 
 def _race(weight_RV: Array, seed_R2: Array, position_R: Array, shards: Shards) -> Array:
-    """First a block of 128 tokens, then a token of it, each in proportion to its weight.
+    """Samples a block of 128 tokens, then a token of it, each in proportion to its weight.
 
-    By a race: the largest weight over an exponential number of its own wins. So the token hangs on
-    the gap between the first two, where inverting a cumulative sum would hang on the rounding of
-    every term: programs of other sizes round otherwise, and should not draw other tokens.
+    Each sampling is a race: the largest weight / exponential random number wins. Rounding changes
+    the winner only if the first two are close. Inverting a cumulative sum would depend on the
+    rounding of every term; programs of different sizes round differently, and must sample the same
+    tokens.
 
-    Two races, of V / 128 and 128 exponentials, where a single one would want V of them. No block
-    lies on two shards (`jinfer.parallel.model_shards`). A row without weight gives 0.
+    Two races take V / 128 and 128 exponentials; one race would take V. No block lies on two
+    shards (`jinfer.parallel.model_shards`). A row without weight gives 0.
 
     Source: Efraimidis and Spirakis, "Weighted random sampling with a reservoir", Information
       Processing Letters 97(5), 2006: the largest key u ** (1 / w), which is exp(-exponential / w).
@@ -348,7 +349,7 @@ def _race(weight_RV: Array, seed_R2: Array, position_R: Array, shards: Shards) -
     slice_of = partial(lax.dynamic_slice, slice_sizes=(_LANES,))
     lane_R128 = _row_major(jax.vmap(slice_of)(weight_RV, (local_R * _LANES)[:, None]))
     lane_R128 = jnp.where((local_R < num_blocks)[:, None], lane_R128, 0.0)
-    lane_R128 = shards.sum(lane_R128)  # of which all but one are zeros
+    lane_R128 = shards.sum(lane_R128)  # all but one are zeros
     lane_R = jnp.argmax(lane_R128 / lane_number_R128, axis=-1).astype(jnp.int32)
     return block_R * _LANES + lane_R
 
@@ -356,15 +357,15 @@ def _race(weight_RV: Array, seed_R2: Array, position_R: Array, shards: Shards) -
 def _exponentials(seed_R2: Array, position_R: Array, num_blocks: int) -> tuple[Array, Array]:
     """Exponential numbers of mean 1, for lanes [R, 128] and blocks [R, J], by seed and position.
 
-    Of 32 random bits each, finest near 0, where unlikely tokens win. A block's number does not
-    depend on how many blocks there are, and shards may fill up the vocabulary with more of them.
+    Each uses 32 random bits, with the finest resolution near 0, where unlikely tokens win. A
+    block's number does not depend on the number of blocks, so a padded vocabulary keeps it.
     """
     key_R = jax.random.wrap_key_data(seed_R2, impl="threefry2x32")
     key_R = jax.vmap(jax.random.fold_in)(key_R, position_R)
-    with jax.threefry_partitionable(True):  # or each of the bits would depend on their number
+    with jax.threefry_partitionable(True):  # else all bits depend on how many there are
         draw_bits = partial(jax.random.bits, shape=(_LANES + num_blocks,))
         bits = jax.vmap(draw_bits)(key_R)
-    # Not 0, by which nothing can be divided, nor 1, to which the largest would be rounded.
+    # Keep off 0, since we divide by the result, and off 1, to which the largest would round.
     uniform = jnp.minimum((bits.astype(jnp.float32) + 0.5) * 2.0**-32, 1.0 - 2.0**-24)
     exponential = -jnp.log1p(-uniform)
     return exponential[:, :_LANES], exponential[:, _LANES:]
@@ -376,7 +377,7 @@ def _sum_blocks(weight_RV: Array) -> Array:
 
 
 def _sum_tiles(weight_RV: Array) -> Array:
-    """The same, of [R, V] as a TPU holds it, in tiles of 8 rows and 128 tokens: none moves."""
+    """The same over a TPU's tiles of 8 rows and 128 tokens, without moving any data."""
     num_rows = len(weight_RV)
     rows_of_tile = math.gcd(num_rows, 8)
     tiles = weight_RV.reshape(num_rows // rows_of_tile, rows_of_tile, -1, _LANES).swapaxes(1, 2)

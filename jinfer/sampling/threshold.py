@@ -1,10 +1,10 @@
 """Top-k and top-p as thresholds on the weights of a row, found without sorting the vocabulary.
 
-A weight is exp((logit - largest logit) / temperature): within [0, 1], and its float32 bits, read
-as an integer, are ordered as the weight is. "How many weights reach t" and "how much mass reaches
-t" fall as t grows, so the best t is found by halving an interval of integers: at most 30 passes of
-compare-and-sum over [R, V], where a sort of 128,256 logits takes the time of several hundred.
-Where the vocabulary lies on several chips, each pass adds up one number per row over them.
+A weight is exp((logit - largest logit) / temperature), within [0, 1]. Its float32 bits, read as an
+integer, have the same order. The count and the mass of the weights >= t fall as t grows, so
+bisection over integers finds t. It takes at most 30 passes of compare-and-sum over [R, V]; a sort
+of 128,256 logits takes the time of several hundred. If several chips shard the vocabulary, each
+pass sums one number per row over them.
 """
 
 from collections.abc import Callable
@@ -20,11 +20,11 @@ _ABOVE_ONE = 0x3F800001  # one past the bits of 1.0, the largest weight
 
 
 class _Bracket(NamedTuple):
-    """Per row: `low` reaches the target and `high` does not; both as bits of a weight."""
+    """Per row, as bits of weights: `low` reaches the target amount and `high` does not."""
 
     low_R: Array
     high_R: Array
-    amount_low_R: Array  # what reaches `low`: a count or a mass
+    amount_low_R: Array  # count or mass of the weights >= low
     amount_high_R: Array
 
 
@@ -35,8 +35,8 @@ def top_k_threshold(
 
     Args:
       weight_RV: float32 in [0, 1].
-      top_k_R: k; 0 or less, or V and more, keeps everything (threshold 0).
-      shards: over which V is cut.
+      top_k_R: k; if 0 or less, or V or more, everything is kept (threshold 0).
+      shards: the shards of V.
     """
     bits_RV = _bits(weight_RV)
     vocab_size = shards.whole(weight_RV.shape[-1])
@@ -62,14 +62,14 @@ def top_p_threshold(
 ) -> Array:
     """Smallest weight float32[R] that top-p keeps among the weights that reach the floor.
 
-    The kept tokens are the fewest most probable ones whose mass is at least p of the whole, plus
-    all ties of the least of them; never fewer than one.
+    Keeps the fewest most probable tokens whose mass is at least p of the total, and all ties of
+    the least of them; never fewer than one.
 
     Args:
       weight_RV: float32 in [0, 1].
       top_p_R: p; 1 or more keeps everything.
-      floor_R: threshold of the transforms before (top-k); weights below it count as zero.
-      shards: over which V is cut.
+      floor_R: threshold of the transform before (top-k); weights below it count as zero.
+      shards: the shards of V.
     """
     bits_RV = _bits(weight_RV)
 
@@ -82,8 +82,8 @@ def top_p_threshold(
     given_token_R = top_p_R * total_R
 
     def settled(bracket: _Bracket) -> Array:
-        # One weight between the ends: more would weigh at least twice `low`. Trusted only where
-        # a weight is far above the rounding of a sum.
+        # Only one weight lies in [low, high): two would weigh at least twice `low`. Test this only
+        # if a weight is far above the rounding error of a sum.
         low_weight_R = _value(bracket.low_R)
         gap_R = bracket.amount_low_R - bracket.amount_high_R
         alone_R = (gap_R < 1.5 * low_weight_R) & (low_weight_R > 1e-4 * total_R)
@@ -100,9 +100,9 @@ def _bisect(
     given_token_R: Array,
     settled: Callable[[_Bracket], Bool[Array, "R"]],
 ) -> Array:
-    """Largest bits int32[R] whose measure reaches the target, or others that keep the same set.
+    """Largest bits int32[R] whose measure reaches the target, or bits that keep the same tokens.
 
-    A settled row stands still, so that its result does not depend on its neighbours.
+    A settled row no longer changes, so its result does not depend on the other rows.
     """
 
     def open_rows(bracket: _Bracket) -> Array:

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from jinfer.schedule.page_pool import pages_for
 
 MAX_TOKEN_BUCKETS = 8  # each is one compiled program, and start-up pays for all of them
-_COARSE_GROWTH = 4  # where a padding token or row costs next to nothing beside the weights
-_FAR_RIDGE = 128  # tokens: with such a ridge, or a higher one, 32 take as long as a few
+_COARSE_GROWTH = 4  # for sizes at which reading the weights dwarfs the cost of padding
+_FAR_RIDGE = 128  # tokens: with a ridge this high, a step of 32 takes as long as one of a few
 
 
 def plan_pages(
@@ -19,21 +19,21 @@ def plan_pages(
     page_size: int,
     requested_num_pages: int | None = None,
 ) -> int:
-    """Decides the number of pages in the pool, the bin page included.
+    """Decides the number of pages in the pool, null page included.
 
-    As asked for; else as many as `free_bytes` holds, but not more than every slot can fill.
+    The requested number; without one, all that `free_bytes` holds, up to all slots full.
 
     Args:
-      free_bytes: device memory left for the pool, weights and temporaries already taken off.
-      page_bytes: one page over all layers, as it lies on one device.
+      free_bytes: device memory left for the pool, after weights and temporaries.
+      page_bytes: bytes of one page, all layers, on one device.
       max_slots: sequences that run at the same time.
       max_model_len: tokens of the longest sequence, prompt and output.
       page_size: tokens per page.
-      requested_num_pages: the user's own figure, the bin included; None means decide.
+      requested_num_pages: the user's number, null page included; None = decide.
 
     Raises:
-      ValueError: if one sequence of `max_model_len` tokens does not fit, or if the pages asked
-        for exceed the memory.
+      ValueError: if one sequence of `max_model_len` tokens does not fit, or if the requested
+        pages exceed the memory.
     """
     num_needed = 1 + pages_for(max_model_len, page_size)
     num_fitting = max(0, free_bytes) // page_bytes
@@ -49,7 +49,7 @@ def plan_pages(
     if requested_num_pages > num_fitting:
         raise ValueError(
             f"the KV pool must fit into free memory; got num_pages={requested_num_pages}, "
-            f"{_gib(requested_num_pages * page_bytes)}, of {_gib(free_bytes)}. "
+            f"{_gib(requested_num_pages * page_bytes)}, with {_gib(free_bytes)} free. "
             f"Lower num_pages to {num_fitting} or less, or raise gpu_memory_utilization."
         )
     if requested_num_pages < num_needed:
@@ -73,18 +73,18 @@ def token_buckets(
 ) -> tuple[int, ...]:
     """Decides the step sizes T that get a program, ascending; the last is `max_step_tokens`.
 
-    From 8 on by `growth`. Less wins nothing: such a step takes the time to read the weights, padded
-    or not. Up to `ridge_tokens` the same holds, nearly, so there sizes grow by four. Where steps
-    that only decode have programs of their own, sizes begin at 32 if the ridge is far above; where
-    not, 1 is among them, and `max_slots`, which a full engine decodes in every step. Of more than
-    MAX_TOKEN_BUCKETS the smallest above 1 go first.
+    Sizes grow from 8 by the factor `growth`. Smaller ones would save nothing: below 8 tokens a step
+    takes the time of reading the weights, padded or not. Up to `ridge_tokens` that nearly holds, so
+    the factor is 4 there. If steps that only decode have their own programs, sizes start at 32 when
+    the ridge is at 128 or more. If not, 1 and `max_slots` are added; a full engine decodes
+    `max_slots` tokens in every step. Beyond MAX_TOKEN_BUCKETS the smallest above 1 are dropped.
 
     Args:
       max_step_tokens: tokens of the largest step.
       max_slots: sequences that run at the same time.
-      growth: ratio of neighbours; a larger one compiles less and pads more.
-      ridge_tokens: up to here the time of a step is that of reading the weights; 0 = not known.
-      decodes: whether steps that only decode are among them, rather than programs of their own.
+      growth: ratio of neighbouring sizes; a larger one compiles less and pads more.
+      ridge_tokens: tokens up to which reading the weights dominates a step; 0 = unknown.
+      decodes: whether steps that only decode use these sizes too, instead of their own programs.
 
     Raises:
       ValueError: if a step is too small for one token of every slot.
@@ -93,7 +93,7 @@ def token_buckets(
         raise ValueError(
             "max_num_batched_tokens must be at least max_num_seqs, so that every sequence can "
             f"decode in each step; got {max_step_tokens} < {max_slots}. "
-            "Raise the one or lower the other."
+            "Raise max_num_batched_tokens or lower max_num_seqs."
         )
     powers = set()
     size = 8 if decodes or ridge_tokens < _FAR_RIDGE else 8 * _COARSE_GROWTH
@@ -107,23 +107,24 @@ def token_buckets(
 
 
 def step_fills(buckets: Sequence[int], step_cost_tokens: int) -> tuple[int, ...]:
-    """Decides how many of n tokens a step computes, by n from 0 to the largest bucket.
+    """Decides how many of n tokens a step computes, for each n from 0 to the largest bucket.
 
-    All of them, or as many as a smaller bucket holds: whichever makes the steps for all n cheapest.
-    A step costs its bucket, padding included, and `step_cost_tokens`. So 140 tokens in buckets of
-    128 and 512 are 128 and then 12, where a step costs less than the padding that it saves.
+    It computes all n, or fills a smaller bucket and leaves the rest to later steps, whichever is
+    cheaper in total. A step costs its bucket, padding included, plus `step_cost_tokens`. Example:
+    with buckets of 128 and 512, 140 tokens become 128 and then 12 if a step costs less than the
+    padding it saves.
 
     Args:
       buckets: step sizes with a program, ascending.
-      step_cost_tokens: what a step costs beside its tokens, as the number of tokens that take as
-        long: reading the weights, above all.
+      step_cost_tokens: fixed cost of a step, mostly reading the weights, in tokens that would
+        take as long.
     """
     fills, costs = [0], [0]
     for num_tokens in range(1, buckets[-1] + 1):
         fitting = buckets[: bisect_left(buckets, num_tokens)]
         choices = [(bucket_for(buckets, num_tokens), -num_tokens)]
         choices += [(size + step_cost_tokens + costs[num_tokens - size], -size) for size in fitting]
-        cost, negative_fill = min(choices)  # of equal ones the fullest step
+        cost, negative_fill = min(choices)  # at equal cost the fullest step
         fills.append(-negative_fill)
         costs.append(cost)
     return tuple(fills)
@@ -132,8 +133,8 @@ def step_fills(buckets: Sequence[int], step_cost_tokens: int) -> tuple[int, ...]
 def row_buckets(max_slots: int, growth: int = _COARSE_GROWTH, smallest: int = 8) -> tuple[int, ...]:
     """Decides the row counts B that get a decode program, ascending.
 
-    1, then from `smallest` on by `growth`, and `max_slots`. By four where a padding row costs next
-    to nothing beside the weights.
+    1, then from `smallest` by the factor `growth`, and `max_slots`. The factor is 4 by default:
+    beside reading the weights, padding rows cost almost nothing.
     """
     rows = {1, max_slots}
     size = smallest
@@ -150,7 +151,7 @@ def bucket_for(buckets: Sequence[int], num_tokens: int) -> int:
 
 
 def _longest_context(num_pages: int, page_size: int) -> int:
-    return max(0, num_pages - 1) * page_size  # page 0 is the bin
+    return max(0, num_pages - 1) * page_size  # less the null page
 
 
 def _gib(num_bytes: int) -> str:

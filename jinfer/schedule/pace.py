@@ -1,4 +1,4 @@
-"""How large a step may be for the sake of those who watch: targets for TTFT and TPOT."""
+"""Limits the size of steps to meet the targets for TTFT and TPOT."""
 
 import math
 from collections.abc import Sequence
@@ -7,36 +7,35 @@ from dataclasses import dataclass
 from jinfer.schedule.capacity import bucket_for, step_fills
 from jinfer.schedule.step_times import StepTimes
 
-# Dispatches that an arriving prompt may have before it: the one that runs, and the one queued
-# behind it. Together they may take half of the time to its first token.
+# An arriving prompt waits for at most two dispatches: the running one and the queued one. Together
+# they may take half of its TTFT target.
 _SHARE_OF_DISPATCH = 0.25
 
 
 @dataclass(frozen=True, slots=True)
 class Awaited:
-    """A prompt whose first token somebody waits for."""
+    """A prompt that waits for its first token."""
 
-    num_tokens: int  # that are still to be computed
+    num_tokens: int  # still to be computed
     deadline_s: float  # when the first token is due
 
 
 class Pace:
-    """Limits the size of steps so that first tokens and further tokens come in time.
+    """Limits the size of steps to meet the TTFT and TPOT targets.
 
     The rules:
 
-    1. Where nobody decodes, a step is as large as the budget allows.
-    2. With a TPOT target, a step in which somebody decodes has the largest size that is predicted
-       to stay within it; but never so small that no prompt gets on: beside the decoding rows there
-       is room for one token at least, however tight the target.
-    3. With a TTFT target as well, a prompt that would come too late in steps of that size, and in
-       time in larger ones, gets the smallest size in which it is in time. The first token has one
-       chance, while TPOT is a mean over many tokens, so here TTFT goes first. A prompt that comes
-       too late in any case enlarges nothing.
-    4. With a TTFT target, several decode steps in one dispatch take a quarter of it at most.
-    5. A prompt's end is left to the next step where two steps take less time than the padding; see
-       `step_fills`.
-    6. With a TTFT target, a prompt that can no longer be in time lets those go first that can: see
+    1. If no row decodes, a step is as large as the budget allows.
+    2. With a TPOT target, a step with decoding rows has the largest size that is predicted to meet
+       it. However tight the target, the step has room for at least one prompt token beside the
+       decoding rows, so prompts advance.
+    3. With a TTFT target as well, the step grows to the smallest size that lets the most prompts
+       meet their deadlines. TTFT goes before TPOT, because the first token has one chance, while
+       TPOT is a mean over many tokens. A prompt that is late at any size does not enlarge the step.
+    4. With a TTFT target, the decode steps of one dispatch take at most a quarter of it.
+    5. The end of a prompt is left to the next step if a second step takes less time than the
+       padding; see `step_fills`.
+    6. With a TTFT target, prompts that can no longer meet it go behind prompts that can; see
        `WaitingQueue`.
     """
 
@@ -48,13 +47,13 @@ class Pace:
         tpot_target_s: float | None = None,
         step_cost_tokens: int | None = None,
     ) -> None:
-        """Knows no step's time yet, and until it does limits nothing.
+        """Limits nothing until it has observed the times of steps.
 
         Args:
-          sizes: tokens of the steps there are, ascending.
-          ttft_target_s: from arrival to first token; None = no matter.
-          tpot_target_s: between tokens, in the mean of a request; None = no matter.
-          step_cost_tokens: a step takes as long as its tokens and so many more; None = not known.
+          sizes: step sizes in tokens, ascending.
+          ttft_target_s: from arrival to first token; None = no target.
+          tpot_target_s: mean time between tokens of a request; None = no target.
+          step_cost_tokens: fixed cost of a step, in tokens that take as long; None = unknown.
         """
         self.times = StepTimes()
         self.has_ttft_target = ttft_target_s is not None
@@ -68,22 +67,22 @@ class Pace:
             self._fills = step_fills(self._sizes, step_cost_tokens)
 
     def deadline_s(self, arrival_s: float) -> float:
-        """When the first token of a request is due; never, without a TTFT target."""
+        """When the first token of a request is due; infinity without a TTFT target."""
         return math.inf if self._ttft_target_s is None else arrival_s + self._ttft_target_s
 
     def can_meet(
         self, prompt: Awaited, num_tokens_before: int, num_decodes: int, now_s: float
     ) -> bool:
-        """Whether a prompt can be in time if it is the next to begin, with a step to spare.
+        """Whether a prompt meets its deadline if it starts next, with one step to spare.
 
-        Without that step those that just manage would go first, and one small delay would make
-        each of them late.
+        Without the spare step, prompts with no margin would go first, and one small delay would
+        make all of them late.
 
         Args:
-          prompt: one that waits.
-          num_tokens_before: of the prompts that have begun.
+          prompt: a waiting prompt.
+          num_tokens_before: tokens left to compute of prompts that have begun.
           num_decodes: rows that compute one token in each step.
-          now_s: when the next step can begin.
+          now_s: when the next step can start.
         """
         size = self._sizes[-1]
         whole = Awaited(num_tokens_before + prompt.num_tokens, prompt.deadline_s)
@@ -94,8 +93,8 @@ class Pace:
 
         Args:
           num_decodes: rows that compute one token each.
-          prompts: those that wait or have begun, in the order in which they are computed.
-          now_s: when the step can begin.
+          prompts: prompts that wait or have begun, in the order of computation.
+          now_s: when the step can start.
         """
         largest = self._sizes[-1]
         if self._tpot_target_s is None or not num_decodes or num_decodes >= largest:
@@ -108,11 +107,11 @@ class Pace:
         return candidates[num_in_time.index(max(num_in_time))]
 
     def fill(self, num_tokens: int) -> int:
-        """How many of a step's tokens it computes, so that it is not padded in vain."""
+        """How many of `num_tokens` a step computes, to avoid padding; see `step_fills`."""
         return self._fills[num_tokens]
 
     def most_steps(self, num_rows: int, max_steps: int) -> int:
-        """Decode steps of one dispatch, at most `max_steps`, of so many rows."""
+        """Decode steps of one dispatch of `num_rows` rows, at most `max_steps`."""
         step_s = self.times.predict(num_rows)
         if self._ttft_target_s is None or not step_s:
             return max_steps
@@ -121,7 +120,7 @@ class Pace:
     def _in_time(
         self, prompts: Sequence[Awaited], size: int, num_decodes: int, now_s: float
     ) -> int:
-        """How many prompts get their first token in time, in steps of `size` tokens from now."""
+        """How many prompts meet their deadlines in steps of `size` tokens from now."""
         step_s = self.times.predict(size)
         num_tokens = num_in_time = 0
         for prompt in prompts:

@@ -1,4 +1,4 @@
-"""Which pages of the KV pool are taken, and by how many."""
+"""Free pages of the KV pool, and the number of owners of the others."""
 
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
@@ -7,24 +7,24 @@ from jinfer.axes import PageId
 
 
 def pages_for(num_tokens: int, page_size: int) -> int:
-    """Pages that `num_tokens` tokens of one sequence fill, the last one perhaps in part."""
+    """Pages for `num_tokens` tokens of one sequence; the last may be partial."""
     return -(-num_tokens // page_size)
 
 
 class PagePool:
-    """Reference counts for physical pages. Counts pages, never tokens.
+    """Reference counts of pages. Counts pages, never tokens.
 
-    Invariant: every page but 0 has a count >= 1, or is in `_free`, or is in `_idle`: without an
-    owner, but kept for its content until nothing else is free. Page 0 is the bin, where padding
-    writes: it is never handed out.
+    Invariant: every page but 0 has a count >= 1, or is in `_free`, or is in `_idle`. An idle page
+    has no owner; it is kept for its content until no other page is free. Page 0 is the null page,
+    where padding writes; it is never allocated.
     """
 
     def __init__(self, num_pages: int) -> None:
-        assert num_pages >= 1, f"a pool has at least the bin page: {num_pages=}"
+        assert num_pages >= 1, f"a pool has at least the null page: {num_pages=}"
         self._free = deque(PageId(i) for i in range(1, num_pages))
         self._idle: OrderedDict[PageId, None] = OrderedDict()  # released longest ago first
         self._refs = [0] * num_pages
-        # Asked of a page that lost its last owner: whether its content is worth keeping.
+        # Whether to keep the content of a page that lost its last owner.
         self.keeps: Callable[[PageId], bool] = lambda page_id: False
         self.on_reuse: Callable[[PageId], object] = lambda page_id: None  # of an idle page
 
@@ -42,10 +42,10 @@ class PagePool:
         return sum(map(self.is_idle, page_ids))
 
     def allocate(self, num_pages: int) -> list[PageId] | None:
-        """Takes `num_pages` pages, or none at all and returns None.
+        """Takes `num_pages` pages; takes none and returns None if fewer are free.
 
-        Running out is ordinary under load, so it is a value and not an exception; the
-        scheduler answers it by preempting.
+        Running out is normal under load, so it is a value, not an exception; the scheduler then
+        preempts.
         """
         assert num_pages >= 0, f"allocated a negative count: {num_pages=}"
         if num_pages > self.num_free_pages:
@@ -64,7 +64,7 @@ class PagePool:
             self._refs[page_id] += 1
 
     def release(self, page_ids: Iterable[PageId]) -> None:
-        """Takes one owner from each page; a page without owners is free again, or idle."""
+        """Removes one owner from each page; a page without owners becomes free or idle."""
         for page_id in page_ids:
             assert self._refs[page_id] > 0, f"released a free page: {page_id=}"
             self._refs[page_id] -= 1
@@ -76,7 +76,7 @@ class PagePool:
                 self._free.append(page_id)
 
     def drop(self, page_id: PageId) -> None:
-        """An idle page is kept no longer: it is free."""
+        """Frees an idle page."""
         del self._idle[page_id]
         self._free.append(page_id)
 

@@ -1,4 +1,4 @@
-"""What one step computes: the scheduler's answer, and all that packing a batch needs."""
+"""The plan of one dispatch: the scheduler's output, and the input of packing."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -16,9 +16,9 @@ class Chunk:
     slot: Slot
     start: int  # first position computed; everything before it is in the pool by then
     num_tokens: int  # >= 1
-    samples: bool  # the chunk ends at the newest token, so the next one is drawn from it
-    num_logits_rows: int  # places that want logits: the scored prompt positions, and the draw
-    num_steps: int = 1  # more: that many decode steps, each computing the token drawn before
+    samples: bool  # the chunk ends at the newest token: sample the next
+    num_logits_rows: int  # the scored prompt positions, and the sample position
+    num_steps: int = 1  # above 1: decode steps, each computing the token sampled before it
 
     @property
     def stop(self) -> int:
@@ -27,11 +27,11 @@ class Chunk:
 
     @property
     def decodes(self) -> bool:
-        """One token, from which the next is drawn, and nothing else to read."""
+        """Whether the chunk computes one token, samples the next, and scores nothing."""
         return self.num_tokens == 1 and self.num_logits_rows == 1 and self.samples
 
     def steps(self) -> Iterator["Chunk"]:
-        """The chunk of each of its steps, in order."""
+        """Splits the chunk into one chunk per step, in order."""
         if self.num_steps == 1:
             yield self
             return
@@ -42,8 +42,8 @@ class Chunk:
     def scored_positions(self) -> range:
         """Prompt positions to score: the target of position p is the prompt's token p + 1.
 
-        Empty unless the sequence scores its prompt. The prompt's last position is never among
-        them: it has no next prompt token, and serves the draw.
+        Empty unless the sequence scores its prompt. Never includes the prompt's last position: it
+        has no next prompt token, and is the sample position.
         """
         num_scored = self.num_logits_rows - self.samples
         if not num_scored:
@@ -54,7 +54,7 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class PageWrite:
-    """One new entry of the page table, to be written before the step."""
+    """One new page-table entry, written before the step."""
 
     slot: Slot
     index: int  # in the slot's row: the page holds positions index * Z .. index * Z + Z - 1
@@ -63,7 +63,7 @@ class PageWrite:
 
 @dataclass(frozen=True, slots=True)
 class PageSave:
-    """A page that the device gives up, to be copied to host memory before it is overwritten."""
+    """An evicted page, copied to host memory before it is overwritten."""
 
     page_id: PageId
     key: PageKey
@@ -71,7 +71,7 @@ class PageSave:
 
 @dataclass(frozen=True, slots=True)
 class PageRestore:
-    """A page to be filled from host memory before the step."""
+    """A page filled from host memory before the step."""
 
     key: PageKey
     page_id: PageId
@@ -79,7 +79,7 @@ class PageRestore:
 
 @dataclass(frozen=True, slots=True)
 class PageCopy:
-    """A partial page to be copied before the step, for a sequence that writes on in its own."""
+    """A partial page copied before the step, so that a sequence can append to its own copy."""
 
     source_id: PageId
     page_id: PageId
@@ -87,7 +87,7 @@ class PageCopy:
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """Everything that happens in one dispatch: one step, or one or more that only decode.
+    """Everything in one dispatch: one step of any kind, or several that only decode.
 
     `chunks` holds decoding rows first, then prefills, each oldest first.
     """
@@ -95,11 +95,11 @@ class StepPlan:
     chunks: tuple[Chunk, ...]
     admitted: tuple[
         TokenSequence, ...
-    ]  # their slot's row, pages included, is written before the step
-    page_writes: tuple[PageWrite, ...]  # of pages newly taken
+    ]  # their slots' rows, pages included, are written before the step
+    page_writes: tuple[PageWrite, ...]  # of newly taken pages
     preempted: tuple[
         TokenSequence, ...
-    ]  # lost slot and pages since the plan before; none has a chunk
+    ]  # lost slot and pages since the last plan; none has a chunk
     num_tokens: int  # of the first step
     num_logits_rows: int
     # Moves of whole pages before the step, in this order.

@@ -1,4 +1,4 @@
-"""A plan in the making."""
+"""Builds a StepPlan."""
 
 from dataclasses import dataclass, field
 
@@ -9,7 +9,7 @@ from jinfer.schedule.sequence import TokenSequence
 
 @dataclass(slots=True)
 class PlanBuilder:
-    """Who computes what so far, and what is left of the step's budgets."""
+    """The chunks planned so far, and the rest of the step's budgets."""
 
     num_tokens_left: int
     num_logits_rows_left: int
@@ -25,16 +25,16 @@ class PlanBuilder:
         self.num_logits_rows_left -= chunk.num_logits_rows
 
     def drop(self, sequence: TokenSequence) -> None:
-        """Takes out a sequence about to lose its slot. What it was given stays spent."""
+        """Removes a sequence about to lose its slot. Its part of the budgets stays spent."""
         if self.chunks.pop(sequence, None) is not None:
             self.page_writes = [w for w in self.page_writes if w.slot != sequence.slot]
 
     def keep_pages(self, slot: Slot, num_pages: int) -> None:
-        """Enters only so many pages of a slot in its row of the page table."""
+        """Drops the slot's page writes from index `num_pages` on."""
         self.page_writes = [w for w in self.page_writes if w.slot != slot or w.index < num_pages]
 
     def seal(self, **moves: tuple) -> StepPlan:
-        """The plan; `moves` are those of its fields that the draft does not know."""
+        """Returns the plan; `moves` are the fields that the builder does not know."""
         chunks = tuple(self.chunks.values())
         return StepPlan(
             chunks=chunks,

@@ -1,4 +1,4 @@
-"""Which pages hold which tokens, so that a prefix computed once is not computed again."""
+"""Finds pages by the tokens they hold, so that a prefix is computed only once."""
 
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
@@ -12,34 +12,34 @@ PageKey = bytes  # 16 bytes
 
 
 def root_key(*parts: str) -> PageKey:
-    """The key before a first page: keeps apart what must never be shared, such as tenants."""
-    # Lengths first, so that no two lists of parts spell the same bytes.
+    """The parent key of a first page. Different root keys, such as per tenant, share no pages."""
+    # Lengths first, so that different parts never give the same bytes.
     text = "\x00".join((*(str(len(part)) for part in parts), *parts))
     return hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=16).digest()
 
 
 def page_key(parent: PageKey, token_ids: Sequence[int]) -> PageKey:
-    """Names a full page by everything that determined the numbers stored in it.
+    """Hashes a full page's tokens and the key of the page before it.
 
-    `parent` is the key of the page before, or a root key. Equal keys therefore mean equal tokens
-    from the very start of the sequence.
+    `parent` is that key, or a root key. So equal keys mean equal tokens from the start of the
+    sequence.
     """
     payload = np.asarray(token_ids, dtype="<u4").tobytes()
     return hashlib.blake2b(parent + payload, digest_size=16).digest()
 
 
 class PrefixCache:
-    """Finds full pages by their content. The pool owns the pages; this only names them.
+    """Finds full pages by key. The pool owns the pages; the cache only maps keys to them.
 
-    A page is named once its K/V is computed, or certain to be by a step that runs before any that
-    could read it. It keeps its name when its last owner releases it, until the pool needs it for
-    something else; the pool gives up the page released longest ago first.
+    A page is published once its K/V is computed, or will be by a step that runs before any reader.
+    It keeps its key after its last owner releases it, until the pool reuses it. The pool reuses
+    the page released longest ago first.
 
-    Invariant: the pages of one name are one idle page, or owned ones. Two sequences may have
-    computed the same; whoever ends first then leaves nothing behind, and the other's page stays.
+    Invariant: a key has either one idle page, or only owned pages. If two sequences computed the
+    same page, the first to end frees its copy, and the other's copy stays.
 
-    So leaves go first: whoever owns a page owns pages of every name before it, and releases
-    them after it. A prefix is therefore released, and given up, after all that hangs on it.
+    Leaves are evicted first: the owner of a page owns a page of every key before it, and releases
+    those later. So a prefix is released, and evicted, after all pages that extend it.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class PrefixCache:
         pool: PagePool,
         on_evict: Callable[[PageId, PageKey], object] = lambda page_id, key: None,
     ) -> None:
-        """Starts empty; `on_evict` hears of each page that the pool gives up."""
+        """Starts empty; calls `on_evict` for each page that the pool reuses."""
         self._pool = pool
         self._on_evict = on_evict
         self._pages_of: dict[PageKey, list[PageId]] = {}
@@ -62,7 +62,7 @@ class PrefixCache:
         return key in self._pages_of
 
     def find(self, keys: Iterable[PageKey]) -> list[PageId]:
-        """The pages of the longest known prefix. They are not yet shared."""
+        """The pages of the longest known prefix. Adds no owner."""
         page_ids = []
         for key in keys:
             pages = self._pages_of.get(key)
@@ -72,7 +72,7 @@ class PrefixCache:
         return page_ids
 
     def publish(self, key: PageKey, page_id: PageId) -> None:
-        """Names an owned page, whose owner has named all pages before it."""
+        """Gives an owned page its key. Its owner has published all pages before it."""
         if page_id in self._key_of:
             return
         pages = self._pages_of.setdefault(key, [])
@@ -84,7 +84,7 @@ class PrefixCache:
         self._key_of[page_id] = key
 
     def clear(self) -> None:
-        """Forgets every name; pages without an owner become free."""
+        """Forgets every key; pages without an owner become free."""
         for page_id in self._key_of:
             if self._pool.is_idle(page_id):
                 self._pool.drop(page_id)

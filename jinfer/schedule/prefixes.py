@@ -1,4 +1,4 @@
-"""What a sequence need not compute, because somebody else did."""
+"""Finds the tokens of a sequence that another sequence has already computed."""
 
 import sys
 from collections.abc import Iterable
@@ -10,29 +10,29 @@ from jinfer.schedule.page_pool import PagePool
 from jinfer.schedule.prefix_cache import PageKey, PrefixCache, page_key
 from jinfer.schedule.sequence import TokenSequence
 
-Coming = PageKey | tuple[int, bytes]  # a page's key, or a prompt's name
-_NEVER = sys.maxsize  # more pages than a sequence has
+Coming = PageKey | tuple[int, bytes]  # a page's key, or a prompt's identity
+_NEVER = sys.maxsize  # as num_published: publish no more pages
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """The first tokens of a sequence that somebody has computed."""
+    """The known prefix of a sequence: its first tokens that are already computed."""
 
     num_tokens: int = 0
-    pages: list[PageId] = field(default_factory=list)  # full ones, to be shared
-    host_keys: list[PageKey] = field(default_factory=list)  # of those behind, in host memory
-    source: PageId | None = None  # the page behind, full up to num_tokens: to be copied
+    pages: list[PageId] = field(default_factory=list)  # full pages to share
+    host_keys: list[PageKey] = field(default_factory=list)  # of the next pages, in host memory
+    source: PageId | None = None  # the page after these, to copy; holds the rest of num_tokens
 
 
 class Prefixes:
-    """Finds the known prefix of each sequence, and names what sequences compute.
+    """Finds the known prefix of each sequence, and publishes the pages that sequences compute.
 
-    Full pages are found by name, on the device or in host memory. Behind them, a sequence with
-    the very prompt of one that runs, as the continuations of one request have, gets a copy of
-    its last, partial page: each writes on in its own. So a prompt of n continuations is computed
-    once, but for its last token, whose logits each of them needs.
+    Full pages are found by key, on the device or in host memory. After them comes a partial page:
+    a sequence with the same prompt as a running one, such as another completion of one request,
+    copies its last prompt page and appends to the copy. So the prompt of n completions is computed
+    once, except for its last token, whose logits each completion needs.
 
-    A sequence that scores its prompt reads nothing here: it needs the logits of every position.
+    A sequence that scores its prompt has no known prefix: it needs the logits of every position.
     """
 
     def __init__(self, pool: PagePool, host: HostIndex, *, page_size: int, enabled: bool) -> None:
@@ -42,7 +42,7 @@ class Prefixes:
         self._cache = PrefixCache(pool, on_evict=host.save)
 
     def find(self, sequence: TokenSequence, running: Iterable[TokenSequence]) -> Found:
-        """The longest known prefix. Nothing is shared yet."""
+        """The longest known prefix. Shares no page yet."""
         if not self._reads(sequence):
             return Found()
         keys = self._readable_keys(sequence)
@@ -55,7 +55,7 @@ class Prefixes:
         return Found(num_tokens, pages, host_keys, source)
 
     def coming(self, running: Iterable[TokenSequence]) -> set[Coming]:
-        """Names what these are computing and nobody can read yet: prompts, and full pages."""
+        """Prompts and full pages that `running` will compute and nobody can read yet."""
         names: set[Coming] = set()
         for sequence in running:
             if sequence.num_scheduled < sequence.num_prompt_tokens:
@@ -65,9 +65,9 @@ class Prefixes:
         return names
 
     def is_coming(self, sequence: TokenSequence, found: Found, coming: set[Coming]) -> bool:
-        """Whether another is computing what this one lacks first: then it can wait.
+        """Whether another sequence is computing the first missing tokens: then wait for it.
 
-        Not for ever: a sequence that runs computes its prompt, or is preempted.
+        The wait ends: a running sequence computes its prompt, or is preempted.
         """
         if not self._reads(sequence):
             return False
@@ -78,7 +78,7 @@ class Prefixes:
         return place < len(keys) and keys[place] in coming
 
     def publish(self, sequence: TokenSequence, num_tokens: int) -> None:
-        """Names the full pages among the first `num_tokens` tokens, all of them known."""
+        """Publishes the full pages of the first `num_tokens` tokens, whose values are known."""
         num_pages = num_tokens // self._page_size
         if not self.enabled or num_pages <= sequence.num_published:
             return
@@ -88,7 +88,7 @@ class Prefixes:
         sequence.num_published = num_pages
 
     def forget(self, running: Iterable[TokenSequence]) -> None:
-        """Empties the cache, in host memory too; what runs goes on, and names nothing more."""
+        """Empties the cache, also in host memory. Running sequences publish no more pages."""
         self._cache.clear()
         self._host.clear()
         for sequence in running:
@@ -98,7 +98,7 @@ class Prefixes:
         return self.enabled and not sequence.scores_prompt
 
     def _readable_keys(self, sequence: TokenSequence) -> list[PageKey]:
-        # The last token must be computed anyhow: the next is drawn from its logits.
+        # Always compute the last token: the next is sampled from its logits.
         return self._keys(sequence, (sequence.num_tokens - 1) // self._page_size)
 
     def _keys(self, sequence: TokenSequence, num_pages: int) -> list[PageKey]:
@@ -112,17 +112,17 @@ class Prefixes:
     def _partial_page(
         self, sequence: TokenSequence, num_tokens: int, running: Iterable[TokenSequence]
     ) -> PageId | None:
-        """The page of a running sequence that holds this one's prompt up to its last token."""
+        """A running sequence's page with this prompt's tokens after `num_tokens`, if any."""
         last = sequence.num_prompt_tokens - 1
         if not num_tokens < last < num_tokens + self._page_size:
             return None
         for other in running:
-            # All of its prompt: what an earlier plan gave it, since this one does not count yet.
+            # An earlier plan must have scheduled all of its prompt: this plan is not counted yet.
             if other.num_scheduled > last and _prompt_name(sequence) == _prompt_name(other):
                 return other.pages[last // self._page_size]
         return None
 
 
 def _prompt_name(sequence: TokenSequence) -> tuple[int, bytes]:
-    # The continuations of a request have one list, so nothing need be compared.
+    # All completions of a request hold the same list, so its id is enough.
     return id(sequence.prompt_ids), sequence.root_key

@@ -1,4 +1,4 @@
-"""Who runs in the next step: in which slot, on which pages, how many tokens."""
+"""Decides which sequences run in the next step: their slots, pages and numbers of tokens."""
 
 import heapq
 import math
@@ -15,40 +15,40 @@ from jinfer.schedule.prefixes import Coming, Found, Prefixes
 from jinfer.schedule.sequence import Status, TokenSequence
 from jinfer.schedule.waiting import WaitingQueue
 
-# Steps of one dispatch while somebody waits: a slot or pages may come free at any of them.
+# Most steps of one dispatch while a sequence waits: each step may free a slot or pages.
 STEPS_WHILE_WAITING = 4
-# Those first in line that are looked at for the longest known prefix.
+# Waiting sequences compared for the longest known prefix.
 CANDIDATES = 16
-# So often the oldest that waits is overtaken, at most.
+# At most this many later sequences may start before the oldest waiting one.
 MAX_OVERTAKEN = 64
 
 
 class Scheduler:
     """Continuous batching with chunked prefill, by priority and then first come first served.
 
-    A plan serves, in this order: every decoding row, one token each; prefills that have begun;
-    then the waiting, while slots, tokens, readouts and pages last. A sequence whose next page is
-    not to be had takes it from the running one that is last in rank, perhaps itself: that one
-    gives everything back and later computes its tokens again, as far as they are not kept.
+    A plan serves, in this order: decoding rows, one token each; prefills that have begun; waiting
+    sequences, while slots, tokens, rows of logits and pages last. When no page is free, the
+    running sequence of the last rank is preempted: it gives back its slot and pages. Later it
+    computes again the tokens that are not in the prefix cache.
 
-    Ownership: a sequence owns pages and a slot while it runs. They are taken in `plan`, and go
-    back in `finish`, `abort`, or when it is preempted.
+    Ownership: a sequence owns pages and a slot while it runs. `plan` takes them; `finish`,
+    `abort` and preemption give them back.
 
-    Invariant: `_running` is in order of rank. The first of it is never preempted and can always
-    grow, so it ends, and then the next one is the first. Who waits becomes the first too, for
-    ranks change in favour of those that wait (see `WaitingQueue`).
+    Invariant: `_running` is in order of rank. Its first sequence is never preempted and can
+    always grow, so it finishes, and the next becomes first. Every waiting sequence becomes first
+    eventually: being overtaken improves its rank (see `WaitingQueue`).
 
-    With prefix caching a sequence starts with the pages that hold its first tokens already, if
-    any, shared with whoever else has them. Nobody writes to them: they are full, and what a
-    sequence computes goes behind them. Of those first in line, all of one priority, the one with
-    the longest known prefix begins first; and one whose prefix another is just computing lets
-    those behind it pass until it is there.
+    With prefix caching a sequence starts with the pages that already hold its first tokens,
+    shared with their other owners. Nobody writes to them: they are full, and new tokens go to
+    later pages. Of the first CANDIDATES waiting sequences of one priority, the one with the
+    longest known prefix starts first. A sequence waits while another computes its prefix; later
+    ones may pass it.
 
-    A `Pace` may ask for smaller steps and shorter dispatches, and tells whose first token can no
-    longer be in time: they let the others of their priority begin.
+    A `Pace` may ask for smaller steps and shorter dispatches. Sequences that can no longer meet
+    the TTFT target go behind the others of their priority.
 
-    The loop may plan step n+1 before it commits step n. Device work runs in order, so pages
-    given back while a step in flight still writes to them may be handed out at once.
+    The loop may plan step n+1 before it commits step n. Pages given back while a step in flight
+    still writes to them may be taken at once, because device work runs in order.
     """
 
     def __init__(
@@ -72,16 +72,16 @@ class Scheduler:
           max_slots: sequences that run at the same time.
           max_step_tokens: tokens of one step, at least `max_slots`.
           page_size: tokens per page.
-          num_pages: pages in the pool, the bin included; one longest sequence must fit.
+          num_pages: pages in the pool, null page included; one longest sequence must fit.
           max_model_len: tokens of the longest sequence, prompt and output.
-          max_chunk_tokens: tokens of one chunk; None means as many as the step holds.
-          prefix_caching: full pages are kept for sequences that begin with the same tokens.
-          num_host_pages: pages for which host memory has room, once the pool needs theirs.
-          min_restored_pages: so many must be there to be fetched rather than computed.
-          max_overtaken: so many later ones begin before the oldest that waits, at most.
-          pace: keeps to targets of time; None = there are none.
+          max_chunk_tokens: tokens of one chunk; None = limited by the step only.
+          prefix_caching: keep full pages for sequences that begin with the same tokens.
+          num_host_pages: evicted pages that fit in host memory.
+          min_restored_pages: shorter runs of pages are computed, not fetched from the host.
+          max_overtaken: later sequences that may start before the oldest waiting one.
+          pace: holds the TTFT and TPOT targets; None = no targets.
         """
-        # Every running row can then decode in every step, and the oldest can always grow.
+        # So every running sequence can decode in every step, and the first can always grow.
         assert max_step_tokens >= max_slots >= 1, f"{max_step_tokens=}, {max_slots=}"
         assert num_pages - 1 >= pages_for(max_model_len, page_size), f"{num_pages=}"
         assert max_chunk_tokens is None or max_chunk_tokens >= 1, f"{max_chunk_tokens=}"
@@ -96,12 +96,12 @@ class Scheduler:
         self._prefixes = Prefixes(
             self._pool, self._host, page_size=page_size, enabled=prefix_caching
         )
-        # Without prefixes to compare, strictly in order of rank.
+        # 1: without prefixes to compare, sequences start strictly in order of rank.
         self._num_candidates = CANDIDATES if prefix_caching else 1
-        self._free_slots = [Slot(i) for i in range(max_slots)]  # a heap: the lowest goes first
+        self._free_slots = [Slot(i) for i in range(max_slots)]  # a heap: lowest slot first
         self._waiting = WaitingQueue(max_overtaken)
         self._running: list[TokenSequence] = []  # in order of rank
-        self._preempted: list[TokenSequence] = []  # and not yet told in a plan
+        self._preempted: list[TokenSequence] = []  # since the last plan
         self._num_arrivals = 0
         self.num_preemptions = 0  # since the start
 
@@ -122,7 +122,7 @@ class Scheduler:
         return self._pool.num_free_pages
 
     def add(self, sequence: TokenSequence) -> None:
-        """Queues a new sequence behind those of its priority; its lengths were checked before."""
+        """Queues a new sequence, its lengths already checked, behind others of its priority."""
         assert sequence.order == -1, f"added twice: {sequence.request_id=}"
         assert 1 <= sequence.num_tokens < sequence.max_length <= self._max_model_len, (
             f"{sequence.num_tokens=}, {sequence.max_length=}, {self._max_model_len=}"
@@ -132,7 +132,7 @@ class Scheduler:
         self._waiting.add(sequence)
 
     def finish(self, sequence: TokenSequence) -> None:
-        """Ends a sequence: it gives back what it owns. Steps in flight for it count no more."""
+        """Ends a sequence and frees its slot and pages. Its steps in flight no longer count."""
         assert sequence.order >= 0, f"never added: {sequence.request_id=}"
         assert sequence.status is not Status.FINISHED, f"finished twice: {sequence.request_id=}"
         if sequence.status is Status.RUNNING:
@@ -143,7 +143,7 @@ class Scheduler:
         sequence.status = Status.FINISHED
 
     def abort(self, sequence: TokenSequence) -> None:
-        """Like `finish`, but a sequence that has finished may be aborted: nothing happens."""
+        """Like `finish`, but does nothing if the sequence has already finished."""
         if sequence.status is not Status.FINISHED:
             self.finish(sequence)
 
@@ -153,14 +153,14 @@ class Scheduler:
         With nothing in flight, None means that there is no work.
 
         Args:
-          max_steps: where every row decodes, the dispatch may take up to so many steps.
-          now_s: when the dispatch can begin, on the clock of `Sequence.arrival_s`.
+          max_steps: most steps of a dispatch in which every row decodes.
+          now_s: when the dispatch can start, on the clock of `TokenSequence.arrival_s`.
         """
         self._pass_over_late(now_s)
         builder = PlanBuilder(self._most_tokens(now_s), num_logits_rows_left=self._max_slots)
         num_untold = len(self._preempted)
         self._schedule_running(builder)
-        # What was just taken from one is not for another that came later.
+        # Admit nobody in a step that preempted somebody.
         if len(self._preempted) == num_untold:
             self._admit_waiting(builder)
         self._trim(builder)
@@ -177,16 +177,16 @@ class Scheduler:
             sequence.num_scheduled += chunk.num_tokens + chunk.num_steps - 1
             sequence.num_unread += chunk.samples * chunk.num_steps
             sequence.num_in_flight += chunk.num_steps
-            # A prompt's pages will hold what they are named for before any later step reads them.
+            # Publish prompt pages already: this step fills them before any later step reads them.
             self._prefixes.publish(sequence, min(chunk.stop, sequence.num_prompt_tokens))
-        # One that lost its place in a plan of None may be back by now, or have ended.
+        # A sequence preempted in a plan of None may have restarted or finished since.
         preempted = tuple(s for s in self._preempted if s.status is Status.WAITING)
         self._preempted.clear()
         saves, forgotten = self._host.take_moves()
         return builder.seal(preempted=preempted, saves=saves, forgotten=forgotten)
 
     def _pass_over_late(self, now_s: float) -> None:
-        """Lets those that wait and can be in time no more go behind those that can."""
+        """Moves waiting sequences that will miss their deadline behind those that can meet it."""
         if not (self._pace.has_ttft_target and self._waiting):
             return
         decodes, prefills = self._decodes_and_prefills()
@@ -194,7 +194,7 @@ class Scheduler:
         while first := self._waiting.first(1):
             sequence = first[0]
             if sequence.is_late or sequence.is_due:
-                return  # so are those behind it, or they may not pass it
+                return  # later ones are late as well, or may not pass it
             if self._pace.can_meet(self._awaited(sequence), num_tokens, len(decodes), now_s):
                 return
             self._waiting.step_back(sequence)
@@ -207,26 +207,27 @@ class Scheduler:
         return self._pace.most_tokens(len(decodes), list(map(self._awaited, prompts)), now_s)
 
     def _decodes_and_prefills(self) -> tuple[list[TokenSequence], list[TokenSequence]]:
-        """Those that run and have something to compute next, each in order of rank."""
+        """Running sequences with tokens to compute: decodes, prefills; each in order of rank."""
         decodes = [s for s in self._running if s.num_unscheduled == 1]
         return decodes, [s for s in self._running if s.num_unscheduled > 1]
 
     def _awaited(self, sequence: TokenSequence) -> Awaited:
-        has_begun = sequence.output_ids or sequence.num_unread  # to answer
+        has_begun = sequence.output_ids or sequence.num_unread  # its output
         deadline_s = math.inf if has_begun else self._pace.deadline_s(sequence.arrival_s)
         return Awaited(sequence.length - sequence.num_scheduled, deadline_s)
 
     def _trim(self, builder: PlanBuilder) -> None:
-        """Leaves the end of prefills to the next step, where that saves more padding than it costs.
+        """Leaves the end of prefills to the next step if that saves more padding than it costs.
 
-        Every chunk keeps a token, so whoever is in the plan gets on; the others' pages go back.
+        Every chunk keeps at least one token, so its sequence advances. Pages of the tokens cut
+        off go back to the pool.
         """
         chunks = builder.chunks
         num_tokens = sum(chunk.num_tokens for chunk in chunks.values())
         num_left_out = num_tokens - self._pace.fill(num_tokens)
         if num_left_out > num_tokens - len(chunks):
             return
-        for sequence, chunk in reversed(list(chunks.items())):  # the last in rank waits first
+        for sequence, chunk in reversed(list(chunks.items())):  # cut the last in rank first
             num_cut = min(num_left_out, chunk.num_tokens - 1)
             if num_cut:
                 kept = chunk.num_tokens - num_cut
@@ -235,7 +236,7 @@ class Scheduler:
                 num_left_out -= num_cut
 
     def _return_pages(self, chunk: Chunk, builder: PlanBuilder) -> None:
-        """Gives back the pages of what was cut off: a smaller program enters fewer of them."""
+        """Gives back the pages of tokens cut off: a smaller program has fewer page writes."""
         pages = chunk.sequence.pages
         num_kept = pages_for(chunk.stop, self._page_size)
         self._pool.release(reversed(pages[num_kept:]))
@@ -243,9 +244,9 @@ class Scheduler:
         builder.keep_pages(chunk.slot, num_kept)
 
     def _prolong(self, builder: PlanBuilder, max_steps: int) -> None:
-        """Lets a draft in which every row decodes go on for more steps, as far as pages are free.
+        """Gives a plan in which every row decodes more steps, as many as free pages allow.
 
-        No one is preempted for it: a step too few costs a dispatch, not somebody's work.
+        It preempts nobody: fewer steps cost one more dispatch, preemption costs computed tokens.
         """
         chunks = builder.chunks.values()
         if not all(c.decodes for c in chunks):
@@ -274,27 +275,27 @@ class Scheduler:
         return num_missing
 
     def commit(self, chunk: Chunk, token_id: int | None) -> None:
-        """Records that a chunk was computed and its token read; in the order of the plans.
+        """Records that a chunk was computed and its token read. Call in the order of the plans.
 
         Args:
-          chunk: of a plan; each is committed once.
-          token_id: the token drawn, or None if the chunk does not sample.
+          chunk: a planned chunk, committed once.
+          token_id: the sampled token, or None if the chunk does not sample.
         """
         assert chunk.samples == (token_id is not None), f"{chunk.samples=}, {token_id=}"
         sequence = chunk.sequence
-        if sequence.status is Status.FINISHED:  # it ended while this was in flight
+        if sequence.status is Status.FINISHED:  # while this chunk was in flight
             return
         sequence.num_in_flight -= 1
         sequence.num_scored += len(chunk.scored_positions)
         if token_id is not None:
             sequence.num_unread -= 1
             sequence.output_ids.append(token_id)
-        if sequence.status is Status.RUNNING:  # else preempted since: the token holds, its K/V not
+        if sequence.status is Status.RUNNING:  # else preempted: token valid, K/V lost
             sequence.num_computed += chunk.num_tokens
             self._prefixes.publish(sequence, sequence.num_computed)
 
     def forget_prefixes(self) -> None:
-        """Empties the prefix cache; what runs goes on."""
+        """Empties the prefix cache; running sequences continue."""
         self._prefixes.forget(self._running)
 
     def _schedule_running(self, builder: PlanBuilder) -> None:
@@ -302,13 +303,13 @@ class Scheduler:
         num_rows_after = len(decodes) + len(prefills)
         for sequence in decodes + prefills:
             num_rows_after -= 1
-            # A row before may have preempted this one, or left no token for it.
+            # An earlier row may have preempted this one, or left it no tokens.
             if sequence.status is Status.RUNNING and builder.num_tokens_left:
-                # One readout stays reserved for every row that follows.
+                # Reserve one row of logits for every later sequence.
                 self._schedule(sequence, builder.num_logits_rows_left - num_rows_after, builder)
 
     def _admit_waiting(self, builder: PlanBuilder) -> None:
-        if not (self._waiting and self._free_slots):  # most steps of a long answer
+        if not (self._waiting and self._free_slots):  # the common case
             return
         num_spare_pages = self.num_free_pages - sum(map(self._num_pages_owed, self._running))
         coming = self._prefixes.coming(self._running)
@@ -318,7 +319,7 @@ class Scheduler:
                 break
             sequence, found = chosen
             num_pages = pages_for(sequence.num_tokens, self._page_size)
-            # One page to grow into, but never more than it can ever fill.
+            # One page to grow into, but no more than max_length can fill.
             num_wanted = min(num_pages + 1, pages_for(sequence.max_length, self._page_size))
             num_taken = num_wanted - len(found.pages) + self._pool.num_idle(found.pages)
             if num_taken > num_spare_pages:
@@ -331,13 +332,13 @@ class Scheduler:
             self._schedule(sequence, builder.num_logits_rows_left, builder)
 
     def _choose(self, coming: set[Coming]) -> tuple[TokenSequence, Found] | None:
-        """Who begins next: of those first in line, the one whose known prefix is longest.
+        """The sequence to start next: of the first candidates, the longest known prefix.
 
-        One whose prefix another is computing waits for it, and lets those behind it begin.
+        Skips a sequence whose prefix another is computing; later ones may start before it.
         """
         best = None
         for sequence in self._waiting.first(self._num_candidates):
-            # A preempted one waits for its tokens in flight: it must compute them again.
+            # A preempted sequence must wait for its tokens in flight, to compute them again.
             if sequence.num_in_flight or (best and best[0].rank[:2] != sequence.rank[:2]):
                 break
             found = self._prefixes.find(sequence, self._running)
@@ -358,7 +359,7 @@ class Scheduler:
         num_restored = len(found.host_keys)
         fresh = self._pool.allocate(num_restored + (found.source is not None))
         assert fresh is not None, f"admitted without pages: {sequence.request_id=}"
-        # All are entered in the page table when the slot's row is written.
+        # All of them enter the page table when the slot's row is written.
         sequence.pages += [*found.pages, *fresh]
         builder.restores += map(PageRestore, found.host_keys, fresh)
         if found.source is not None:
@@ -370,7 +371,7 @@ class Scheduler:
             sequence.num_cached = found.num_tokens
 
     def _num_pages_owed(self, sequence: TokenSequence) -> int:
-        # Pages for the tokens it has and the one that comes next, as far as not yet taken.
+        # Pages still missing for its tokens and the next one.
         num_tokens = min(sequence.length + 1, sequence.max_length)
         return pages_for(num_tokens, self._page_size) - len(sequence.pages)
 
@@ -418,7 +419,7 @@ class Scheduler:
     def _take_pages(
         self, sequence: TokenSequence, num_pages: int, builder: PlanBuilder
     ) -> list[PageId] | None:
-        """Takes pages, from the last in rank if need be; None if that was the sequence itself."""
+        """Takes pages, preempting if none are free; None if the sequence itself was preempted."""
         while (page_ids := self._pool.allocate(num_pages)) is None:
             if self._preempt_last(builder) is sequence:
                 return None

@@ -1,4 +1,4 @@
-"""One continuation of one request, as the host sees it while it runs."""
+"""The tokens of one completion, as the scheduler tracks them."""
 
 import enum
 import math
@@ -10,19 +10,19 @@ from jinfer.axes import PageId, Slot
 
 class Status(enum.Enum):
     WAITING = "waiting"  # owns nothing: new, or preempted
-    RUNNING = "running"  # owns a slot, and pages once its first chunk is planned
+    RUNNING = "running"  # owns a slot, and pages from its first planned chunk on
     FINISHED = "finished"  # owns nothing, and never runs again
 
 
 @dataclass(slots=True, eq=False)
 class TokenSequence:
-    """One continuation of one request: a request with n=3 has three.
+    """The tokens of one completion: a request with n=3 has three sequences.
 
     Compared and hashed by identity. The scheduler alone writes the fields below `arrival_s`.
 
     A step is planned, then committed when its tokens have been read; in between it is in
-    flight. What a plan promises is counted apart from what a commit has confirmed, so that
-    the next step can be planned before this one's tokens are known:
+    flight. Planned and committed tokens have separate counts, so the next step can be planned
+    before this one's tokens are known:
 
       num_computed <= num_scheduled <= length       num_tokens <= length
     """
@@ -30,32 +30,32 @@ class TokenSequence:
     request_id: str
     index: int  # which of the request's n
     prompt_ids: abc.Sequence[int]
-    max_length: int  # tokens of prompt and output at which it stops for length
-    scores_prompt: bool = False  # prompt logprobs wanted: each prompt position needs a readout
-    root_key: bytes = b""  # before its first page's key: who may share pages with it
+    max_length: int  # most tokens, prompt and output
+    scores_prompt: bool = False  # for prompt logprobs: every prompt position needs logits
+    root_key: bytes = b""  # parent of the first page's key: equal keys may share pages
     priority: int = 0  # lower goes first
-    arrival_s: float = 0.0  # when the request came, on the clock that `Scheduler.plan` is told
-    order: int = -1  # of first arrival at the scheduler, kept when preempted; -1 before it
+    arrival_s: float = 0.0  # when the request came, on the clock of `Scheduler.plan`
+    order: int = -1  # of arrival at the scheduler, kept when preempted; -1 before
     output_ids: list[int] = field(default_factory=list)
     num_computed: int = 0  # tokens whose K/V is in the pool
-    num_scheduled: int = 0  # the same, once every step in flight is done
-    num_unread: int = 0  # tokens drawn by steps in flight: their place is known, not their value
-    num_in_flight: int = 0  # chunks planned and not yet committed
-    num_scored: int = 0  # prompt positions whose logprobs were delivered: 0 .. num_scored - 1
+    num_scheduled: int = 0  # the same, with those of steps in flight
+    num_unread: int = 0  # tokens sampled by steps in flight, values not known yet
+    num_in_flight: int = 0  # chunks planned, not yet committed
+    num_scored: int = 0  # prompt positions with logprobs delivered: 0 .. num_scored - 1
     pages: list[PageId] = field(default_factory=list)  # in order of position
     page_keys: list[bytes] = field(default_factory=list)  # of full pages of known tokens
-    num_published: int = 0  # leading pages whose content the prefix cache was told
+    num_published: int = 0  # leading pages published to the prefix cache
     num_cached: int = 0  # prompt tokens it found there when first admitted
     slot: Slot | None = None
     status: Status = Status.WAITING
     num_preemptions: int = 0
-    num_overtaken: int = 0  # while it was the oldest that waits, so many later ones began
-    is_due: bool = False  # that was often enough: now it goes before all that are not
-    is_late: bool = False  # its first token could not come in time: it goes behind those that can
+    num_overtaken: int = 0  # later sequences that started while this was the oldest waiting
+    is_due: bool = False  # overtaken max_overtaken times: goes before all that are not due
+    is_late: bool = False  # will miss its TTFT target: goes last in its priority
 
     @property
     def rank(self) -> tuple[float, bool, int]:
-        """Who goes first, and keeps its pages: the lower."""
+        """Lower ranks start first and keep their pages longer."""
         if self.is_due:
             return -math.inf, False, self.order
         return self.priority, self.is_late, self.order
@@ -71,12 +71,12 @@ class TokenSequence:
 
     @property
     def length(self) -> int:
-        """Tokens there are once every step in flight has been read."""
+        """Tokens of the sequence once all steps in flight have been read."""
         return self.num_tokens + self.num_unread
 
     @property
     def num_unscheduled(self) -> int:
-        """Tokens the next step could compute: 1 when decoding, 0 when the last was drawn."""
+        """Tokens the next step could compute: 1 when decoding, 0 after the last was sampled."""
         return self.length - self.num_scheduled if self.length < self.max_length else 0
 
     def token_at(self, position: int) -> int:
@@ -84,7 +84,7 @@ class TokenSequence:
         return self.tokens(position, position + 1)[0]
 
     def tokens(self, start: int, stop: int) -> list[int]:
-        """Token ids at positions `start` .. `stop` - 1, which the host must know already."""
+        """Token ids at positions `start` .. `stop` - 1, which the host must already know."""
         assert 0 <= start <= stop <= self.num_tokens, f"{start=}, {stop=}, {self.num_tokens=}"
         num_prompt = len(self.prompt_ids)
         outputs = self.output_ids[max(0, start - num_prompt) : max(0, stop - num_prompt)]

@@ -1,14 +1,14 @@
-"""How long a step takes, learnt from those that ran."""
+"""Predicts the time of a step from the steps that ran."""
 
-_WEIGHT = 0.1  # of a new measurement in the mean of its size: the last dozen or so count
+_WEIGHT = 0.1  # of a new time in the running mean of its size: about the last dozen count
 
 
 class StepTimes:
-    """Seconds of a step as a line over its size: a + b * tokens, padding included.
+    """Seconds of a step as a line: a + b * tokens, padding included.
 
-    The line is fitted by least squares to one running mean per size, each counting the same, so
-    that a thousand decode steps do not wash out what the few large ones said. `b` is never below
-    zero; until two sizes were seen the line is flat.
+    Least squares fits the line to one running mean per size. All sizes have equal weight, so a
+    thousand decode steps do not outweigh a few large steps. `b` is never negative; it is 0 until
+    two sizes have been observed.
     """
 
     def __init__(self) -> None:
@@ -16,7 +16,7 @@ class StepTimes:
         self._intercept_s = self._slope_s = 0.0
 
     def observe(self, size: int, elapsed_s: float) -> None:
-        """A step of `size` tokens took so long."""
+        """Adds the time of one step of `size` tokens."""
         before = self._mean_s.get(size, elapsed_s)
         self._mean_s[size] = before + _WEIGHT * (elapsed_s - before)
         num_sizes = len(self._mean_s)
@@ -28,5 +28,5 @@ class StepTimes:
         self._intercept_s = middle_s - self._slope_s * middle
 
     def predict(self, size: int) -> float:
-        """Seconds that a step of `size` tokens will take; 0 while nothing was observed."""
+        """Predicted seconds of a step of `size` tokens; 0 before any observation."""
         return max(0.0, self._intercept_s + self._slope_s * size)

@@ -1,4 +1,4 @@
-"""Who waits, in the order in which they may begin; and that nobody waits for ever."""
+"""The queue of waiting sequences, in which none waits for ever."""
 
 import heapq
 from collections.abc import Iterator
@@ -9,18 +9,18 @@ from jinfer.schedule.sequence import TokenSequence
 class WaitingQueue:
     """Sequences in order of rank: by priority, then by arrival.
 
-    Others may begin before one that came earlier: because of their priority, because more of
-    their prefix is known, or because it is late in any case and they are not. So that it is not
-    overtaken for ever, the one that came first counts, and is due once `max_overtaken` others
-    began before it: a due sequence has a rank before all that are not, here and while it runs. A
-    sequence with k older ones is therefore overtaken at most `max_overtaken` * (k + 1) times, and
-    when it is due and the oldest of those, nobody takes its pages.
+    A later sequence may start first: because of its priority, because more of its prefix is
+    known, or because the earlier one is late in any case. To bound this, the oldest waiting
+    sequence counts the later ones that start before it, and becomes due after `max_overtaken`. A
+    due sequence ranks before all others, here and while it runs. So a sequence with k older ones
+    is overtaken at most `max_overtaken` * (k + 1) times, and the oldest due sequence is never
+    preempted.
     """
 
     def __init__(self, max_overtaken: int) -> None:
         self._max_overtaken = max_overtaken
-        # Heaps of (rank or order, serial, sequence). An entry counts if its serial is the
-        # sequence's latest; the others are skipped when they come up.
+        # Heaps of (rank or order, serial, sequence). An entry is valid if its serial is the
+        # sequence's latest; stale entries are skipped when they reach the top.
         self._by_rank: list[tuple[tuple[float, bool, int], int, TokenSequence]] = []
         self._by_order: list[tuple[int, int, TokenSequence]] = []
         self._serial_of: dict[TokenSequence, int] = {}
@@ -40,11 +40,11 @@ class WaitingQueue:
         heapq.heappush(self._by_order, (sequence.order, serial, sequence))
 
     def discard(self, sequence: TokenSequence) -> None:
-        """Takes out one that begins no more."""
+        """Removes a sequence that will not start."""
         del self._serial_of[sequence]
 
     def first(self, count: int) -> list[TokenSequence]:
-        """Those that come first, at most `count`; they stay."""
+        """The first sequences, at most `count`, without removing them."""
         entries = []
         while self._by_rank and len(entries) < count:
             entry = heapq.heappop(self._by_rank)
@@ -55,7 +55,7 @@ class WaitingQueue:
         return [entry[2] for entry in entries]
 
     def take(self, sequence: TokenSequence) -> None:
-        """Takes out one that begins now; the oldest one may have been overtaken by it."""
+        """Removes a sequence that starts now; counts if it overtakes the oldest."""
         self.discard(sequence)
         oldest = self._oldest()
         if oldest is None or oldest.order > sequence.order:
@@ -67,7 +67,7 @@ class WaitingQueue:
             self.add(oldest)
 
     def step_back(self, sequence: TokenSequence) -> None:
-        """Puts one behind all of its priority that are not late."""
+        """Moves a late sequence behind all of its priority that are not late."""
         self.discard(sequence)
         sequence.is_late = True
         self.add(sequence)

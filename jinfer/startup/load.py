@@ -3,24 +3,24 @@
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from tqdm import tqdm
 
 from jinfer.compile.compile_cache import use_compilation_cache
-from jinfer.compile.compiler_options import compiler_options
+from jinfer.compile.names import step_name
 from jinfer.compile.program_store import open_store
 from jinfer.compile.programs import CompileReport, Compiling, Program
 from jinfer.config import EngineConfig, EnginePlan, GenerationDefaults, ModelConfig
 from jinfer.hosts.distributed import gather
-from jinfer.models.decoder import Decoder, Params
+from jinfer.models.decoder import Params
 from jinfer.parallel.mesh import make_mesh
 from jinfer.parallel.model_shards import chip_shard, padded_model
 from jinfer.parallel.sharding import Placement
@@ -28,29 +28,15 @@ from jinfer.request.tokenizer import Tokenizer, load_tokenizer
 from jinfer.runner.model_runner import ModelRunner, free_arrays
 from jinfer.runner.page_mover import PageMover
 from jinfer.shipped import find_shipped
-from jinfer.startup.resolve import (
-    check_config,
-    check_host_tier,
-    free_bytes_each,
-    platform_of,
-    resolve_dtype,
-    resolve_plan,
-)
-from jinfer.step.attention import ATTENTION, require_served
-from jinfer.step.decode import run_decode
-from jinfer.step.kv_cache import allocate_pages, pages_shape
-from jinfer.step.pack import BucketShape, DecodeShape
-from jinfer.step.page_moves import PAGES_PER_MOVE, copy_pages, gather_pages, scatter_pages
-from jinfer.step.slots import (
-    ADMISSION_ROWS,
-    RESTORED_TOKENS,
-    SlotState,
-    admission_rows,
-    empty_slots,
-    restore_counts,
-    write_slots,
-)
-from jinfer.step.step import run_step
+from jinfer.startup.checks import check_config
+from jinfer.startup.defaults import platform_of, resolve_dtype
+from jinfer.startup.memory import check_host_tier, free_bytes_each
+from jinfer.startup.plan import resolve_plan
+from jinfer.startup.programs import allocate_slots, state_shapes, step_programs
+from jinfer.step.attention import require_served
+from jinfer.step.kv_cache import allocate_pages
+from jinfer.step.pack import BucketShape
+from jinfer.step.page_moves import PAGES_PER_MOVE
 from jinfer.weights.dummy import dummy_params
 from jinfer.weights.folder import read_hf_config
 from jinfer.weights.generation_config import read_generation_config
@@ -60,7 +46,6 @@ from jinfer.weights.load import (
     LoadReport,
     load_params,
     open_checked,
-    param_shapes,
     read_model_config,
 )
 from jinfer.weights.safetensors import open_checkpoint
@@ -184,46 +169,10 @@ def break_even_pages(plan: EnginePlan, runner: ModelRunner) -> int | None:
     step_s = math.inf
     for _ in range(3):
         start_s = time.perf_counter()
-        jax.block_until_ready(runner.run(f"step of {size} tokens", batch))
+        jax.block_until_ready(runner.run(step_name(size), batch))
         step_s = min(step_s, time.perf_counter() - start_s)
     num_pages = math.ceil(runner.time_restore() / (step_s / size * plan.page_size))
     return num_pages if num_pages <= PAGES_PER_MOVE else None
-
-
-class State(NamedTuple):
-    """What every step takes, as shapes with their places."""
-
-    params: Params
-    pages: Any
-    slots: Any
-
-
-def state_shapes(plan: EnginePlan, padded: ModelConfig, placement: Placement) -> State:
-    """The weights, the pool and the slots that the plan asks for."""
-    hold = hold_as(plan.weight_layout, placement.sharding)
-    params = param_shapes(padded, dtype=plan.dtype, layer_loop=plan.layer_loop, hold=hold)
-    pages = pages_shape(
-        padded,
-        num_pages=plan.num_pages,
-        page_size=plan.page_size,
-        dtype=plan.kv_dtype,
-        head_dim=plan.kv_head_dim,
-        sharding=placement.sharding("LPK"),
-    )
-    slots = placement.placed(jax.eval_shape(partial(_empty_slots, plan)))
-    return State(params, pages, slots)
-
-
-def allocate_slots(plan: EnginePlan, shapes: Any) -> SlotState:
-    """Slots in which nothing runs, where the shapes say."""
-    where = jax.tree.map(lambda leaf: leaf.sharding, shapes)
-    return jax.jit(partial(_empty_slots, plan), out_shardings=where)()
-
-
-def _empty_slots(plan: EnginePlan) -> SlotState:
-    return empty_slots(
-        max_slots=plan.max_slots, pages_per_slot=plan.pages_per_slot, vocab_size=plan.vocab_size
-    )
 
 
 def _require_every_process(placement: Placement) -> None:
@@ -297,7 +246,7 @@ def _load_weights(
     hold: Hold,
     say: Any,
 ) -> tuple[Params, LoadReport | None]:
-    tree: dict[str, Any] = {"dtype": plan.dtype, "layer_loop": plan.layer_loop, "held": padded}
+    tree: dict[str, Any] = {"dtype": plan.dtype, "layer_loop": plan.layer_loop, "padded": padded}
     if config.load_format == "dummy":
         params = dummy_params(model, **tree, seed=config.seed, hold=hold)
         say(f"made {model.num_parameters:,} random parameters, {plan.dtype}")
@@ -335,120 +284,6 @@ def _host_line(plan: EnginePlan, min_restored_pages: int | None) -> str:
         f"host memory keeps {plan.num_host_pages:,} more pages, {host_gib:.2f} GiB, "
         f"fetched from {min_restored_pages} on"
     )
-
-
-def step_programs(
-    plan: EnginePlan, model: ModelConfig, state: State, placement: Placement
-) -> list[Program]:
-    """One program per token and per row bucket, the writers of slots, moves of pages.
-
-    Args:
-      plan: what was decided.
-      model: as the checkpoint has it.
-      state: shapes of what every step takes.
-      placement: of whatever else a program takes.
-    """
-    options = dict(
-        decoder=Decoder(model, placement.shards),
-        paged_attention=ATTENTION[plan.attention],
-        max_logprobs=plan.max_logprobs,
-        # On TPU and GPU a float32 matmul is computed in fewer bits unless told otherwise.
-        precision="highest" if plan.dtype == "float32" else "default",
-    )
-    # The largest take longest to compile, so they go first.
-    steps = {
-        f"step of {size} tokens": (partial(run_step, **options), BucketShape.of(size, plan))
-        for size in reversed(plan.token_buckets)
-    }
-    decode = partial(run_decode, **options, max_steps=plan.max_decode_steps)
-    decodes = {
-        f"decode of {size} rows": (decode, DecodeShape.of(size, plan))
-        for size in reversed(plan.decode_buckets)
-    }
-    made = partial(
-        _program,
-        placement,
-        made_from=_made_from(plan, model, placement),
-        compiler_options=compiler_options(plan.platform),
-    )
-    return [
-        *[
-            made(
-                name,
-                function,
-                (*state, placement.placed(bucket.shapes())),
-                results=(state.pages, state.slots, None),
-                donate=(1, 2),
-            )
-            for name, (function, bucket) in (steps | decodes).items()
-        ],
-        *_slot_programs(made, plan, state.slots, placement),
-        *_move_programs(made, plan, state.pages, placement),
-    ]
-
-
-def _made_from(plan: EnginePlan, model: ModelConfig, placement: Placement) -> str | None:
-    if plan.attention.endswith("_interpret"):
-        return None  # a simulated kernel calls Python, which no file can keep
-    return repr((plan, model, placement.mesh))
-
-
-def _program(
-    placement: Placement,
-    name: str,
-    function: Callable[..., Any],
-    shapes: tuple[Any, ...],
-    *,
-    results: Any,
-    **settings: Any,
-) -> Program:
-    spread = placement.spread(function, shapes, results)
-    return Program(name=name, function=spread, shapes=shapes, **settings)
-
-
-def _slot_programs(
-    made: Callable[..., Program], plan: EnginePlan, slots: SlotState, placement: Placement
-) -> list[Program]:
-    rows = placement.placed(admission_rows([], plan.vocab_size))
-    int32 = partial(jax.ShapeDtypeStruct, dtype=jnp.int32, sharding=placement.sharding(""))
-    table_AM = int32((ADMISSION_ROWS, plan.pages_per_slot))
-    return [
-        made(
-            "write_slots",
-            write_slots,
-            (slots, int32((ADMISSION_ROWS,)), rows, table_AM),
-            results=slots,
-            donate=(0,),
-        ),
-        made(
-            "restore_counts",
-            partial(restore_counts, shards=placement.shards),
-            (slots, int32(()), int32((RESTORED_TOKENS,))),
-            results=slots,
-            donate=(0,),
-        ),
-    ]
-
-
-def _move_programs(
-    made: Callable[..., Program], plan: EnginePlan, pages: Any, placement: Placement
-) -> list[Program]:
-    page_J: Any = jax.ShapeDtypeStruct(
-        (PAGES_PER_MOVE,), jnp.int32, sharding=placement.sharding("")
-    )
-    copy = made("copy_pages", copy_pages, (pages, page_J, page_J), results=pages, donate=(0,))
-    if not plan.num_host_pages:
-        return [copy]
-    # A page without the axis of pages begins with "LK", whichever part of the pool it is of.
-    contents = jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=placement.sharding("LK")),
-        jax.eval_shape(gather_pages, pages, page_J),
-    )
-    return [
-        copy,
-        made("gather_pages", gather_pages, (pages, page_J), results=contents, donate=()),
-        made("scatter_pages", scatter_pages, (pages, page_J, contents), results=pages, donate=(0,)),
-    ]
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Paged-attention implementations by name. One is chosen at start-up; the kernels join here."""
+"""Paged-attention implementations by name. One is chosen at start-up."""
 
 from collections.abc import Callable
 from functools import partial
@@ -17,21 +17,21 @@ from kernels_pallas.paged_attention.xla import paged_attention_xla
 # The contract: kernels_pallas/paged_attention/contract.py.
 ATTENTION: dict[str, Callable[..., Any]] = {
     "xla": paged_attention_xla,  # portable; one query tile at a time suits a CPU
-    # The same for wider devices. A GPU asks the host after each block whether there is another,
-    # some 20 us, so blocks are large: 16 of them for a context of 8k, where 64 keys would make 128.
-    # Of 1024 keys, the temporaries of an 8B step would be 402 MB instead of 230, and short rows
-    # would read twice as much that they do not see.
+    # The same for GPU and TPU. After each block a GPU asks the host whether there is another, about
+    # 20 us, so blocks are large: 512 keys give 16 blocks for a context of 8k, where 64 keys would
+    # give 128. With 1024 keys, the temporaries of an 8B step would be 402 MB instead of 230, and
+    # short rows would read twice as many masked keys.
     "xla_wide": partial(paged_attention_xla, tiles_at_once=32, block_tokens=512),
     "tpu": tpu.paged_attention_tpu,
-    "gpu": gpu.paged_attention_gpu,  # Hopper and Blackwell; by name until it has run on one
-    # The kernels simulated on a CPU: slow, for finding out which of the two is wrong.
+    "gpu": gpu.paged_attention_gpu,  # Hopper and Blackwell; no default until it has run on one
+    # The kernels simulated on a CPU: slow, to tell whether a kernel or its compiler is wrong.
     "tpu_interpret": partial(tpu.paged_attention_tpu, interpret=pltpu.InterpretParams()),
     "gpu_interpret": partial(gpu.paged_attention_gpu, interpret=True),
 }
 
 
 def default_attention(model: ModelConfig, *, platform: str, dtype: str) -> str:
-    """The name of the implementation that serves this model here unless the user names one."""
+    """The name of the implementation for this model and platform, unless the user names one."""
     if platform == "cpu":
         return "xla"
     # Narrow heads would leave more than half of each page empty.
@@ -40,32 +40,32 @@ def default_attention(model: ModelConfig, *, platform: str, dtype: str) -> str:
 
 
 def stored_head_dim(attention: str, head_dim: int) -> int:
-    """How wide the pool holds a head for this implementation: as it is, or filled with zeros."""
+    """The head_dim of the pool for this implementation: the model's, or padded with zeros."""
     kernels = {"tpu": tpu, "gpu": gpu}
     kernel = kernels.get(attention.removesuffix("_interpret"))
     return kernel.stored_head_dim(head_dim) if kernel else head_dim
 
 
 def require_served(plan: EnginePlan, shard: ModelConfig) -> None:
-    """Lets the chosen implementation refuse the plan's shapes before any weight is read.
+    """Lets the chosen implementation reject the plan's shapes before any weight is read.
 
     Args:
-      plan: with the name of the implementation.
-      shard: of the model, whose heads attend on one chip.
+      plan: names the implementation.
+      shard: one chip's shard of the model, with that chip's heads.
 
     Raises:
-      NotImplementedError: the platform, a dtype or a size is not for it; says which and why.
+      NotImplementedError: it does not support the platform, a dtype or a size.
     """
     if plan.attention == "tpu" and plan.platform != "tpu":
         raise NotImplementedError(
-            f"attention='tpu' needs a TPU; got platform={plan.platform!r}. Leave it out."
+            f"attention='tpu' needs a TPU; got platform={plan.platform!r}. Leave attention out."
         )
     if plan.attention == "tpu" and plan.kv_dtype in LARGEST and plan.page_size % 128:
-        # XLA keeps such scales without gaps, the kernel takes whole rows of 128: each dispatch
-        # would copy all of them there and back, in memory that no page counts.
+        # XLA stores these scales without gaps, but the kernel needs whole rows of 128. Each
+        # dispatch would copy all scales there and back, in memory that the plan does not count.
         raise NotImplementedError(
             "on TPU, 8-bit pages hold a multiple of 128 tokens; "
-            f"got page_size={plan.page_size}. Leave it out, or choose such a one."
+            f"got page_size={plan.page_size}. Leave page_size out, or choose a multiple of 128."
         )
     num_tokens, num_rows, width = plan.max_step_tokens, plan.max_slots, shard.head_dim
     int32 = partial(jax.ShapeDtypeStruct, dtype=jnp.int32)

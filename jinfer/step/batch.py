@@ -1,4 +1,4 @@
-"""The values that cross the border: a batch down to the device, its output back up."""
+"""The values that cross between host and device: a batch down, its output up."""
 
 from dataclasses import dataclass
 from typing import no_type_check
@@ -16,11 +16,11 @@ class StepBatch:
     """Everything the device needs for one step. Built on the host, padded to a bucket.
 
     Row b owns the packed tokens query_start_B[b] : query_start_B[b] + query_len_B[b]. Padding
-    rows have query_len 0 and stand on the bin slot; so do padding readouts and page writes.
+    rows have query_len 0 and use the null slot, as do padding rows of logits and page writes.
     """
 
     token_T: Int32[Array, "T"]
-    sampled_T: Bool[Array, "T"]  # the token is its slot's last drawn one; token_T is ignored
+    sampled_T: Bool[Array, "T"]  # the token is its slot's last sampled one; token_T is ignored
     slot_T: Int32[Array, "T"]
     position_T: Int32[Array, "T"]  # place in the token's own sequence
 
@@ -33,10 +33,10 @@ class StepBatch:
     write_index_J: Int32[Array, "J"]
     write_page_J: Int32[Array, "J"]
 
-    logits_index_R: Int32[Array, "R"]  # index into T of a token whose logits are wanted
+    logits_index_R: Int32[Array, "R"]  # index into T of the token of each row of logits
     logits_slot_R: Int32[Array, "R"]
-    samples_R: Bool[Array, "R"]  # draw the next token here; else score given_token_R
-    given_token_R: Int32[Array, "R"]  # the token that does follow, where none is drawn
+    samples_R: Bool[Array, "R"]  # sample the next token; else score given_token_R
+    given_token_R: Int32[Array, "R"]  # the given next token, where none is sampled
     wants_logprobs_R: Bool[Array, "R"]
 
 
@@ -44,9 +44,9 @@ class StepBatch:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class StepOutput:
-    """What one step brings up to the host, a row per readout."""
+    """The output of one step, an entry per row of logits."""
 
-    token_R: Int32[Array, "R"]  # drawn, or the target where none was drawn
+    token_R: Int32[Array, "R"]  # the sampled or the given token
     logprobs: Logprobs  # of token_R under the raw logits, for the rows that want them
 
 
@@ -54,16 +54,16 @@ class StepOutput:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class DecodeBatch:
-    """What the device needs for one or more decode steps of the same rows.
+    """Everything the device needs for one or more decode steps of the same rows.
 
-    Row b reads its newest token at position_B[b] and draws num_samples_B[b] tokens, one a step, or
-    fewer if it draws a stop token. Padding rows stand on the bin slot and draw none.
+    Row b reads its newest token at position_B[b] and samples num_samples_B[b] tokens, one a step,
+    or fewer if it samples a stop token. Padding rows use the null slot and sample none.
     """
 
     slot_B: Int32[Array, "B"]
     position_B: Int32[Array, "B"]  # of the first step's input token
     token_B: Int32[Array, "B"]  # that token
-    sampled_B: Bool[Array, "B"]  # it is the slot's last drawn one; token_B is ignored
+    sampled_B: Bool[Array, "B"]  # it is the slot's last sampled one; token_B is ignored
     num_samples_B: Int32[Array, "B"]
     wants_logprobs_B: Bool[Array, "B"]
 
@@ -76,7 +76,7 @@ class DecodeBatch:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class DecodeOutput:
-    """What decode steps bring up. Row b's first num_sampled_B[b] steps hold its tokens."""
+    """The output of decode steps. Row b's tokens are in its first num_sampled_B[b] steps."""
 
     num_sampled_B: Int32[Array, "B"]
     token_IB: Int32[Array, "I B"]  # I = the most steps of a dispatch

@@ -1,4 +1,4 @@
-"""Decode steps, one or many in a dispatch: the device draws on while the host does other things."""
+"""Runs one or many decode steps in one dispatch, without the host in between."""
 
 import dataclasses
 from functools import partial
@@ -29,22 +29,22 @@ def run_decode(
     precision: str,
     max_steps: int,
 ) -> tuple[KVPages, SlotState, DecodeOutput]:
-    """Steps until every row has drawn its tokens or a stop token.
+    """Steps until every row has sampled all its tokens or a stop token.
 
-    A row that stops, or has drawn its share, goes quiet: it is neither computed in attention nor
-    written, and the others go on. A slot that stopped in an earlier dispatch draws nothing, so
-    the host may send the next batch before it has read this one.
+    A row that is done becomes an empty row: attention skips it and nothing is written for it,
+    while the others continue. A slot that stopped in an earlier dispatch samples nothing, so the
+    host may send the next batch before it has read this one.
 
     Args:
       params: the decoder's parameters.
       pages: the KV pool; the batch's page writes cover every token it may write.
       slots: the state of every slot.
-      batch: the rows and what each may draw, at most `max_steps`.
+      batch: the rows, and how many tokens each may sample, at most `max_steps`.
       decoder: the model.
       paged_attention: an implementation of the contract.
       max_logprobs: J of the top-logprob lists.
       precision: of matrix products, as `jax.default_matmul_precision` names it.
-      max_steps: I, the room of the output.
+      max_steps: I, the most steps that the output holds.
 
     Donates: `pages` and `slots`; the caller must replace its own references.
     Recompiles: once per row bucket; the number of steps is data.
@@ -52,7 +52,7 @@ def run_decode(
     step = partial(
         run_step,
         decoder=decoder,
-        # Each row has one token, so no pass over wider tiles is compiled.
+        # Each row has one token, so compile no pass over wider tiles.
         paged_attention=partial(paged_attention, tile_tokens=1),
         max_logprobs=max_logprobs,
         precision=precision,
@@ -84,7 +84,7 @@ def run_decode(
 
 
 def _enter(slots: SlotState, batch: DecodeBatch) -> SlotState:
-    """Writes the new pages and the first step's tokens that the host knows."""
+    """Writes the new page-table entries, and the first step's tokens if the host knows them."""
     page_table_AM = slots.page_table_AM.at[batch.write_slot_J, batch.write_index_J].set(
         batch.write_page_J
     )
@@ -96,7 +96,7 @@ def _enter(slots: SlotState, batch: DecodeBatch) -> SlotState:
 def _step_batch(
     batch: DecodeBatch, slots: SlotState, i: Int32[Array, ""] | int, draws_B: Bool[Array, "B"]
 ) -> StepBatch:
-    """The i-th step: one token for each row that draws, an empty row for each that is quiet."""
+    """The batch of step i: one token for each row that samples; the other rows are empty."""
     num_rows = batch.slot_B.shape[0]
     row_B = jnp.arange(num_rows, dtype=jnp.int32)
     null_slot = slots.last_token_A.shape[0] - 1

@@ -1,4 +1,4 @@
-"""The pool of KV pages: one for all layers, donated at the border, updated in place."""
+"""The pool of KV pages: one for all layers, donated to each program, updated in place."""
 
 import math
 from functools import partial
@@ -26,12 +26,12 @@ def pages_shape(
     """The pool as shapes: cells `[L, P, K, Z, 2H]`, a token's key and value side by side.
 
     Args:
-      config: the model's, as it is held.
-      num_pages: the bin included.
+      config: of the model, as padded on the devices.
+      num_pages: pages, null page included.
       page_size: tokens per page.
-      dtype: of the cells; those of 8 bits come with a scale per key and value.
-      head_dim: as stored, which may be wider than the model's own.
-      sharding: of all parts of the pool, which begin with the same axes "LPK".
+      dtype: of the cells; 8-bit cells have a scale per key and per value.
+      head_dim: as stored, possibly larger than the model's.
+      sharding: of all parts of the pool, whose first axes are the same, "LPK".
     """
     shaped: Any = partial(jax.ShapeDtypeStruct, sharding=sharding)
     per_head = (config.num_layers, num_pages, config.num_kv_heads)
@@ -47,7 +47,7 @@ def page_bytes(config: ModelConfig, *, page_size: int, dtype: str, head_dim: int
 
 
 def allocate_pages(shape: Any) -> KVPages:
-    """A pool of these shapes, all zeros, where they say."""
+    """Allocates a pool of zeros with these shapes and shardings."""
 
     def zeros() -> Any:
         return jax.tree.map(lambda part: jnp.zeros(part.shape, part.dtype), shape)

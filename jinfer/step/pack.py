@@ -1,4 +1,4 @@
-"""Turns a plan into the batch of its bucket: numpy arrays, padded on the bin slot."""
+"""Packs a plan into the batch of its bucket: numpy arrays, padded with the null slot."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,14 +17,14 @@ class BucketShape:
     """The static sizes of one token bucket's program."""
 
     num_tokens: int  # T
-    num_rows: int  # B, and R: there are never more readouts than rows or tokens
+    num_rows: int  # B, and R: rows of logits never exceed the slots or the tokens
     num_page_writes: int  # J
     null_slot: int
 
     @classmethod
     def of(cls, num_tokens: int, plan: EnginePlan) -> "BucketShape":
         num_rows = min(num_tokens, plan.max_slots)
-        # A chunk of n tokens starts at most n / page_size pages, rounded up once per row.
+        # A chunk of n tokens starts at most n / page_size pages, rounded up in each row.
         num_page_writes = num_rows + num_tokens // plan.page_size
         return cls(
             num_tokens=num_tokens,
@@ -74,7 +74,7 @@ class DecodeShape:
 
     @classmethod
     def of(cls, num_rows: int, plan: EnginePlan) -> "DecodeShape":
-        # n tokens from the middle of a page on start at most n / page_size pages, rounded up.
+        # n tokens start at most n / page_size pages, rounded up, also from within a page.
         pages_per_row = -(-plan.max_decode_steps // plan.page_size)
         return cls(
             num_rows=num_rows,
@@ -109,7 +109,7 @@ class DecodeShape:
 def pack_decode(
     plan: StepPlan, shape: DecodeShape, *, wants_logprobs: Callable[[Chunk], bool]
 ) -> DecodeBatch:
-    """Lays out a plan that only decodes, a row per chunk in the order of the plan."""
+    """Packs a plan that only decodes: one row per chunk, in the order of the plan."""
     batch = shape.empty()
     for row, chunk in enumerate(plan.chunks):
         batch.slot_B[row] = chunk.slot
@@ -127,10 +127,10 @@ def pack_decode(
 def pack(
     plan: StepPlan, shape: BucketShape, *, wants_logprobs: Callable[[Chunk], bool]
 ) -> StepBatch:
-    """Lays the plan's chunks side by side in the order of the plan.
+    """Packs the plan's chunks one after the other, in the order of the plan.
 
-    A readout's place is its order too: chunk by chunk, position by position, so the host
-    finds them again by walking the plan.
+    Rows of logits have the same order: by chunk, then by position. So the host finds each row by
+    walking the plan.
     """
     batch = shape.empty()
     token, logits_row = 0, 0
@@ -158,7 +158,7 @@ def _pack_row(batch: StepBatch, row: int, token: int, chunk: Chunk) -> None:
     if num_known:
         known = sequence.tokens(chunk.start, chunk.start + num_known)
         batch.token_T[token : token + num_known] = known
-    # A token that is still on its way up is read on the device, from where it was drawn.
+    # The device reads tokens that the host does not know yet from SlotState.
     batch.sampled_T[token + num_known : span.stop] = True
     batch.slot_T[span] = chunk.slot
     batch.position_T[span] = np.arange(chunk.start, chunk.stop)

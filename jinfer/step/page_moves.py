@@ -1,6 +1,6 @@
-"""Moves of whole pages: within the pool, out of it and back. Sizes are fixed, like every program's.
+"""Copies whole pages within the pool, out of it and back. Each program moves a fixed number.
 
-The pool is any pytree of arrays whose second axis is the page. Padding moves the bin page.
+The pool is any pytree of arrays whose second axis is the page. Padding moves the null page.
 """
 
 from functools import partial
@@ -11,7 +11,7 @@ from jax import lax
 from jaxtyping import Array, Int32
 
 PAGES_PER_MOVE = 8  # J: pages that one dispatch moves
-# Such groups under way at once in each direction: each holds device memory beside the pool.
+# Groups of PAGES_PER_MOVE in flight per direction: each takes device memory beside the pool.
 GROUPS_AT_ONCE = 4
 
 _page = partial(lax.dynamic_index_in_dim, axis=1)
@@ -24,7 +24,7 @@ def copy_pages(pages: Any, source_J: Int32[Array, "J"], page_J: Int32[Array, "J"
     Donates: `pages`. Recompiles: never.
     """
 
-    # Page by page, so that the pool is updated in place and no more than one page is held.
+    # Page by page, so that the pool is updated in place and only one page is a temporary.
     def copy(j: Any, pages: Any) -> Any:
         return jax.tree.map(lambda a: _set_page(a, _page(a, source_J[j]), page_J[j]), pages)
 
@@ -32,7 +32,7 @@ def copy_pages(pages: Any, source_J: Int32[Array, "J"], page_J: Int32[Array, "J"
 
 
 def gather_pages(pages: Any, page_J: Int32[Array, "J"]) -> tuple[Any, ...]:
-    """The contents of pages page_J, each by itself, so that each can be let go by itself."""
+    """The contents of pages page_J as separate arrays, so that each can be freed separately."""
     return tuple(
         jax.tree.map(lambda a, j=j: _page(a, page_J[j], keepdims=False), pages)
         for j in range(page_J.shape[0])
@@ -40,7 +40,7 @@ def gather_pages(pages: Any, page_J: Int32[Array, "J"]) -> tuple[Any, ...]:
 
 
 def scatter_pages(pages: Any, page_J: Int32[Array, "J"], contents: tuple[Any, ...]) -> Any:
-    """Writes contents, as `gather_pages` gives them, into pages page_J.
+    """Writes contents, as returned by `gather_pages`, into pages page_J.
 
     Donates: `pages`. Recompiles: never.
     """

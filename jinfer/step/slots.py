@@ -1,7 +1,7 @@
 """SlotState: everything a running sequence needs on the device, one row per slot.
 
-A request is admitted by writing its slot's row, never by making a new shape. The row after
-the last slot is the bin: padding points there, so it never touches a running sequence.
+A sequence is admitted by writing its slot's row, without a new shape. The row after the last
+slot is the null slot: padding writes there, so it never changes a running sequence.
 """
 
 import dataclasses
@@ -26,16 +26,16 @@ RESTORED_TOKENS = 1024  # output tokens counted by one dispatch of `restore_coun
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class SlotState:
-    """Per-slot state, first axis A = slots + the bin. Donated to every jitted function."""
+    """Per-slot state, first axis A = slots + the null slot. Donated to every jitted function."""
 
-    last_token_A: Int32[Array, "A"]  # drawn last; the next step's input
-    stopped_A: Bool[Array, "A"]  # it drew a stop token: `run_decode` draws no more for it
+    last_token_A: Int32[Array, "A"]  # sampled last; the next step's input
+    stopped_A: Bool[Array, "A"]  # sampled a stop token: steps sample no more for the slot
     page_table_AM: Int32[Array, "A M"]  # entries past a sequence's length are stale but valid
     sampling: SamplingState
 
 
 def empty_slots(*, max_slots: int, pages_per_slot: int, vocab_size: int) -> SlotState:
-    """State of an engine in which nothing runs yet; every page-table entry is page 0."""
+    """State of an engine in which nothing runs yet; every page-table entry is the null page."""
     num_rows = max_slots + 1
     return SlotState(
         last_token_A=jnp.zeros(num_rows, jnp.int32),
@@ -46,7 +46,7 @@ def empty_slots(*, max_slots: int, pages_per_slot: int, vocab_size: int) -> Slot
 
 
 def write_pages(slots: SlotState, batch: StepBatch) -> SlotState:
-    """Enters the step's new pages into the page table; padding writes page 0 to the bin."""
+    """Writes the step's new pages to the page table; padding goes to the null slot's row."""
     page_table_AM = slots.page_table_AM.at[batch.write_slot_J, batch.write_index_J].set(
         batch.write_page_J
     )
@@ -60,7 +60,7 @@ def record_sampled(
     samples_R: Bool[Array, "R"],
     shards: Shards = WHOLE,
 ) -> SlotState:
-    """Keeps what was drawn: for the next step's input, for penalties, and whether it stops."""
+    """Stores the sampled tokens as next inputs and for penalties, and marks stopped slots."""
     null_slot = slots.last_token_A.shape[0] - 1
     sampled_slot_R = jnp.where(samples_R, slot_R, null_slot)
     stops_R = jnp.any(slots.sampling.stop_ids_AJ[sampled_slot_R] == token_R[:, None], axis=-1)
@@ -78,13 +78,13 @@ def write_slots(
     rows: SamplingState,
     page_table_AM: Int32[Array, "A M"],
 ) -> SlotState:
-    """Admits up to ADMISSION_ROWS sequences: their parameters in, their output counts to zero.
+    """Admits up to ADMISSION_ROWS sequences: writes their parameters, zeroes their output counts.
 
     Args:
       slots: the state; donated.
-      slot_A: where each row goes; padding goes to the bin.
-      rows: as many rows; their `output_count_AV` is None, to spare sending zeros.
-      page_table_AM: the pages that each sequence starts with, found in the prefix cache or new.
+      slot_A: the slot of each row; the null slot for padding.
+      rows: one row per slot; `output_count_AV` is None, to avoid sending zeros.
+      page_table_AM: the pages that each sequence starts with, from the prefix cache or new.
     """
     num_rows, vocab_size = slot_A.shape[0], slots.sampling.output_count_AV.shape[-1]
     counts_AV = jnp.zeros((num_rows, vocab_size), jnp.int32)

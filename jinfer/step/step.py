@@ -30,7 +30,7 @@ def run_step(
     max_logprobs: int,
     precision: str,
 ) -> tuple[KVPages, SlotState, StepOutput]:
-    """Computes the batch's tokens, draws or scores one token per readout, updates the slots.
+    """Computes the batch's tokens, samples or scores a token per row of logits, updates the slots.
 
     Donates: `pages` and `slots`; the caller must replace its own references.
     Recompiles: once per token bucket; nothing else may vary between steps.
@@ -47,9 +47,9 @@ def run_step(
 
 
 def _without_stopped(batch: StepBatch, slots: SlotState) -> StepBatch:
-    """Empties the rows that stopped in a dispatch which the host had not read when it sent this.
+    """Empties rows whose slot stopped in a dispatch that the host had not read when it sent this.
 
-    Their place in the pool may have gaps by now, and nobody waits for what they would draw.
+    Their K/V may have gaps by now, and nobody reads the tokens they would sample.
     """
     stopped_B = slots.stopped_A[batch.slot_B]
     return dataclasses.replace(
@@ -88,8 +88,8 @@ def _attend(
 def _read(
     logits_RV: Array, slots: SlotState, batch: StepBatch, max_logprobs: int, shards: Shards
 ) -> tuple[SlotState, StepOutput]:
-    # The draw's key depends on the position the new token will take, and on nothing else
-    # of the step: the same request draws the same tokens alone or among others.
+    # Of the step, the random key depends only on the position of the new token: a request
+    # samples the same tokens alone or in a batch.
     position_R = batch.position_T[batch.logits_index_R] + 1
     with jax.named_scope("sample"):
         sampled_R = sample(logits_RV, slots.sampling, batch.logits_slot_R, position_R, shards)

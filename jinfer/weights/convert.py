@@ -1,4 +1,4 @@
-"""From a Hugging Face folder to the same model as an Orbax checkpoint."""
+"""Converts a model folder, such as a Hugging Face one, to an Orbax checkpoint."""
 
 import math
 import shutil
@@ -16,7 +16,7 @@ from jinfer.weights.orbax import ORBAX_FOLDER, not_installed
 from jinfer.weights.safetensors import INDEX_FILE
 from jinfer.weights.tree import Params, Place, build_tree, require_dtype
 
-# What stands beside the weights; the folder has the chat templates of other names than the usual.
+# Files to copy besides the weights. The subfolder holds chat templates with other names.
 SIDE_FILES = (
     *(name for name in WANTED_FILES if name != "*.safetensors"),
     "additional_chat_templates/*.jinja",
@@ -25,7 +25,7 @@ SIDE_FILES = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Conversion:
-    """What was written."""
+    """The size of the checkpoint that `convert` wrote."""
 
     num_arrays: int
     num_bytes: int
@@ -40,19 +40,19 @@ def convert(
 ) -> Conversion:
     """Writes a model folder whose weights are an Orbax checkpoint.
 
-    The host holds one parameter, and of it what is on its way to the disk. config.json comes
-    last: what was cut off before is no model folder.
+    The host holds one parameter, plus its bytes that are being written. config.json is written
+    last, so an interrupted conversion does not look like a model folder.
 
     Args:
-      source: a model folder, of any kind that `load_params` reads.
-      target: a folder that is empty or not there yet.
-      dtype: of all weights: "float32", "bfloat16" or "float16"; None = as they are stored.
-      on_saved: is given the name of each parameter once it is written.
+      source: a model folder, in any format that `load_params` reads.
+      target: an empty or new folder.
+      dtype: dtype of all weights: "float32", "bfloat16" or "float16"; None = as stored.
+      on_saved: called with the name of each parameter after it is written.
 
     Raises:
-      CheckpointError: the source is damaged, the target has something in it or cannot be written,
-        a value overflows the dtype, or Orbax is not installed.
-      ValueError: there is no such dtype.
+      CheckpointError: the source is damaged, the target is not empty or cannot be written, a
+        value overflows the dtype, or Orbax is not installed.
+      ValueError: the dtype is unknown.
     """
     try:
         from jinfer.weights.orbax_save import save_tree  # imports Orbax
@@ -69,7 +69,7 @@ def convert(
         _clear(target, is_new)
         if isinstance(error, OSError | ValueError) and not isinstance(error, CheckpointError):
             raise CheckpointError(
-                f"a checkpoint must be written whole; got {str(target)!r}, where that failed: "
+                f"a checkpoint must be written whole; got {str(target)!r}, where writing failed: "
                 f"{str(error).splitlines()[0]:.200}. Make room there, or choose another folder."
             ) from error
         raise
@@ -81,7 +81,7 @@ def convert(
 
 
 def described_tree(source: Path, dtype: str | None) -> Params:
-    """The parameters as they will be stored: one array per layer, in the order of their axes."""
+    """The parameters as they will be stored: one array per layer, axes in jinfer's order."""
     config = read_model_config(source)
     wanted_dtype = None if dtype is None else require_dtype(dtype)
     stored = open_checked(source, config)
@@ -105,9 +105,9 @@ def _require_empty(target: Path) -> None:
     if target.is_dir() and not any(target.iterdir()):
         return
     if target.exists():
-        problem = "has something in it" if target.is_dir() else "is a file"
+        problem = "is not empty" if target.is_dir() else "is a file"
         raise CheckpointError(
-            f"a checkpoint is written into an empty folder or a new one; got {str(target)!r}, "
+            f"a checkpoint must go into an empty or new folder; got {str(target)!r}, "
             f"which {problem}. Remove it, or choose another."
         )
 
@@ -121,7 +121,7 @@ def _copy_side_files(source: Path, target: Path) -> None:
 
 
 def _clear(target: Path, is_new: bool) -> None:
-    """Removes what was written; all of it is ours, for there was nothing before."""
+    """Removes everything in the target, which was empty before the conversion."""
     if not target.is_dir():
         return
     for path in target.iterdir():

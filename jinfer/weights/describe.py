@@ -1,4 +1,4 @@
-"""What a model folder holds, told without reading its weights."""
+"""Describes a model folder without reading its weights."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -9,13 +9,13 @@ from jinfer.weights.folder import read_hf_config
 from jinfer.weights.generation_config import read_generation_config
 from jinfer.weights.load import open_checked, read_model_config
 
-# First file that is there decides, in the order the tokenizer looks for them.
+# The first file that exists decides; the order is that of the tokenizer loader.
 TOKENIZER_FILES = {"tokenizer.json": "tokenizers", "tokenizer.model": "sentencepiece"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelDescription:
-    """What `jinfer info` prints."""
+    """The facts that `jinfer info` prints."""
 
     architecture: str
     family: str
@@ -29,10 +29,10 @@ class ModelDescription:
 
 
 def describe(folder: Path) -> ModelDescription:
-    """Reads configurations and tables of tensors, and checks that they fit each other.
+    """Reads the configurations and the tensor tables, and checks that they agree.
 
     Raises:
-      CheckpointError, NotImplementedError: as `read_model_config` and `load_params` would.
+      CheckpointError, NotImplementedError: as from `read_model_config` and `load_params`.
     """
     hf, config = read_hf_config(folder), read_model_config(folder)
     stored = open_checked(folder, config)

@@ -1,4 +1,4 @@
-"""Random parameters of any shape, made on the device: a benchmark needs no checkpoint."""
+"""Random parameters made on the device, so that a benchmark needs no checkpoint."""
 
 import itertools
 import math
@@ -27,19 +27,19 @@ def dummy_params(
     padded: ModelConfig | None = None,
     hold: Hold | None = None,
 ) -> Params:
-    """Draws the tree that `load_params` would give, without a file or a copy on the host.
+    """Makes the tree that `load_params` would return, without a file or a copy on the host.
 
-    Norms are one, biases zero and matrices uniform with a deviation of one over the root of their
-    inputs, so that logits stay finite through any number of layers. One program is compiled per
-    distinct shape. The same seed gives the same numbers on every kind of device.
+    Norms are one and biases zero. Matrices are uniform with standard deviation 1/sqrt(inputs), so
+    that logits stay finite through any number of layers. One program is compiled per distinct
+    shape. The same seed gives the same numbers on every kind of device.
 
     Args:
-      config: any model's; `load_format="dummy"` reads it from config.json.
+      config: of any model; `load_format="dummy"` reads it from config.json.
       dtype: "float32", "bfloat16" or "float16".
       layer_loop: "unrolled" or "scan".
-      seed: of every parameter; different leaves and layers get different numbers.
-      padded: the model as it is cut, `jinfer.parallel.model_shards.padded_model`; None = as it is.
-      hold: where each parameter goes, as `jinfer.weights.layout.hold_as` says; None = anywhere.
+      seed: one for all parameters; different leaves and layers get different numbers.
+      padded: the padded model, `jinfer.parallel.model_shards.padded_model`; None = not padded.
+      hold: sharding of each parameter, from `jinfer.weights.layout.hold_as`; None = default device.
     """
     weights = FAMILIES[config.family].weight_map(config)
     jax_dtype = jnp.dtype(require_dtype(dtype))
@@ -54,7 +54,7 @@ def dummy_params(
         if place.leaf.startswith("b_"):
             return jnp.zeros(place.shape, jax_dtype, device=where)
         fan_in = weights.stored_shape(parts[0].tensors[0])[-1]
-        # Drawn where it shall lie.
+        # Computed directly in its final sharding.
         draw = jax.jit(
             _uniform,
             static_argnames=("parts", "num_shards", "head_dim", "dtype"),
@@ -75,15 +75,15 @@ def dummy_params(
 
 
 class _Part(NamedTuple):
-    """What is drawn by itself: a parameter, or one of those that are joined."""
+    """A parameter, or one part of a fused parameter."""
 
     axes: str
-    shape: tuple[int, ...]  # as it is held
+    shape: tuple[int, ...]  # padded
     stored_shape: tuple[int, ...]
 
 
 def _num_shards(where: Any, place: Place) -> int:
-    """Into how many shards the axis is cut along which a parameter's parts are joined."""
+    """Number of shards of the axis along which a fused parameter's parts are concatenated."""
     sharding = where.sharding if isinstance(where, Format) else where
     if sharding is None:
         return 1
@@ -101,19 +101,19 @@ def _uniform(
     head_dim: int,
     dtype: jnp.dtype,
 ) -> Array:
-    """Hashes each element's place: unlike jax.random, one fused pass with no temporaries.
+    """Hashes each element's index: unlike jax.random, one fused pass with no temporaries.
 
-    Threefry takes eight times the room of a bfloat16 result on the CPU, and compiles four times
-    as long. The place is that in the model as stored, so that every mesh draws the same model.
+    On the CPU, threefry needs eight times the memory of a bfloat16 result, and four times the
+    compile time. The index is that in the stored tensor, so every mesh gets the same model.
 
     Args:
       seed: of the model.
-      numbers: of each part, different from all others of the model.
-      deviation: of every element.
-      parts: one, or those that are joined in each shard.
-      num_shards: of the axis of joining.
+      numbers: one per part, unique in the model.
+      deviation: standard deviation of every element.
+      parts: one, or all parts of a fused parameter.
+      num_shards: number of shards of the concatenated axis.
       head_dim: H.
-      dtype: of the result.
+      dtype: dtype of the result.
     """
     axis = len(parts[0].axes) - len(parts[0].axes.removeprefix("L"))
     lengths = [part.shape[axis] // num_shards for part in parts]  # in one shard
@@ -132,7 +132,7 @@ def _uniform(
 
 
 def _place(index: Sequence[Array], part: _Part, head_dim: int) -> Array:
-    """Each element's place in the part as it is stored, whatever is repeated as it is held."""
+    """Each element's flat index in the stored part; repeated kv heads get equal indices."""
     place = jnp.uint32(0)
     for axis, letter in enumerate(part.axes):
         along = index[axis]

@@ -8,7 +8,7 @@ from jinfer.errors import CheckpointError
 
 
 def require_model_folder(folder: Path) -> None:
-    """Raises CheckpointError unless `folder` is a folder with a config.json in it."""
+    """Raises CheckpointError unless `folder` is a folder that contains config.json."""
     if not folder.exists():
         problem = "does not exist"
     elif not folder.is_dir():
@@ -19,18 +19,18 @@ def require_model_folder(folder: Path) -> None:
         return
     raise CheckpointError(
         f"a model must be a folder with config.json and weights; got {str(folder)!r}, "
-        f"which {problem}. Give what transformers or `jinfer convert` wrote, or a hub name."
+        f"which {problem}. Give a folder from transformers or `jinfer convert`, or a hub name."
     )
 
 
 def read_hf_config(folder: Path) -> dict[str, Any]:
-    """config.json of a model folder, as written."""
+    """The content of a model folder's config.json, unchanged."""
     require_model_folder(folder)
     return read_json_object(folder / "config.json")
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """A JSON file whose top is an object; anything else is a CheckpointError."""
+    """Reads a JSON file that must contain an object; else raises CheckpointError."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

@@ -1,4 +1,4 @@
-"""What a checkpoint says about ending and sampling."""
+"""Reads the end tokens and the sampling defaults of a checkpoint."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,17 +25,17 @@ def read_generation_config(
 ) -> GenerationDefaults:
     """End tokens and sampling defaults of a model folder.
 
-    generation_config.json may be absent; end tokens it does not name are config.json's. Only the
-    keys of SAMPLING_KEYS count, and only where the file gives a value. `do_sample` is ignored, as
-    vLLM does: a checkpoint that says false still samples unless it says temperature 0.
+    generation_config.json may be absent. If it has no end tokens, those of config.json are used.
+    Only the keys of SAMPLING_KEYS count, and null counts as absent. `do_sample` is ignored, as in
+    vLLM: a checkpoint with `do_sample` false still samples, unless its temperature is 0.
 
     Args:
-      folder: the model's.
-      hf_config: its config.json, as written.
-      sampling: False leaves the sampling defaults out, unread.
+      folder: the model folder.
+      hf_config: its config.json, unchanged.
+      sampling: False = do not read the sampling defaults.
 
     Raises:
-      CheckpointError: if a value is of the wrong type or range, or the file is not JSON.
+      CheckpointError: if a value has the wrong type or range, or the file is not JSON.
     """
     path = folder / "generation_config.json"
     content = read_json_object(path) if path.is_file() else {}
@@ -68,7 +68,7 @@ def _token_ids(value: Any, vocab_size: int | None) -> tuple[int, ...]:
 
 
 def _sampling(content: Mapping[str, Any]) -> dict[str, Any]:
-    """The defaults in SamplingParams' spelling, refused here rather than with every request."""
+    """The defaults by SamplingParams field; checked here, once, and not for every request."""
     found = {
         field: _number(key, content[key])
         for key, field in SAMPLING_KEYS.items()
@@ -78,7 +78,7 @@ def _sampling(content: Mapping[str, Any]) -> dict[str, Any]:
         SamplingParams.from_defaults(found)
     except RequestError as error:
         raise CheckpointError(
-            f"generation_config.json suggests what cannot be: {error} "
+            f"generation_config.json must have valid sampling defaults: {error} "
             'Correct the file, or ask for generation_config="vllm".'
         ) from None
     return found

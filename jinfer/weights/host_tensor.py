@@ -1,4 +1,4 @@
-"""One parameter as it lies in the files, and the copy that permutes and converts it."""
+"""Describes one stored parameter, and copies it: permuted, converted, padded."""
 
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -11,18 +11,18 @@ import numpy as np
 
 from jinfer.errors import CheckpointError
 
-TILE_BYTES = 128 * 1024  # of a file per copy: the permuted writes then stay in the core's cache
-PARALLEL_BYTES = 4 * 1024 * 1024  # from here on, several threads copy one tensor
+TILE_BYTES = 128 * 1024  # of a file per copy, so that the permuted writes stay in the core's cache
+PARALLEL_BYTES = 4 * 1024 * 1024  # from this size on, several threads copy one tensor
 MAX_THREADS = 16
-DEVICE_ALIGNMENT = 64  # bytes; XLA on CPU then takes a numpy buffer as it is
+DEVICE_ALIGNMENT = 64  # bytes; XLA on CPU then uses a numpy buffer without a copy
 
-Part = slice | np.ndarray  # of an axis: from start to stop, or entry by entry
-# Where a piece of a part of a tensor stands within that part, and how to read it.
+Part = slice | np.ndarray  # of an axis: a range, or a list of indices
+# The index of a piece within a part of a tensor, and the function that reads the piece.
 Piece = tuple[tuple[slice, ...], Callable[[], np.ndarray]]
 
 
 class Stored(Protocol):
-    """One tensor of a checkpoint, described, whatever the format of the files."""
+    """Describes one tensor of a checkpoint, in any file format."""
 
     @property
     def path(self) -> Path: ...
@@ -37,36 +37,36 @@ class Stored(Protocol):
     def num_bytes(self) -> int: ...
 
     def pieces(self, sizes: Sequence[int], parts: Sequence[Part]) -> Sequence[Piece]:
-        """Cuts a part of the tensor into pieces that need not all be in memory at once.
+        """Splits a part of the tensor into pieces that can be read one at a time.
 
         Args:
-          sizes: of the axes that `parts` speaks of: the tensor's own, or these split.
-          parts: of each of these axes.
+          sizes: sizes of the axes that `parts` refers to: the tensor's own, or split ones.
+          parts: one per axis of `sizes`.
         """
         ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HostTensor:
-    """One parameter, described. Nothing is read before `read` is called.
+    """Describes one parameter. Nothing is read before `read` is called.
 
-    It may be larger than it is stored (`jinfer.parallel.model_shards`): rows of the vocabulary are
-    padded with zeros, kv heads repeated side by side.
+    It may be larger than the stored one (`jinfer.parallel.model_shards`): the vocabulary is padded
+    with rows of zeros, and kv heads are repeated.
     """
 
     axes: str  # one letter per axis, with a leading L if stacked
-    shape: tuple[int, ...]  # as it is held
-    stored_shape: tuple[int, ...]  # the same axes as they are stored
+    shape: tuple[int, ...]  # padded
+    stored_shape: tuple[int, ...]  # same axes, not padded
     head_dim: int  # H
     dtype: np.dtype  # wanted; the stored one may differ
     layers: tuple[Stored, ...]  # one, or one per layer if stacked
-    stored_axes: str  # one layer's letters in the order of the file
+    stored_axes: str  # letters of one layer, in the order of the file
 
     def read(self, index: tuple[slice, ...] | None = None) -> np.ndarray:
-        """Copies one shard out of the files, permuted, converted, filled up and repeated.
+        """Copies one shard from the files: permuted, converted, padded and repeated.
 
         Args:
-          index: a slice per axis, as a sharding's index map has it; None = all.
+          index: a slice per axis, as in a sharding's index map; None = all.
 
         Raises:
           CheckpointError: if a value overflows the wanted dtype.
@@ -77,7 +77,7 @@ class HostTensor:
         return target
 
     def read_into(self, target: np.ndarray, index: tuple[slice, ...]) -> None:
-        """The same as `read`, into memory that is there."""
+        """Does the same as `read`, into existing memory."""
         if self.axes.startswith("L"):
             for layer, tensor in enumerate(self.layers[index[0]]):
                 self._copy(tensor, index[1:], target[layer])
@@ -88,9 +88,9 @@ class HostTensor:
         axes = self.axes.removeprefix("L")
         size_of = dict(zip(self.axes, self.stored_shape, strict=True))
         order = [axes.index(letter) for letter in self.stored_axes]
-        target = target.transpose(order)  # a view, its axes as they are stored
+        target = target.transpose(order)  # a view with the axes in stored order
         parts = [self._stored(letter, index[axes.index(letter)]) for letter in self.stored_axes]
-        if any(map(_is_longer, target.shape, parts)):  # the rest of the vocabulary
+        if any(map(_is_longer, target.shape, parts)):  # the padding of the vocabulary
             target[...] = 0
         sizes = [size_of[letter] for letter in self.stored_axes]
 
@@ -102,12 +102,12 @@ class HostTensor:
             _in_threads(copy, tensor.pieces(sizes, parts))
         except FloatingPointError:
             raise CheckpointError(
-                f"stored values must fit the dtype asked for; got dtype={self.dtype} and larger "
+                f"stored values must fit the requested dtype; got dtype={self.dtype} and larger "
                 f"values in {tensor.path}. Ask for bfloat16 or float32."
             ) from None
 
     def _stored(self, letter: str, part: slice) -> Part:
-        """Which entries of a stored axis a part of the held one consists of."""
+        """The entries of the stored axis that make up a part of the padded axis."""
         axis = self.axes.index(letter)
         padded, stored = self.shape[axis], self.stored_shape[axis]
         start, stop, _ = part.indices(padded)
@@ -122,13 +122,13 @@ class HostTensor:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class JoinedTensor:
-    """One parameter that several stored ones make up, one after the other along one axis.
+    """One fused parameter: several stored ones, concatenated along one axis.
 
-    The n-th of a number of equal shards consists of the n-th shards of its parts.
+    Shard n of it is the concatenation of shard n of each part.
     """
 
-    axes: str  # one letter per axis, with a leading L if stacked; behind it, that of joining
-    shape: tuple[int, ...]  # as it is held
+    axes: str  # one letter per axis, with a leading L if stacked; then the concatenated axis
+    shape: tuple[int, ...]  # padded
     parts: tuple[HostTensor, ...]
 
     @property
@@ -136,10 +136,10 @@ class JoinedTensor:
         return self.parts[0].dtype
 
     def read(self, index: tuple[slice, ...] | None = None) -> np.ndarray:
-        """Copies one shard out of the files: `HostTensor.read`.
+        """Copies one shard from the files, as `HostTensor.read` does.
 
         Args:
-          index: a slice per axis, of the joined one that of one of its equal shards; None = all.
+          index: a slice per axis; on the concatenated axis, one of its equal shards; None = all.
         """
         index = index or (slice(None),) * len(self.shape)
         axis = len(self.axes) - len(self.axes.removeprefix("L"))
@@ -160,7 +160,7 @@ class JoinedTensor:
 
 
 def repeated(index: Any, letter: str, num_repeats: int, head_dim: int) -> Any:
-    """Where an entry of a repeated axis of kv heads, K or C, stands on the axis as stored."""
+    """Maps indices of a repeated kv-head axis, K or C, to indices of the stored axis."""
     width = head_dim if letter == "C" else 1
     return index // width // num_repeats * width + index % width
 
@@ -172,12 +172,12 @@ def _is_longer(length: int, part: Part) -> bool:
 def copy_converted(source: np.ndarray, target: np.ndarray) -> None:
     """Writes `source` into `target`, converting the dtype.
 
-    The source is read in the order of its file, a tile at a time, and in parallel when large.
+    The source is read in file order, tile by tile; several threads copy a large one.
 
     Raises:
       FloatingPointError: if a value overflows a float16 target.
     """
-    longest = int(np.argmax(source.strides))  # its neighbours lie farthest apart in the file
+    longest = int(np.argmax(source.strides))  # outermost axis in the file
     source, target = np.moveaxis(source, longest, 0), np.moveaxis(target, longest, 0)
     num_rows = source.shape[0]
     tile_rows = max(1, TILE_BYTES * num_rows // max(1, source.nbytes))
@@ -208,17 +208,17 @@ def _most_threads() -> int:
 
 
 def _converted(tile: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """The tile in another dtype, contiguous in the order of the file."""
+    """The tile in another dtype, contiguous in file order."""
     if tile.dtype == dtype:
         return tile
     with np.errstate(over="raise"):
-        if dtype == np.float16:  # by way of float32, whose conversion notices overflow
+        if dtype == np.float16:  # through float32: its conversion to float16 detects overflow
             return tile.astype(np.float32).astype(dtype)
         return tile.astype(dtype)
 
 
 def _room_for(index: tuple[slice, ...], shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Memory for the part of an array that an index picks."""
+    """Allocates memory for the part of an array that `index` selects."""
     return _aligned_empty([len(range(n)[i]) for n, i in zip(shape, index, strict=True)], dtype)
 
 

@@ -1,4 +1,4 @@
-"""From the name of a model to a folder on disk."""
+"""Finds the folder of a model, and downloads it from the hub if needed."""
 
 import re
 from pathlib import Path
@@ -6,17 +6,17 @@ from pathlib import Path
 from jinfer.errors import CheckpointError
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-# Never pickles: reading one may run code.
+# No pickles: reading one may run code.
 WANTED_FILES = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt")
-# Subfolders and Mistral's second copy of the weights repeat what the top already holds.
+# Subfolders, and Mistral's second copy of the weights, repeat files of the top folder.
 UNWANTED_FILES = ("*/*", "consolidated*")
 
 
 def resolve_model(name_or_path: str | Path | None) -> Path:
-    """A folder as it is; a hub name "org/name" as the folder of its downloaded snapshot.
+    """The folder itself, or the downloaded snapshot of a hub name "org/name".
 
     Raises:
-      CheckpointError: if there is no such folder, or the hub does not give the model.
+      CheckpointError: if the folder does not exist, or the model cannot be downloaded.
     """
     if not name_or_path or not str(name_or_path).strip():
         raise CheckpointError(
@@ -37,7 +37,7 @@ def resolve_model(name_or_path: str | Path | None) -> Path:
 
 
 def _download(name: str) -> Path:
-    import huggingface_hub  # here, because importing it takes longer than many a start-up
+    import huggingface_hub  # imported here: the import may take longer than the rest of start-up
     from huggingface_hub import errors
 
     try:

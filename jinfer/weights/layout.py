@@ -1,7 +1,7 @@
-"""How weights lie in a device's memory, where the device's own choice costs dear.
+"""Puts weights on devices, in a memory layout that avoids re-tiling.
 
-XLA for TPU 7x multiplies by bfloat16 matrices in tiles of 16 x 128, but lays arrays out in tiles
-of 8 x 128: every dispatch would begin by re-tiling all weights, into as much memory again.
+XLA for TPU 7x multiplies bfloat16 matrices in tiles of 16 x 128, but stores arrays in tiles of
+8 x 128 by default. Then every dispatch re-tiles all weights first, which doubles their memory.
 """
 
 from collections.abc import Callable
@@ -15,21 +15,21 @@ from jaxtyping import Array
 
 from jinfer.weights.host_tensor import HostTensor, JoinedTensor
 
-# EnginePlan.weight_layout -> tiles of a matrix; None = as the device does.
+# EnginePlan.weight_layout -> tiles of a matrix; None = the device's default.
 TILES = {"default": None, "16x128": ((16, 128), (2, 1))}
 
-# A parameter's path in the tree and its axes, such as "blocks.w_o_DQ" and "LDQ" -> where it goes.
+# A parameter's path in the tree and its axes, such as "blocks.w_o_DQ" and "LDQ" -> its placement.
 Hold = Callable[[str, str], Sharding | Format]
 
 
 def hold_as(weight_layout: str, sharding_of: Callable[[str], Sharding]) -> Hold:
-    """Where each parameter goes under a plan's layout.
+    """Returns the function that gives each parameter's sharding, and its layout if not the default.
 
-    The embedding stays as it is: rows are looked up in it, even where it also is the unembedding.
+    The embedding keeps the default layout for row lookups, even if it is also the lm_head.
 
     Args:
       weight_layout: a key of TILES.
-      sharding_of: axes -> where an array with these lies.
+      sharding_of: axes -> the sharding of an array with these axes.
     """
     tiles = TILES[weight_layout]
 
@@ -44,10 +44,10 @@ def hold_as(weight_layout: str, sharding_of: Callable[[str], Sharding]) -> Hold:
 
 
 def put_held(path: str, tensor: HostTensor | JoinedTensor, *, hold: Hold) -> Array:
-    """Moves one parameter to its devices, every shard straight from the file.
+    """Moves one parameter to its devices, each shard directly from the file.
 
-    On CPU the buffer read becomes the array. In a layout that is not the device's own, a stack
-    goes layer by layer, so that the device never holds more than one of them twice.
+    On CPU the array uses the host buffer without a copy. With a non-default layout, a stack is
+    moved layer by layer, so that the device holds at most one layer twice.
     """
     held = hold(path, tensor.axes)
     if not isinstance(held, Format):
@@ -66,9 +66,9 @@ def put_held(path: str, tensor: HostTensor | JoinedTensor, *, hold: Hold) -> Arr
 def put_shards(
     tensor: HostTensor | JoinedTensor, sharding: Sharding, *, layer: int | None = None
 ) -> Array:
-    """One parameter on its devices, or one layer of a stack with a leading axis of 1.
+    """Puts one parameter on its devices, or one layer of a stack, with a leading axis of 1.
 
-    The host holds one shard at a time: each is read when the one before has left.
+    The host holds one shard at a time: it reads the next one after the transfer has finished.
     """
     layers = slice(None) if layer is None else slice(layer, layer + 1)
     shape = tensor.shape if layer is None else (1, *tensor.shape[1:])
@@ -81,5 +81,5 @@ def put_shards(
 
 
 def put_layer(stack: Array, part: Array, layer: Array | int) -> Array:
-    """The stack with one layer, `part` with its leading axis of 1, in its place."""
+    """Writes one layer into the stack; `part` has a leading axis of 1."""
     return jax.lax.dynamic_update_slice_in_dim(stack, part, layer, axis=0)

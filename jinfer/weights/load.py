@@ -1,8 +1,8 @@
-"""From a model folder to a tree of arrays, parameter by parameter.
+"""Loads a model folder into a tree of arrays, one parameter at a time.
 
-Files are mapped, and each parameter is copied straight from its file, permuted and converted,
-into the buffer that the device is given: the host never holds more than one parameter besides
-those that live in its memory.
+Files are memory-mapped. Each parameter is copied from its file, permuted and converted, directly
+into the buffer that goes to the device. The host never holds more than one parameter, except
+those of a CPU device.
 """
 
 import time
@@ -27,16 +27,16 @@ from jinfer.weights.tree import FLOAT_DTYPES, Params, Place, build_tree, require
 Tensor = HostTensor | JoinedTensor
 Put = Callable[[str, Tensor], jax.Array]
 
-MAX_NAMED = 5  # tensors an error lists before it only counts
+MAX_NAMED = 5  # an error lists at most this many tensor names
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoadReport:
-    """What loading moved and how long it took; its text is the start-up line."""
+    """The size and time of loading; `str()` of it is the start-up line."""
 
     num_tensors: int
-    file_bytes: int  # of the tensors, as stored
-    param_bytes: int  # of the arrays, in the dtype asked for
+    file_bytes: int  # of the stored tensors
+    param_bytes: int  # of the arrays, in the requested dtype
     elapsed_s: float
 
     def __str__(self) -> str:
@@ -50,7 +50,7 @@ def read_model_config(folder: Path) -> ModelConfig:
     """The ModelConfig of a Hugging Face model folder.
 
     Raises:
-      CheckpointError: if the folder is not a model's, or its config.json is broken.
+      CheckpointError: if it is not a model folder, or its config.json is invalid.
       NotImplementedError: if the architecture or one of its settings is not supported.
     """
     hf = read_hf_config(folder)
@@ -77,20 +77,20 @@ def load_params(
     """Reads every parameter of a checkpoint.
 
     Args:
-      folder: a model folder, with safetensors or as `jinfer convert` writes it.
-      config: what `read_model_config` gave for it.
-      dtype: of the parameters: "float32", "bfloat16" or "float16", whatever is stored.
+      folder: a model folder, with safetensors or from `jinfer convert`.
+      config: the result of `read_model_config(folder)`.
+      dtype: dtype of the parameters: "float32", "bfloat16" or "float16", whatever is stored.
       layer_loop: "unrolled" gives a dict per layer, "scan" one dict with a leading L axis.
-      padded: the model as it is cut, `jinfer.parallel.model_shards.padded_model`; None = as stored.
+      padded: the padded model, `jinfer.parallel.model_shards.padded_model`; None = as stored.
       put: moves one parameter to its device or devices, given its path in the tree, such as
-        "blocks.3.w_o_DQ" or, stacked, "blocks.w_o_DQ"; None = whole, to the first device.
-      joined: gives the tree that the decoder takes; False = parameter by parameter as stored.
+        "blocks.3.w_o_DQ" or, stacked, "blocks.w_o_DQ"; None = to the first device, not sharded.
+      joined: True = the tree for the decoder, with fused parameters; False = no fused parameters.
 
     Returns:
-      The tree, once every array has arrived, and a report.
+      The tree, after all transfers have finished, and a report.
 
     Raises:
-      CheckpointError: if tensors are missing, extra, mis-shaped, damaged or not floating point.
+      CheckpointError: if tensors are missing, extra, damaged, misshapen or not floating point.
     """
     started_s = time.perf_counter()
     wanted_dtype = require_dtype(dtype)
@@ -128,16 +128,16 @@ def load_params(
 
 
 def map_of(folder: Path, config: ModelConfig) -> WeightMap:
-    """Where the folder's files have each parameter."""
+    """Maps each parameter to its tensor in the folder's files."""
     weights = FAMILIES[config.family].weight_map(config)
     return own_map(weights) if is_orbax(folder) else weights
 
 
 def open_checked(folder: Path, config: ModelConfig) -> Mapping[str, Stored]:
-    """What the folder's files hold, once it is known to be what the model needs; reads no weight.
+    """The tensors in the folder's files, checked against the model; reads no weights.
 
     Raises:
-      CheckpointError: as `load_params`.
+      CheckpointError: as from `load_params`.
     """
     require_model_folder(folder)
     stored = open_orbax(folder) if is_orbax(folder) else open_checkpoint(folder)
@@ -146,7 +146,7 @@ def open_checked(folder: Path, config: ModelConfig) -> Mapping[str, Stored]:
 
 
 def param_shapes(padded: ModelConfig, *, dtype: str, layer_loop: str, hold: Hold) -> Params:
-    """The tree that `load_params` gives, as shapes: programs compile for it before it is there."""
+    """The shapes of the tree that `load_params` returns, to compile programs before loading."""
     wanted_dtype = require_dtype(dtype)
 
     def make(place: Place) -> jax.ShapeDtypeStruct:
@@ -158,13 +158,13 @@ def param_shapes(padded: ModelConfig, *, dtype: str, layer_loop: str, hold: Hold
 
 
 def put_on_first_device(path: str, tensor: Tensor) -> jax.Array:
-    """Moves a parameter, whole, to the first device. On CPU the buffer read becomes the array."""
+    """Moves a parameter to the first device. On CPU the array uses the host buffer, no copy."""
     del path
     return jax.device_put(tensor.read(), jax.devices()[0])
 
 
 def check_tensors(stored: Mapping[str, Stored], weights: WeightMap, num_layers: int) -> None:
-    """Raises CheckpointError unless exactly the wanted tensors are stored, as wanted."""
+    """Raises CheckpointError unless the files hold exactly the tensors of the model."""
     wanted = {tensor.name: tensor for tensor in weights.stored_tensors(num_layers)}
     missing = [name for name in wanted if name not in stored]
     extra = [name for name in stored if name not in wanted and name not in weights.ignored]

@@ -1,10 +1,10 @@
-"""Orbax checkpoints as `jinfer convert` writes them, read through TensorStore.
+"""Reads Orbax checkpoints, as written by `jinfer convert`, through TensorStore.
 
-The folder `orbax` of a model folder holds jinfer's own tree as it is before parameters are joined
-(`load_params` gives it with `joined=False`): one array per layer and parameter, with the axes that
-its name ends in. Nothing is permuted when it is read, and a stack of layers is filled layer by
-layer. Arrays lie in chunks of a few MiB, so a shard is read without the rest. Any Orbax can restore
-the folder, and one that Orbax saved from the same tree can be read here.
+The subfolder `orbax` of a model folder holds jinfer's own tree without fused parameters (as from
+`load_params` with `joined=False`): one array per layer and parameter, with the axes in its name.
+Reading permutes nothing, and fills a stack layer by layer. Arrays are stored in chunks of a few
+MiB, so a shard can be read without the rest. Any Orbax can restore the folder, and jinfer can read
+a folder that Orbax saved from the same tree.
 
 Source: Orbax documentation, "Checkpoint Format Guide"; TensorStore, drivers "ocdbt" and "zarr".
 """
@@ -24,16 +24,16 @@ from jinfer.weights.host_tensor import Part, Piece
 from jinfer.weights.safetensors import INDEX_FILE, SINGLE_FILE
 
 ORBAX_FOLDER = "orbax"
-# Chunks are kept by nobody but who asked for them; what is kept is where they lie.
+# Chunks are not cached; their locations are.
 CONTEXT = {"cache_pool": {"total_bytes_limit": 0}, "cache_pool#ocdbt": {"total_bytes_limit": 1e8}}
-DRIVERS = {".zarray": "zarr", "zarr.json": "zarr3"}  # an array's description, by its format
+DRIVERS = {".zarray": "zarr", "zarr.json": "zarr3"}  # an array's metadata file -> driver
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OrbaxArray:
-    """One array of an Orbax checkpoint, opened; its numbers are read by `pieces`."""
+    """One opened array of an Orbax checkpoint; `pieces` reads its values."""
 
-    path: Path  # the checkpoint it belongs to
+    path: Path  # of the checkpoint
     name: str
     store: Any  # tensorstore.TensorStore
 
@@ -50,7 +50,7 @@ class OrbaxArray:
         return self.store.size * self.dtype.itemsize
 
     def pieces(self, sizes: Sequence[int], parts: Sequence[Part]) -> list[Piece]:
-        """The part chunk by chunk: `jinfer.weights.host_tensor.Stored` has the meaning."""
+        """Splits the part into chunks; see `jinfer.weights.host_tensor.Stored`."""
         assert tuple(sizes) == self.shape, f"{self.name}: {sizes=}, {self.shape=}"
         slices = [part for part in parts if isinstance(part, slice)]
         if len(slices) < len(parts):  # repeated kv heads, several on one device: a small matrix
@@ -76,16 +76,16 @@ class OrbaxArray:
 
 
 def is_orbax(folder: Path) -> bool:
-    """Whether a model folder's weights are an Orbax checkpoint, and not safetensors as well.
+    """Whether a model folder has an Orbax checkpoint and no safetensors.
 
-    Orbax gives a checkpoint its name when it is whole, so one that is being written is none.
+    Orbax gives a checkpoint its final name when it is complete, so partial ones do not count.
     """
     is_hf = any((folder / name).is_file() for name in (SINGLE_FILE, INDEX_FILE))
     return (folder / ORBAX_FOLDER).is_dir() and not is_hf
 
 
 def own_map(weights: WeightMap) -> WeightMap:
-    """The map of a checkpoint that stores jinfer's own tree, of the model that `weights` is of."""
+    """The weight map of a checkpoint of jinfer's own tree, for the same model as `weights`."""
 
     def own(leaf: str, name: str) -> HFTensor:
         return HFTensor(name, " ".join(leaf_axes(leaf)))
@@ -99,7 +99,7 @@ def own_map(weights: WeightMap) -> WeightMap:
 
 
 def open_orbax(folder: Path) -> dict[str, OrbaxArray]:
-    """The arrays of a model folder's Orbax checkpoint by name, such as "blocks.3.w_q_QD".
+    """Opens the arrays of a model folder's Orbax checkpoint, by name: "blocks.3.w_q_QD".
 
     Raises:
       CheckpointError: if the checkpoint is damaged, or a package is not installed.
@@ -130,16 +130,16 @@ def open_orbax(folder: Path) -> dict[str, OrbaxArray]:
 
 
 def import_tensorstore() -> Any:
-    """The module `tensorstore`, which comes with Orbax."""
+    """Imports `tensorstore`, which is installed with Orbax."""
     try:
-        import tensorstore  # here, because most checkpoints do without
+        import tensorstore  # imported here: most checkpoints do not need it
     except ModuleNotFoundError as error:
         raise not_installed(error) from None
     return tensorstore
 
 
 def not_installed(error: ModuleNotFoundError) -> CheckpointError:
-    """What to say where Orbax is not installed."""
+    """The error for a missing Orbax package."""
     return CheckpointError(
         f"an Orbax checkpoint needs the packages of Orbax; got no module {error.name!r}. "
         "Install them: pip install 'jinfer[orbax]'."
@@ -147,14 +147,14 @@ def not_installed(error: ModuleNotFoundError) -> CheckpointError:
 
 
 def _cut(part: slice, step: int) -> list[slice]:
-    """A part of an axis, cut at the multiples of `step`."""
+    """Splits a part of an axis at the multiples of `step`."""
     cuts = range((part.start // step + 1) * step, part.stop, step)
     edges = [part.start, *cuts, part.stop]
     return [slice(start, stop) for start, stop in itertools.pairwise(edges) if start < stop]
 
 
 def _reason(error: ValueError) -> str:
-    """What TensorStore says, without the specification that it adds in brackets."""
+    """TensorStore's message, without the spec that it adds in brackets."""
     return str(error).split(" [", 1)[0].splitlines()[0]
 
 

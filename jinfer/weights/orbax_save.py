@@ -1,7 +1,7 @@
-"""Writing parameters with Orbax, one after the other.
+"""Writes parameters with Orbax, one at a time.
 
-Orbax's own handlers are given every array at once; this one is given descriptions and reads each
-array when its turn comes. Apart from this module nothing imports Orbax.
+Orbax's own handlers need every array in memory. This one takes descriptions, and reads one array
+at a time. No other module imports Orbax.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,8 +14,8 @@ import orbax.checkpoint as ocp
 from jinfer.weights.host_tensor import HostTensor
 from jinfer.weights.tree import Params
 
-# Of an array's chunk, which is what can be read by itself: small enough for shards of an eighth
-# of a matrix, large enough that a disk does not feel it.
+# Of one chunk, the smallest unit that can be read: small enough for shards of an eighth of a
+# matrix, large enough that disk reads stay efficient.
 CHUNK_BYTES = 2 * 1024 * 1024
 
 
@@ -23,16 +23,16 @@ def save_tree(tree: Params, place: Path, *, on_saved: Callable[[str], object]) -
     """Writes a tree of HostTensors as one Orbax checkpoint of numpy arrays.
 
     Args:
-      tree: as `build_tree` makes it for unrolled layers.
-      place: an absolute path; it is there when everything is written, and not before.
-      on_saved: is given each parameter's name once it is on the disk.
+      tree: from `build_tree`, with unrolled layers.
+      place: an absolute path; it appears when the checkpoint is complete.
+      on_saved: called with each parameter's name after it is written.
     """
     registry = ocp.type_handlers.create_type_handler_registry(
         (HostTensor, _HostTensorHandler(on_saved)),
-        # Asked for by Orbax, which warns where there is none.
+        # Orbax warns if this handler is missing.
         (jax.Array, ocp.type_handlers.ArrayHandler()),
     )
-    # Weights are noise to a compressor: 20 to 30 % less to read, many times as long to unpack.
+    # Weights compress badly: 20 to 30 % smaller, but many times slower to read.
     handler = ocp.PyTreeCheckpointHandler(use_compression=False, type_handler_registry=registry)
     chunked = jax.tree.map(lambda tensor: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), tree)
     with ocp.Checkpointer(handler) as checkpointer:
@@ -40,7 +40,7 @@ def save_tree(tree: Params, place: Path, *, on_saved: Callable[[str], object]) -
 
 
 class _HostTensorHandler(ocp.type_handlers.NumpyHandler):
-    """Saves what a HostTensor describes, as a numpy array to whoever restores it."""
+    """Saves the parameter of a HostTensor as a numpy array."""
 
     def __init__(self, on_saved: Callable[[str], object]) -> None:
         super().__init__(deepcopy_host_arrays=False)

@@ -1,7 +1,7 @@
-"""The safetensors format: a table of tensors up front, and bytes that are mapped, not read.
+"""Reads the safetensors format: a table of tensors, then their bytes, which are memory-mapped.
 
-Every tensor is a numpy view of its file, so slicing, permuting and splitting axes cost nothing
-and a shard can be copied straight from the file. Nothing is taken from a file on trust.
+Every tensor is a numpy view of its file. Slicing, permuting and splitting axes cost nothing, and a
+shard can be copied directly from the file. Every table entry is checked.
 
 Source: huggingface/safetensors, README, "Format".
 """
@@ -45,7 +45,7 @@ DTYPES = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StoredTensor:
-    """One tensor of a file: where it lies and what it is."""
+    """One tensor of a file: its place, dtype and shape."""
 
     path: Path
     offset: int  # bytes from the start of the file
@@ -57,13 +57,13 @@ class StoredTensor:
         return math.prod(self.shape) * self.dtype.itemsize
 
     def view(self) -> np.ndarray:
-        """The tensor as a read-only view of the file; the mapping ends with the view."""
+        """A read-only view of the tensor in the file; the mapping lives as long as the view."""
         return np.memmap(
             self.path, dtype=self.dtype, mode="r", offset=self.offset, shape=self.shape
         )
 
     def pieces(self, sizes: Sequence[int], parts: Sequence[Part]) -> list[Piece]:
-        """The part whole, as a view: `jinfer.weights.host_tensor.Stored` has the meaning."""
+        """The whole part as one view; see `jinfer.weights.host_tensor.Stored`."""
         view = self.view().reshape(sizes)
         for axis, part in enumerate(parts):
             view = view[(slice(None),) * axis + (part,)]
@@ -71,10 +71,10 @@ class StoredTensor:
 
 
 def open_checkpoint(folder: Path) -> dict[str, StoredTensor]:
-    """The tensors of model.safetensors, or of the files its index names.
+    """The tensors of model.safetensors, or of all files in its index.
 
     Raises:
-      CheckpointError: if there are no safetensors, or a file is absent, cut short or garbled.
+      CheckpointError: if there are no safetensors, or a file is missing, truncated or damaged.
     """
     if (folder / SINGLE_FILE).is_file():
         return read_table(folder / SINGLE_FILE)
@@ -89,7 +89,7 @@ def open_checkpoint(folder: Path) -> dict[str, StoredTensor]:
 
 
 def read_table(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of one file by name, every entry checked against the file's length."""
+    """The tensors of one file by name; every entry is checked against the file's length."""
     header, data_start = _read_header(path)
     data_bytes = path.stat().st_size - data_start
     entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
@@ -98,7 +98,7 @@ def read_table(path: Path) -> dict[str, StoredTensor]:
         tensors[name], end = _stored_tensor(path, name, entry, data_start)
         data_end = max(data_end, end)
     if data_end != data_bytes:
-        raise _damaged(path, f"its table speaks of {data_end} bytes of data, got {data_bytes}")
+        raise _damaged(path, f"its table describes {data_end} bytes of data, got {data_bytes}")
     return tensors
 
 
@@ -120,7 +120,7 @@ def _read_sharded(folder: Path) -> dict[str, StoredTensor]:
 
 
 def _read_shard(folder: Path, file_name: str) -> dict[str, StoredTensor]:
-    # A plain name only: an index must not reach outside its folder.
+    # A plain file name only: an index must not refer outside its folder.
     if Path(file_name).name != file_name or not (folder / file_name).is_file():
         raise CheckpointError(
             f"{INDEX_FILE} must name files of its own folder; got {file_name!r}, "
@@ -146,7 +146,7 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int]:
 
 
 def _stored_tensor(path: Path, name: str, entry: Any, data_start: int) -> tuple[StoredTensor, int]:
-    """One entry of the table, and where its bytes end in the data."""
+    """The tensor of one table entry, and the end offset of its bytes in the data."""
     if not isinstance(entry, Mapping) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
         raise _damaged(path, f"its entry for {name} is {entry!r:.80}")
     if not isinstance(entry["dtype"], str) or entry["dtype"] not in DTYPES:

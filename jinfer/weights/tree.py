@@ -1,8 +1,8 @@
-"""The parameter tree: a plain nested dict whose leaves end in their axes.
+"""The parameter tree: a plain nested dict; the names of its leaves end in their axes.
 
 "embed_VD", "final_norm_D", "lm_head_VD" unless tied, and "blocks": a list of one dict per layer
-when the layer loop is unrolled, one dict of arrays with a leading L axis when it is scanned. What
-is stored as several parameters and multiplied as one is one leaf (`JOINED`).
+if the layer loop is unrolled, or one dict of arrays with a leading L axis if it is scanned. A
+fused parameter (`JOINED`) is one leaf.
 """
 
 from collections.abc import Callable, Mapping
@@ -26,13 +26,13 @@ FLOAT_DTYPES = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Place:
-    """One leaf of the tree, and what is stored for it."""
+    """One leaf of the tree, and its stored tensors."""
 
     path: str  # "embed_VD", "blocks.3.w_q_QD" or, stacked, "blocks.w_q_QD"
     axes: str  # one letter per axis, with a leading L if stacked
-    shape: tuple[int, ...]  # as it is held
-    tensors: tuple[HFTensor, ...] = ()  # one, or one per layer if stacked; none if it has parts
-    parts: tuple["Place", ...] = ()  # of the tree as it is stored, if it joins several
+    shape: tuple[int, ...]  # padded
+    tensors: tuple[HFTensor, ...] = ()  # one, or one per layer if stacked; none if fused
+    parts: tuple["Place", ...] = ()  # leaves of the stored tree, if fused
 
     @property
     def leaf(self) -> str:
@@ -41,11 +41,11 @@ class Place:
 
     @property
     def num_stacked(self) -> int:
-        """Axes before the leaf's own: 1 if it is stacked."""
+        """Number of axes before the leaf's own: 1 if stacked, else 0."""
         return len(self.axes) - len(leaf_axes(self.leaf))
 
     def shape_in(self, weights: WeightMap) -> tuple[int, ...]:
-        """Its shape under another map of the same model, such as the checkpoint's own."""
+        """Its shape in another weight map of the same model, such as the checkpoint's."""
         return (*self.shape[: self.num_stacked], *weights.shape(self.leaf))
 
 
@@ -57,14 +57,14 @@ def build_tree(
     *,
     joined: bool = True,
 ) -> Params:
-    """The parameter tree with `make(place)` at every place, in a fixed order.
+    """Builds the parameter tree by calling `make(place)` for every leaf, in a fixed order.
 
     Args:
-      weights: of the model as it is held.
-      num_layers: of its blocks.
+      weights: of the padded model.
+      num_layers: number of blocks.
       layer_loop: "unrolled" or "scan".
-      make: is given the places one after the other.
-      joined: as the decoder takes it, with the parameters of JOINED; False = as it is stored.
+      make: returns the leaf of a place.
+      joined: True = for the decoder, with the fused parameters of JOINED; False = as stored.
     """
 
     def one(path: str, leaf: str, tensor: HFTensor) -> Place:
@@ -96,7 +96,7 @@ def build_tree(
 
 
 def _join(places: Mapping[str, Place]) -> dict[str, Place]:
-    """A block's places with those that are held as one in the place of the first of them."""
+    """Replaces the parts of each fused parameter by one place, where the first part was."""
     parts_of: dict[str, tuple[Place, ...]] = {}
     for name, place in places.items():
         leaf = next((leaf for leaf, names in JOINED.items() if name in names), name)
@@ -120,7 +120,7 @@ def _whole(leaf: str, parts: tuple[Place, ...]) -> Place:
 
 
 def require_dtype(dtype: str) -> np.dtype:
-    """The numpy dtype of a name that parameters may have."""
+    """The numpy dtype of a name, which must be in FLOAT_DTYPES."""
     if dtype not in FLOAT_DTYPES:
         raise ValueError(
             f"dtype must be one of {', '.join(FLOAT_DTYPES)}; got {dtype=}. Choose one."

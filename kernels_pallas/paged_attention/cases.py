@@ -1,4 +1,4 @@
-"""Shapes that every implementation is held to; shared by tests, benchmarks and tuners."""
+"""Shapes that every implementation must pass; shared by tests, benchmarks and tuners."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -11,11 +11,11 @@ from kernels_pallas.paged_attention.pages import QuantizedPages, quantize
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Case:
-    """One step: per row the visible and the new tokens, and the model's and pool's shape."""
+    """One step: each row's visible and new tokens, and the shapes of the model and the pool."""
 
     name: str
-    kv_len: tuple[int, ...]  # tokens, new ones included; 0 = a row never used
-    query_len: tuple[int, ...]  # tokens; 0 = a row with nothing to do
+    kv_len: tuple[int, ...]  # tokens, including new ones; 0 = a row never used
+    query_len: tuple[int, ...]  # tokens; 0 = a row without work
     num_padding: int = 3  # tokens of no row
     num_q_heads: int = 4
     num_kv_heads: int = 2
@@ -23,8 +23,8 @@ class Case:
     page_size: int = 8  # tokens
     spare_pages: int = 2  # page-table entries past the longest row
     dtype: str = "float32"
-    pages_dtype: str | None = None  # None = dtype; 8-bit ones come with scales
-    stored_width: int | None = None  # of a head in the pool; None = head_dim
+    pages_dtype: str | None = None  # None = dtype; 8-bit pages have scales
+    stored_width: int | None = None  # head_dim of the pool; None = head_dim
     window: int | None = None
     soft_cap: float | None = None
     sinks: bool = False
@@ -36,7 +36,7 @@ class Case:
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """`fn(*args, **options)` for any implementation, and which tokens have an answer."""
+    """`fn(*args, **options)` for any implementation, and a mask of the tokens with an answer."""
 
     args: tuple[Any, ...]
     options: dict[str, Any]
@@ -48,7 +48,7 @@ LENGTHS_AT_EDGES = (7, 8, 9, 15, 16, 17, 1, 24)
 
 
 def _mixed(name: str, **changes: Any) -> Case:
-    """Two decoding rows, a whole prompt, and two chunks; otherwise the defaults and `changes`."""
+    """Two decoding rows, a whole prompt, and two chunks; `changes` override the defaults."""
     return Case(name=name, kv_len=(33, 12, 1, 40, 9), query_len=(1, 12, 1, 20, 5), **changes)
 
 
@@ -91,11 +91,11 @@ CASES = (
 
 
 def build(case: Case, seed: int = 0) -> Inputs:
-    """Draws a case's arrays: shuffled pages, rows in shuffled order, NaN wherever no row reads.
+    """Makes a case's random arrays: shuffled pages and rows, and NaN where no row reads.
 
-    NaN fills other layers, pages of nobody, cells past each row's old tokens, and the tokens
-    of no row, half of which stand before all rows and half after. Page-table entries past a
-    row's length point at random pages.
+    NaN fills other layers, unused pages, cells past each row's old tokens, and the tokens of no
+    row, half of them before all rows and half after. Page-table entries past a row's length are
+    random page ids.
     """
     rng = np.random.default_rng(seed)
     kv_len_B, query_len_B = np.array(case.kv_len), np.array(case.query_len)
@@ -141,7 +141,7 @@ def _starts(rng: np.random.Generator, query_len_B: np.ndarray, num_padding: int)
 
 def _page_table(rng: np.random.Generator, case: Case) -> tuple[np.ndarray, int]:
     used_B = [-(-kv_len // case.page_size) for kv_len in case.kv_len]
-    num_pages = 1 + sum(used_B) + 3  # the bin, everyone's, and some of nobody
+    num_pages = 1 + sum(used_B) + 3  # the null page, all rows' pages, and 3 unused
     page_ids = iter(rng.permutation(np.arange(1, num_pages)))
     page_table_BM = rng.integers(0, num_pages, (len(used_B), max(used_B) + case.spare_pages))
     for row, used in enumerate(used_B):
@@ -164,10 +164,10 @@ def _poisoned_pages(
             pages[LAYER, page, :, position % case.page_size] = old_K2H
     if case.pages_dtype is None:
         return jnp.asarray(pages, case.dtype)
-    # A line per layer, page, head and token; in it the key, then the value.
+    # One line per layer, page, head and token: the key, then the value.
     merged = jnp.asarray(pages).reshape(-1, 2, head_dim)
     cells, scales = quantize(merged, case.pages_dtype)
-    # What was NaN is garbage now, its scale NaN still.
+    # Quantizing turned NaN cells into garbage; their scales must stay NaN.
     scales = jnp.where(jnp.isnan(merged).any(-1), np.nan, scales)
     scales = scales.reshape(*pages.shape[:4], 2).swapaxes(3, 4)
     return QuantizedPages(cells.reshape(pages.shape), scales)

@@ -1,7 +1,7 @@
-"""What every paged-attention implementation of this folder agrees to, checked while tracing.
+"""The contract of every paged-attention implementation in this folder, checked while tracing.
 
-Shapes are known to the tracer, so a wrong one costs nothing at run time to refuse. Values
-(page ids, lengths) are not: the host that packs a step answers for them.
+Shapes and dtypes are known while tracing, so checking them costs nothing at run time. Values
+(page ids, lengths) are unknown then: the host that packs a step must get them right.
 """
 
 from typing import Any
@@ -30,7 +30,7 @@ def check_arguments(
     soft_cap: float | None,
     sinks_N: Any,
 ) -> None:
-    """Refuses arguments whose shapes or dtypes disagree.
+    """Raises if the arguments' shapes or dtypes disagree.
 
     Args:
       q_TNH: new queries.
@@ -39,14 +39,14 @@ def check_arguments(
       pages: the stacked pool.
       page_table_BM: page ids of each row.
       rows: the per-row int32 arrays (`kv_len_B`, ...) by name.
-      window: positions a query may look back over, its own included; None = all.
+      window: positions that a query sees, including its own; None = all.
       soft_cap: bound on the scores; None = none.
       sinks_N: one extra logit per query head; None = none.
 
     Raises:
       ValueError: if a shape, an integer dtype, `window` or `soft_cap` is wrong.
-      NotImplementedError: if the pool's cells are neither of PLAIN_DTYPES nor, with scales, one
-        of the 8-bit dtypes.
+      NotImplementedError: if the dtype of the pool's cells is not in PLAIN_DTYPES, or with scales
+        not in LARGEST.
     """
     _check_tokens(q_TNH, k_TKH, v_TKH)
     _check_pages(q_TNH, k_TKH, pages)
@@ -66,19 +66,19 @@ def check_arguments(
 def _check_tokens(q_TNH: Any, k_TKH: Any, v_TKH: Any) -> None:
     if q_TNH.ndim != 3 or k_TKH.ndim != 3 or k_TKH.shape != v_TKH.shape:
         raise ValueError(
-            "q is [T, N, H], k and v are [T, K, H] alike; "
+            "q must be [T, N, H], k and v both [T, K, H]; "
             f"got {q_TNH.shape=}, {k_TKH.shape=}, {v_TKH.shape=}. Pack the new tokens that way."
         )
     (num_tokens, num_q_heads, width), (kv_tokens, num_kv_heads, kv_width) = q_TNH.shape, k_TKH.shape
     if (num_tokens, width) != (kv_tokens, kv_width):
         raise ValueError(
-            "q and k must agree in tokens and head width; "
+            "q and k must have the same number of tokens and head_dim; "
             f"got {q_TNH.shape=}, {k_TKH.shape=}. Project both from the same packed tokens."
         )
     if num_q_heads % num_kv_heads:
         raise ValueError(
-            "the query heads must be a multiple of the kv heads; "
-            f"got N={num_q_heads}, K={num_kv_heads}. Repeat the kv heads at weight load."
+            "the number of query heads must be a multiple of the kv heads; "
+            f"got N={num_q_heads}, K={num_kv_heads}. Repeat the kv heads when loading weights."
         )
 
 
@@ -86,11 +86,11 @@ def _check_pages(q_TNH: Any, k_TKH: Any, pages: Pages) -> None:
     num_kv_heads, width = k_TKH.shape[1], q_TNH.shape[2]
     cells, scales = cells_of(pages), scales_of(pages)
     shape = cells.shape
-    # A pool may store heads wider than they are, filled up with zeros.
+    # A pool may store wider heads, padded with zeros.
     if len(shape) != 5 or shape[2] != num_kv_heads or shape[4] < 2 * width or shape[4] % 2:
         raise ValueError(
             f"pages are [L, P, K={num_kv_heads}, Z, 2H={2 * width}]; got shape {shape}. "
-            "Allocate the pool for this model and this share of its heads."
+            "Allocate the pool for this model and this shard of its heads."
         )
     allowed = tuple(LARGEST) if isinstance(pages, QuantizedPages) else PLAIN_DTYPES
     if jnp.dtype(cells.dtype).name not in allowed:

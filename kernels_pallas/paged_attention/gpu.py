@@ -1,12 +1,12 @@
-"""Paged attention for Hopper and Blackwell GPUs (Mosaic GPU Pallas): pages brought by TMA.
+"""Paged attention for Hopper and Blackwell GPUs (Mosaic GPU Pallas): TMA copies the pages.
 
-Two files: this one writes the new cells, cuts the work and combines its parts; `gpu_attend.py`
-holds the kernel. Nothing here has run on a GPU yet: numbers are proven in interpret mode,
-programs by compiling them ahead of time for H200 and B200. Needs jax 0.11 or newer.
+This file writes the new cells, cuts the work into tiles and combines their parts; `gpu_attend.py`
+holds the kernel, `gpu_tiles.py` the tile sizes. Nothing here has run on a GPU yet: interpret mode
+proves the numbers, compiling ahead of time for H200 and B200 the programs. Needs jax 0.11 or newer.
 
 Beside the usual axis letters (T N K G H L P Z B M), in these files:
 X  tiles in the work list          U  query tokens in a tile
-C  parts of a tile's context       Q  query rows of one kv head in a tile, U * G, in whole eights
+C  parts of a tile's context       Q  query rows of one kv head in a tile: U * G, padded to 8s
 """
 
 from typing import Any
@@ -17,20 +17,18 @@ from jax.extend import backend
 from jaxtyping import Array, Float, Int32
 
 from kernels_pallas.paged_attention.contract import check_arguments
+from kernels_pallas.paged_attention.gpu_tiles import BLOCK_TOKENS, QUERY_ROWS_OF_UNIT
 from kernels_pallas.paged_attention.pages import Pages, QuantizedPages, cells_of, widened
 from kernels_pallas.paged_attention.xla import _cut, _Rows, _write
 
 DTYPES = ("bfloat16", "float16")
-# Of one product, by what multiplies matrices: Hopper's wgmma, Blackwell's tcgen05.
-QUERY_ROWS_OF_UNIT = {"wgmma": 64, "tcgen05": 128}
-BLOCK_TOKENS = 64  # keys in a stage of the ring
-# 128 kB of 16-bit keys and values on their way, or 64 at width 64: untuned, for want of a chip.
+# 128 kB of 16-bit keys and values in flight, 64 kB at head_dim 64. Untuned: no chip was at hand.
 STAGES_OF_HEAD_WIDTH = {64: 4, 128: 4, 256: 2}
-# A part below this many tokens is not worth a block of its own and a share of the combine.
+# A part below this many tokens is not worth its own block and its place in the combination.
 MIN_PART_TOKENS = 512
 MULTIPROCESSORS_OF_UNIT = {"wgmma": 132, "tcgen05": 148}  # of an H100 or H200, of a B200
 UNIT_OF_CAPABILITY = {"9": "wgmma", "10": "tcgen05"}  # of compute capability 9.0, 10.0, 10.3
-# What Hoppers' kinds are called: the description of a chip in a mesh says no more.
+# Names of Hopper chips: a mesh describes its chip by name only.
 HOPPER = ("H100", "H200", "H800", "H20")
 
 
@@ -56,45 +54,45 @@ def paged_attention_gpu(  # noqa: PLR0913 - the contract of every implementation
 ) -> tuple[Float[Array, "T N H"], Pages]:
     """Same contract as `paged_attention_xla`, whose docstring explains the shared arguments.
 
-    XLA writes the new cells and lays the queries out tile by tile. Each block of the kernel
-    then attends for one kv head from one tile over its row's context, or over a part of it.
+    XLA writes the new cells and packs the queries into tiles. Each block of the kernel then
+    attends for one kv head from one tile to its row's context, or to a part of it.
 
     Args:
-      q_TNH: packed new queries; bfloat16 or float16, the pool's own, and so for k and v.
-        Beside a pool of 8 bits, bfloat16.
+      q_TNH: packed new queries in the pool's dtype, bfloat16 or float16; bfloat16 if the pool
+        has 8 bits. The same holds for k and v.
       k_TKH: their keys.
       v_TKH: their values.
-      pages: the pool of all layers; bfloat16, float16, or with scales int8 or float8_e4m3fn.
+      pages: the pool of all layers; bfloat16 or float16, or int8 or float8_e4m3fn with scales.
       layer: which layer of the pool; may be traced.
-      page_table_BM: page ids of each row; entries past the length are not looked at.
-      kv_len_B: tokens visible to the row, this step's included.
+      page_table_BM: page ids of each row; entries past the length are not read.
+      kv_len_B: tokens visible to the row, including this step's.
       query_start_B: the row's first token in T; rows may come in any order.
-      query_len_B: how many it has there; 0 for an empty row.
+      query_len_B: the row's number of tokens in T; 0 for an empty row.
       scale: factor on the scores.
       window: positions a query sees; blocks of 64 keys before it are not read.
       soft_cap: bound on the scores.
       sinks_N: an extra logit per head.
-      tile_tokens: query tokens of a tile, at most 64 / G, of tcgen05 128 / G. None = 1 if there
-        are no more tokens than rows, as in a step that only decodes, else the most.
-      num_parts: blocks that share a tile's context, their results combined by their weights.
-        None = enough of them to occupy the chip, none below 512 tokens of the table's width.
-      unit: what multiplies matrices, "wgmma" or "tcgen05". None = the chip's own, or wgmma where
-        it is interpreted.
+      tile_tokens: query tokens of a tile, at most 64 / G (128 / G with tcgen05). None = 1 if there
+        are no more tokens than rows, as in a step that only decodes, else the maximum.
+      num_parts: blocks that split a tile's context; their results are combined by their weights.
+        None = enough to occupy the chip, each at least 512 tokens of the page table's width.
+      unit: the matrix unit, "wgmma" or "tcgen05". None = the chip's own, or wgmma in interpret
+        mode.
       interpret: True or `plgpu.InterpretGPUParams(...)` to simulate the kernel on a CPU.
 
     Returns:
-      Outputs in q's dtype, zero for tokens of no row, and the pool. Such tokens are written
-      to page 0.
+      Outputs in q's dtype, and the pool. A token of no row gets output 0 and is written to the
+      null page.
 
     Raises:
       ValueError: if shapes or integer dtypes disagree, or a tile size is out of range.
       NotImplementedError: for a chip other than Hopper and Blackwell (sm_100), jax before 0.11,
-        or a dtype, page size, group or head width of the pool that the kernel does not take. The
-        heads' own may be any up to 256: `stored_head_dim` says what to allocate.
+        or an unsupported dtype, page size, group or head_dim of the pool. The heads' own head_dim
+        may be any up to 256: `stored_head_dim` returns the pool's.
 
     Donates: as `paged_attention_xla`.
-    Cost: reads each visible page once per tile; the queries' and outputs' copies are 8 rows
-      per token and kv head at least.
+    Cost: reads each visible page once per tile; copies of queries and outputs take at least 8
+      rows per token and kv head.
     Source: online softmax, Milakov and Gimelshein, arXiv:1805.02867; splitting the context,
       Hong et al., arXiv:2311.01282; a warpgroup that only copies, Shah et al., arXiv:2407.08608.
     """
@@ -114,7 +112,7 @@ def paged_attention_gpu(  # noqa: PLR0913 - the contract of every implementation
     _check_jax()
     unit = unit or ("wgmma" if interpret else _unit_of_chip())
     _check_unit(unit, pages)
-    # Jax before 0.11 lacks what that file imports.
+    # That file imports names that jax before 0.11 lacks.
     from kernels_pallas.paged_attention.gpu_attend import AttendOptions, attend_tiles
 
     head_dim = q_TNH.shape[2]
@@ -154,10 +152,10 @@ def paged_attention_gpu(  # noqa: PLR0913 - the contract of every implementation
 
 
 def stored_head_dim(head_dim: int) -> int:
-    """The head width to allocate a pool with, so that the kernel takes it.
+    """The smallest head_dim of a pool that the kernel supports and that holds these heads.
 
     Raises:
-      NotImplementedError: if the heads are wider than the widest that it takes.
+      NotImplementedError: if no supported head_dim is that large.
     """
     for stored_width in STAGES_OF_HEAD_WIDTH:
         if head_dim <= stored_width:
@@ -176,10 +174,10 @@ def _check_arrays(q_TNH: Any, k_TKH: Any, v_TKH: Any, pages: Pages) -> None:
         allowed = sorted(STAGES_OF_HEAD_WIDTH)
         raise NotImplementedError(
             f"on GPU, the pool's head width must be one of {allowed}; got {stored_width}. "
-            f"Allocate it with {stored_head_dim(stored_width)}, zeros fill the heads up, "
+            f"Allocate it with {stored_head_dim(stored_width)}, which pads the heads with zeros, "
             "or choose the xla implementation."
         )
-    # A copy to shared memory lands on a multiple of 128 bytes: of scales those are 32 tokens.
+    # A copy to shared memory starts at a multiple of 128 bytes, which is 32 tokens of scales.
     smallest = 32 if isinstance(pages, QuantizedPages) else 8
     sizes = [size for size in (8, 16, 32) if size >= smallest]
     if page_size not in sizes and page_size % BLOCK_TOKENS:
@@ -201,7 +199,7 @@ def _check_arrays(q_TNH: Any, k_TKH: Any, v_TKH: Any, pages: Pages) -> None:
 def _check_dtypes(q_TNH: Any, k_TKH: Any, v_TKH: Any, pages: Pages) -> None:
     dtypes = {str(array.dtype) for array in (q_TNH, k_TKH, v_TKH)}
     if isinstance(pages, QuantizedPages):
-        # In float16 a small softmax weight times a small scale would be lost.
+        # In float16 a small softmax weight times a small scale would underflow.
         rule, allowed = "beside 8-bit pages q, k and v must all be bfloat16", {"bfloat16"}
     else:
         dtypes.add(str(pages.dtype))
@@ -228,7 +226,7 @@ def _check_unit(unit: str, pages: Pages) -> None:
             "Leave it out for the chip's own."
         )
     if unit == "tcgen05" and cells_of(pages).shape[4] > 2 * 128:
-        # Of 128 rows a thread holds a whole one, and has 255 registers.
+        # With 128 rows a thread holds one whole row, in 255 registers.
         raise NotImplementedError(
             "on Blackwell, the pool's head width must be 64 or 128; "
             f"got {cells_of(pages).shape[4] // 2}. Choose the xla implementation."
@@ -237,10 +235,10 @@ def _check_unit(unit: str, pages: Pages) -> None:
 
 def _unit_of_chip() -> str:
     here = backend.get_default_device()
-    # Of what is compiled for: the mesh may name a chip that is not here.
+    # The chip that is compiled for: the mesh may name one that is not present.
     device = jax.sharding.get_abstract_mesh().abstract_device or here
     if device.device_kind == here.device_kind:
-        device = here  # which says more
+        device = here  # a real device also has its compute capability
     capability = getattr(device, "compute_capability", None)
     if capability is None and any(name in device.device_kind for name in HOPPER):
         capability = "9.0"
@@ -259,8 +257,8 @@ def _tile_tokens(asked: int | None, most: int, num_tokens: int, num_rows: int) -
         return 1 if num_tokens <= num_rows else most
     if not 1 <= asked <= most:
         raise ValueError(
-            f"tile_tokens must be from 1 to {most}, what the rows of a product hold of this "
-            f"many heads per token; got tile_tokens={asked}. Leave it out for the default."
+            f"tile_tokens must be from 1 to {most}, the rows of a matrix product over the query "
+            f"heads per kv head; got tile_tokens={asked}. Leave it out for the default."
         )
     return asked
 
@@ -300,7 +298,7 @@ def _combined(
     log_XCKQ: Float[Array, "X C K Q"],
     sinks_N: Float[Array, "N"] | None,
 ) -> Float[Array, "X K Q H"]:
-    """Averages the parts' outputs by their total weights, whose log2 are given."""
+    """Averages the parts' outputs by their total weights, given as log2."""
     _, num_parts, num_kv_heads, num_rows = log_XCKQ.shape
     if num_parts == 1 and sinks_N is None:
         return out_XCKQH[:, 0]

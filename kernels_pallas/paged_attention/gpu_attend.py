@@ -15,20 +15,20 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int32
 
-from kernels_pallas.paged_attention.gpu import BLOCK_TOKENS, QUERY_ROWS_OF_UNIT
+from kernels_pallas.paged_attention.gpu_tiles import BLOCK_TOKENS, QUERY_ROWS_OF_UNIT
 from kernels_pallas.paged_attention.pages import Pages, QuantizedPages, cells_of, scales_of
 
-ROW_BYTES = 128  # of shared memory, swizzled: what wgmma reads eight of at a time
-LANES = 64  # of 16 bits in such a row; as many as a block has keys
+ROW_BYTES = 128  # a swizzled row of shared memory; wgmma reads eight rows at a time
+LANES = 64  # 16-bit values in such a row; a block has as many keys
 COMPUTE, COPY = 0, 1  # the two warpgroups
 LOG2E = math.log2(math.e)
-# Finite, so that a block in which a query sees nothing never computes inf - inf.
+# Finite, so that a block with no visible key never computes inf - inf.
 MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
 
 
 @dataclass(frozen=True, kw_only=True)
 class AttendOptions:
-    """What is fixed while tracing; hashable."""
+    """The static options of a kernel; hashable."""
 
     group: int  # query heads per kv head
     scale: float
@@ -36,7 +36,7 @@ class AttendOptions:
     soft_cap: float | None
     num_parts: int
     num_stages: int
-    unit: str  # what multiplies matrices: wgmma or tcgen05
+    unit: str  # the matrix unit: wgmma or tcgen05
     interpret: Any
 
     @property
@@ -45,7 +45,7 @@ class AttendOptions:
 
     @property
     def layout(self) -> Any:
-        """How the threads of a warpgroup share a product."""
+        """The layout of a product over the threads of a warpgroup."""
         return {"wgmma": plgpu.Layout.WGMMA, "tcgen05": plgpu.Layout.TCGEN05}[self.unit]
 
 
@@ -56,47 +56,47 @@ def attend_tiles(
     pages: Pages,
     options: AttendOptions,
 ) -> tuple[Float[Array, "X C K Q H"], Float[Array, "X C K R"]]:
-    """Attends from each tile over its row's pages, or a part of them.
+    """Attends from each tile to its row's pages, or to a part of them.
 
-    A warpgroup copies pages by TMA, found through the table, into a ring of stages of 64 keys;
-    another computes on them: two products of R query rows, of which a tile may use fewer, with
-    an online softmax in registers between them. R is 64 of Hopper's wgmma, 128 of Blackwell's
-    tcgen05, whose products land in tensor memory and are read from there. Weights go through
-    shared memory, which is what interpret mode can follow; taken from registers, they would
-    save a trip on a Hopper.
-    A stage of 8-bit cells is converted to bfloat16, which holds them exactly, beside the ring
-    before a product reads it. A key's scale then multiplies its column of the scores, a value's
-    its column of the weights.
+    One warpgroup looks pages up in the table and copies them by TMA into a ring of stages of 64
+    keys. The other computes: two products of R query rows (a tile may use fewer), with an online
+    softmax in registers between them. R is 64 with Hopper's wgmma and 128 with Blackwell's
+    tcgen05, whose products land in tensor memory. Softmax weights go through shared memory, since
+    interpret mode supports only that; on a Hopper, reading them from registers would save a trip.
+    A stage of 8-bit cells is first converted to bfloat16, which holds them exactly, in a buffer
+    beside the ring. A key's scale then multiplies its column of the scores, a value's scale its
+    column of the weights.
 
     Args:
-      tile_X4: of each tile its row, the positions of the first and last key that it sees, and
-        the position of its first query. A last of -1 marks a tile that is not used.
-      table_BM: page ids, of the pages of one layer.
+      tile_X4: each tile's row, the positions of the first and last key that it sees, and
+        the position of its first query. A last position of -1 marks an unused tile.
+      table_BM: page ids, already offset to one layer's pages.
       q_XKQH: query rows, `group` of them per token; Q is a multiple of 8, at most R.
       pages: the pool with leading axes merged: [P*K, Z, 2H], and scales [P*K, 2, Z] if any.
-      options: see there.
+      options: static options of the kernel.
 
     Returns:
-      Of each part of each tile's context, the outputs and log2 of the total weights they were
-      divided by, which is very low where nothing is seen.
+      For each part of each tile's context: the outputs, and log2 of the total weights that divided
+      them, which is very low if the part has no visible key.
 
-    Cost: reads each page from the first to the last key once per tile. Shared memory: 64
-      tokens' keys and values per stage, R rows of queries (later outputs) and of weights;
-      for 8-bit pages also 64 tokens' keys and values in 16 bits. For sm_90a, without spills:
-      80 kB and 150 registers at width 64, 152 kB and 220 at 128; of 8 bits 66 kB and 216,
-      122 kB and 255. At 256 all have 255 registers and spill: 168 kB and 428 to 508 bytes, of
-      8 bits 169 kB and 148 bytes. For sm_100a, 16 and 24 kB more: 246 registers at width 64;
-      at 128 255 and 268 bytes spilled, of 8 bits 540. One block per multiprocessor.
+    Cost: reads each page from the first to the last key once per tile. Shared memory: keys and
+      values of 64 tokens per stage, R rows of queries (later outputs) and of weights; with 8-bit
+      pages also keys and values of 64 tokens in 16 bits. One block per multiprocessor.
+      sm_90a, no spills: at head_dim 64, 80 kB and 150 registers (8-bit pages: 66 kB, 216);
+      at 128, 152 kB and 220 (8-bit: 122 kB, 255). At 256, 255 registers and spills: 168 kB and
+      428 to 508 bytes spilled (8-bit: 169 kB and 148 bytes).
+      sm_100a: 16 kB more at 64, with 246 registers; 24 kB more at 128, with 255 registers and
+      268 bytes spilled (8-bit: 540).
     """
     num_tiles, num_kv_heads, num_rows, head_dim = q_XKQH.shape
     grid = (num_tiles, options.num_parts, num_kv_heads)
     scratch = _scratch(q_XKQH.dtype, head_dim, pages, options)
     interpret = options.interpret or None
     if interpret is True:
-        # Checked against jax 0.10, which has no such simulator.
+        # Pyright checks against jax 0.10, which lacks this simulator.
         interpret = plgpu.InterpretGPUParams()  # pyright: ignore[reportAttributeAccessIssue]
     attend = plgpu.kernel(
-        # A fresh object: JAX 0.11 caches a kernel's jaxpr by the identity of its function.
+        # A new object on each call: JAX 0.11 caches a kernel's jaxpr by its function's identity.
         partial(_kernel, options=options),
         out_type=(
             jax.ShapeDtypeStruct((*grid, num_rows, head_dim), q_XKQH.dtype),
@@ -121,22 +121,22 @@ def _scratch(dtype: Any, head_dim: int, pages: Pages, options: AttendOptions) ->
     if quantized:
         scales: Any = plgpu.SMEM((num_stages, 2, BLOCK_TOKENS), jnp.float32)
         ring = QuantizedPages(ring, scales)
-    # A copy of cells per page; of scales, a line of the keys' and a line of the values' each.
+    # Per page: one copy of cells, and with scales one copy of the keys' and one of the values'.
     copies = BLOCK_TOKENS // min(BLOCK_TOKENS, cells.shape[1]) * (3 if quantized else 1)
     tensor = None
     if options.unit == "tcgen05":
-        # A product of either kind, and that it is there.
+        # The result of either product, and the barrier that says it is complete.
         product = plgpu.TMEM((query_rows, LANES), jnp.float32)
         tensor = (product, plgpu.Barrier(orders_tensor_core=True))
     return [
         _tiled_smem(dtype, query_rows, head_dim),  # queries, then outputs
         ring,
-        # The block that is computed on, if the ring holds it in 8 bits.
+        # The current block in 16 bits, if the ring holds 8 bits.
         _tiled_smem(dtype, BLOCK_TOKENS, 2 * head_dim) if quantized else None,
         _tiled_smem(dtype, query_rows, BLOCK_TOKENS),  # softmax weights
         tensor,
         plgpu.SMEM((query_rows,), jnp.float32),
-        plgpu.Barrier(),  # queries are here
+        plgpu.Barrier(),  # queries have arrived
         plgpu.Barrier(num_arrivals=copies, num_barriers=num_stages),  # a stage is full
         plgpu.Barrier(num_barriers=num_stages),  # a stage may be filled again
     ]
@@ -185,7 +185,7 @@ def _kernel(tile_ref, table_ref, q_ref, pages_ref, out_ref, log_ref, *scratch, o
         blocks = (first_block, num_blocks)
         step = partial(_accumulate, buffers, span, blocks, options)
         weighted, peak, total = lax.fori_loop(0, num_blocks, step, _start(q_ref.shape[3], options))
-        # Where no key is seen, the output is 0 and the total weight next to nothing.
+        # Without a visible key, the output is 0 and the total weight tiny.
         total = jnp.maximum(total, 1e-30)
         for i, lanes in enumerate(weighted):
             out_smem = q_smem.at[:, pl.ds(i * LANES, LANES)]
@@ -198,7 +198,7 @@ def _kernel(tile_ref, table_ref, q_ref, pages_ref, out_ref, log_ref, *scratch, o
 
 
 def _part(span, part, num_parts: int):
-    """The first and the number of the blocks of keys that belong to a part."""
+    """The index of a part's first block of keys, and its number of blocks."""
     first, last, _ = span
     first_block = lax.div(first, BLOCK_TOKENS)
     num_blocks = lax.select(last < 0, 0, lax.div(last, BLOCK_TOKENS) + 1 - first_block)
@@ -207,11 +207,11 @@ def _part(span, part, num_parts: int):
 
 
 def _copy_block(pages_ref, line_ref, ring, full, head, last, block, stage):
-    """Asks for 64 tokens' keys and values. Past the last page, it comes again, to be masked."""
+    """Starts copying 64 tokens' keys and values; past the last page repeats it, to be masked."""
     cells_ref, scales_ref = _cells_and_scales(pages_ref)
     cells_smem, scales_smem = _cells_and_scales(ring)
     (num_kv_heads, kv_head), page_size = head, cells_ref.shape[1]
-    copied = min(page_size, BLOCK_TOKENS)  # tokens at once
+    copied = min(page_size, BLOCK_TOKENS)  # tokens per copy
     for start in range(0, BLOCK_TOKENS, copied):
         token = block * BLOCK_TOKENS + start
         page = lax.div(lax.min(token, last), page_size)
@@ -226,7 +226,7 @@ def _copy_block(pages_ref, line_ref, ring, full, head, last, block, stage):
 
 
 def _cells_and_scales(refs: Any) -> tuple[Any, Any]:
-    """The references to cells and to scales, None where there are none."""
+    """The references to cells and to scales (None without scales)."""
     return cells_of(refs), scales_of(refs)
 
 
@@ -263,7 +263,7 @@ def _accumulate(buffers, span, blocks, options, j, carry):
     score = _scaled(score, options)
 
     def mask(score):
-        # A weight of 0 is not enough where a cell that is not the row's holds NaN.
+        # A weight of 0 is not enough: a cell of another row may hold NaN.
         _clear(value_smem, first - start, last - start)
         return jnp.where(_visible(start, position, last, options), score, MASKED)
 
@@ -276,19 +276,19 @@ def _accumulate(buffers, span, blocks, options, j, carry):
     weight = jnp.exp2(score - _along_rows(new_peak))
     total = total * fade + jnp.sum(weight, axis=1)
     if value_scale is not None:
-        # The scale of a cell that is not the row's may be NaN too.
+        # The scale of another row's cell may be NaN too.
         key = start + _iota(0, (BLOCK_TOKENS,), column)
         owned = (first <= key) & (key <= last)
         weight *= _along_keys(jnp.where(owned, value_scale, 0), options)
     weight_smem[...] = weight.astype(weight_smem.dtype)
     plgpu.commit_smem()
-    # Lanes go 64 at a time: one such product in registers at once.
+    # 64 lanes at a time, so that registers hold one such product at once.
     new_weighted = []
     for i, lanes in enumerate(weighted):
         update = multiply(weight_smem, value_smem.at[:, pl.ds(i * LANES, LANES)])
         new_weighted.append(lanes * _along_rows(fade) + update)
 
-    # Only here have all products read the stage. Nobody waits for the last ones to be freed.
+    # All products have read the stage only now. Nobody waits for the last stages.
     @pl.when(j + options.num_stages < num_blocks)
     def _():
         plgpu.barrier_arrive(free.at[stage])
@@ -297,24 +297,24 @@ def _accumulate(buffers, span, blocks, options, j, carry):
 
 
 def _ready(ring, wide_smem, stage, column):
-    """A stage's cells as products take them, and the keys' and values' scales if there are any."""
+    """A stage's cells in 16 bits, and the scales of its keys and of its values, if any."""
     cells_smem, scales_smem = _cells_and_scales(ring)
     if scales_smem is None:
         return cells_smem.at[stage], None, None
-    # A warp has waited for its own product; only here have all of them read the block before.
+    # Each warp has waited for its own product only; after this, all have read the last block.
     plgpu.commit_smem()
     for lane in range(0, wide_smem.shape[1], ROW_BYTES):
         lanes = pl.ds(lane, ROW_BYTES)
         cells = _load(cells_smem.at[stage, :, lanes], plgpu.Layout.WGMMA_UPCAST_2X)
         if jnp.issubdtype(cells.dtype, jnp.floating):
-            cells = cells.astype(jnp.float32)  # Mosaic knows no shorter way from float8
+            cells = cells.astype(jnp.float32)  # Mosaic has no direct conversion from float8
         wide_smem[:, lanes] = cells.astype(wide_smem.dtype)
     plgpu.commit_smem()
     return wide_smem, *(_load(scales_smem.at[stage, half], column) for half in range(2))
 
 
 def _load(ref, layout):
-    # Checked against jax 0.10, where `idx` is not optional yet.
+    # Pyright checks against jax 0.10, which still requires `idx`.
     return plgpu.load(ref, layout=layout)  # pyright: ignore[reportCallIssue]
 
 
@@ -324,19 +324,19 @@ def _multiply(tensor, left_smem, right_smem):
         plgpu.tcgen05_mma(product_tmem, left_smem, right_smem, done, accumulate=False)
         plgpu.barrier_wait(done)
         product = plgpu.async_load_tmem(product_tmem, layout=plgpu.Layout.TCGEN05)
-        plgpu.wait_load_tmem()  # of all warps: the next product may take the place of this one
+        plgpu.wait_load_tmem()  # all warps: the next product overwrites this one
         return product
 
     def multiply(product):
         plgpu.wgmma(product, left_smem, right_smem)
-        return product[...]  # waits
+        return product[...]  # waits for the product
 
     shape = (left_smem.shape[0], right_smem.shape[1])
     return pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef(shape, jnp.float32))
 
 
 def _clear(value_smem, first, last):
-    """Zeroes all rows but those from first to last."""
+    """Zeroes all rows outside first .. last."""
     key = _iota(0, (BLOCK_TOKENS, LANES), plgpu.Layout.WGMMA)
     owned = (first <= key) & (key <= last)
     for lane in range(0, value_smem.shape[1], LANES):
@@ -347,13 +347,13 @@ def _clear(value_smem, first, last):
 def _scaled(score, options: AttendOptions):
     if options.soft_cap is None:
         return score * (options.scale * LOG2E)
-    # tanh(x) = 1 - 2 / (1 + exp(2x)): the chip's own tanh keeps only 11 bits.
+    # tanh(x) = 1 - 2 / (1 + exp(2x)): the chip's own tanh has only 11 bits.
     doubled = jnp.exp2(score * (2 * LOG2E * options.scale / options.soft_cap))
     return (1 - 2 / (1 + doubled)) * (options.soft_cap * LOG2E)
 
 
 def _visible(start, position, last, options: AttendOptions):
-    """Which keys from `start` on each query row sees; row r is of token r // group."""
+    """Mask of the keys from `start` on that each query row sees; row r is token r // group."""
     shape, layout = (options.query_rows, BLOCK_TOKENS), options.layout
     # r // group >= m exactly if r >= m * group, which needs no division per element.
     row, key = _iota(0, shape, layout), start + _iota(1, shape, layout)

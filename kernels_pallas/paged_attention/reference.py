@@ -1,4 +1,4 @@
-"""The answer, in float32 and one row at a time. Slow; every implementation is held to it."""
+"""The answer, in float32 and one row at a time. Slow; every implementation must equal it."""
 
 from typing import Any
 
@@ -34,14 +34,14 @@ def paged_attention_reference(  # noqa: PLR0913 - the contract of every implemen
 ) -> tuple[np.ndarray, Any]:
     """Writes the new keys and values, then softmax(scale * q k) v over each row's own past.
 
-    Takes concrete arrays, returns float32 outputs and the updated pool; what padding does to
-    page 0 is not part of the answer. Arguments: see `paged_attention_xla`.
+    Takes concrete arrays, returns float32 outputs and the updated pool. The content of the null
+    page is not part of the answer. Arguments: see `paged_attention_xla`.
     """
     cells, scales = np.array(cells_of(pages)), np.array(scales_of(pages))
     page_size, half = cells.shape[3], cells.shape[4] // 2
     group, (_, _, head_dim) = q_TNH.shape[1] // k_TKH.shape[1], q_TNH.shape
     has_scales = isinstance(pages, QuantizedPages)
-    # The pool may store wider heads than there are: zeros fill them up.
+    # The pool may store wider heads: zeros pad them.
     k_TKH, v_TKH = widened(pages, k_TKH, v_TKH)
     new_TK2H, new_scales_TK2 = map(np.asarray, new_cells(k_TKH, v_TKH, pages))
     out_TNH = np.zeros(q_TNH.shape, np.float32)

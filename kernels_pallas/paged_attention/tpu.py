@@ -1,15 +1,15 @@
 """Paged attention for TPUs (Mosaic Pallas): write the new cells, then stream pages past queries.
 
-This file checks, chooses tile sizes and puts the passes together; `tpu_work.py` cuts rows into
-work lists, `tpu_write.py` writes the new cells, `tpu_attend.py` attends with the pages that
-`tpu_stream.py` brings. None of it has run on a TPU yet: numbers are proven in interpret mode,
-programs by compiling them ahead of time for v4 to 7x.
+This file checks arguments, chooses tile sizes and runs the passes; `tpu_work.py` cuts rows into
+work lists, `tpu_write.py` writes the new cells, `tpu_attend.py` attends to the pages that
+`tpu_stream.py` copies. Nothing here has run on a TPU yet: interpret mode proves the numbers,
+compiling ahead of time for v4 to 7x the programs.
 
 Beside the usual axis letters (T N K G H L P Z B M), in these files:
 X  items of a work list              U  query tokens in a block
 I  blocks of query tokens            Q  query rows of one kv head in a block, U * G, padded
 C  pages in a block                  S  key positions in a block, C * Z
-W  cells of a page written at once   O  lanes of a query or an output: H, or 2H if joined
+W  cells of a page written together  O  lanes of a query or an output: H, or 2H if joined
 """
 
 from typing import Any
@@ -24,13 +24,13 @@ from kernels_pallas.paged_attention.tpu_work import Rows
 from kernels_pallas.paged_attention.tpu_write import write_rows
 
 DTYPES = ("float32", "bfloat16")
-# Up to this many tokens, a second pass with wider blocks is not worth its launch.
+# Up to this many tokens there is one pass: a second one with wider blocks costs its launch.
 FEW_TOKENS = 8
-# Query rows of one kv head in a block: enough work per key read that prefill is not bound by
-# bandwidth. The two limits below keep a kernel within 16 MB, what v5e gives one unasked.
+# Query rows of one kv head in a block: enough work per key that bandwidth does not bound prefill.
+# The two limits below keep a kernel within 16 MB, the default limit of v5e.
 MAX_QUERY_ROWS = 256
 QUERY_BYTES = 8 * 1024 * 1024  # queries, outputs and online softmax, of all kv heads
-BUFFER_BYTES = 2 * 1024 * 1024  # one of the two buffers that pages stream through
+BUFFER_BYTES = 2 * 1024 * 1024  # of one of the two page buffers
 MAX_BLOCK_TOKENS = 512
 
 
@@ -55,47 +55,46 @@ def paged_attention_tpu(  # noqa: PLR0913 - the contract of every implementation
 ) -> tuple[Float[Array, "T N H"], Pages]:
     """Same contract as `paged_attention_xla`, whose docstring explains the shared arguments.
 
-    Rows with one new token attend in a pass of their own, one token per block; all others in
-    a second pass whose blocks are aligned to `tile_tokens` packed tokens, each shared by the
-    rows that have tokens in it. Within a pass whole pages (all kv heads) stream from HBM
-    through two buffers, the next block's, or the next item's first, on its way while one
-    is computed on.
+    The first pass attends for rows with one new token, one token per block. The second pass
+    attends for all other rows; its blocks are aligned to `tile_tokens` packed tokens, and all rows
+    with tokens in a block share it. In a pass, whole pages (all kv heads) stream from HBM through
+    two buffers: while the kernel computes on one block, the next is copied.
 
     Args:
-      q_TNH: packed new queries; float32 or bfloat16, and so for k and v.
+      q_TNH: packed new queries; float32 or bfloat16, as are k and v.
       k_TKH: their keys; stored in the pool's dtype.
       v_TKH: their values; likewise.
-      pages: the pool of all layers; float32, bfloat16, or with scales int8 or float8_e4m3fn.
+      pages: the pool of all layers; float32 or bfloat16, or int8 or float8_e4m3fn with scales.
       layer: which layer of the pool; may be traced.
-      page_table_BM: page ids of each row. A line at a time is brought to scalar memory, so
-        neither B * M nor the context is limited by its size.
-      kv_len_B: tokens visible to the row, this step's included.
+      page_table_BM: page ids of each row. The kernel copies one line at a time to scalar memory,
+        so its size limits neither B * M nor the context.
+      kv_len_B: tokens visible to the row, including this step's.
       query_start_B: the row's first token in T; rows may come in any order.
-      query_len_B: how many it has there; 0 for an empty row, which costs nothing.
+      query_len_B: the row's number of tokens in T; 0 for an empty row, which costs nothing.
       scale: factor on the scores.
       window: positions a query sees; pages before it are not read.
       soft_cap: bound on the scores.
       sinks_N: an extra logit per head.
       tile_tokens: query tokens of a block in the second pass; 1 drops that pass, which suits
-        a program that only decodes, and 8 suits one that verifies a few drafted tokens per
-        row. None = 256 query rows per kv head, or what fits 8 MiB.
-      block_tokens: key positions computed on at once, rounded to whole pages. None = what
-        fits 2 MiB, at most 512.
+        a program that only decodes, and 8 suits one that verifies a few draft tokens per
+        row. None = 256 query rows per kv head, or fewer to fit 8 MiB.
+      block_tokens: key positions per block, rounded to whole pages. None = 512, or fewer to
+        fit 2 MiB.
       interpret: as in `pallas_call`: False, or `pltpu.InterpretParams(...)` to run on a CPU.
 
     Returns:
-      Outputs in q's dtype, zero for tokens of no row, and the pool. Such tokens are not
-      written at all; page 0 may be rewritten with what it held.
+      Outputs in q's dtype, and the pool. A token of no row gets output 0 and is not written;
+      the null page may be rewritten with its own content.
 
     Raises:
       ValueError: if shapes or integer dtypes disagree, or a tile size is below 1.
-      NotImplementedError: if a dtype is another one, or the pool's head width is not a multiple
-        of 64. The heads' own may be smaller: `stored_head_dim` says what to allocate.
+      NotImplementedError: if a dtype is another one, or the pool's head_dim is not a multiple
+        of 64. The heads' own head_dim may be smaller: `stored_head_dim` returns the pool's.
 
     Donates: nothing by itself; inside a jit that donates the pool the update is in place.
-    Sharding: call it inside `jax.shard_map(..., check_vma=False)` with all heads cut along K.
+    Sharding: call it inside `jax.shard_map(..., check_vma=False)` with all heads sharded along K.
     Cost: reads each visible page once per block of query tokens; writing reads and writes
-      16 cells (8 in float32) around the new ones.
+      16 cells (8 in float32) around the new cells.
     Source: online softmax, Milakov and Gimelshein, arXiv:1805.02867; paging, Kwon et al.,
       arXiv:2309.06180; sinks as in gpt-oss, arXiv:2508.10925.
     """
@@ -141,7 +140,7 @@ def paged_attention_tpu(  # noqa: PLR0913 - the contract of every implementation
 
 
 def stored_head_dim(head_dim: int) -> int:
-    """The head width to allocate a pool with, so that a cell is whole rows of lanes."""
+    """The head_dim of a pool whose cells are whole rows of lanes."""
     return -(-2 * head_dim // LANES) * LANES // 2
 
 
@@ -149,7 +148,7 @@ def _check_limits(cells: Any, **arrays: Any) -> None:
     if cells.shape[3] % 8:
         raise NotImplementedError(
             f"on TPU, a page holds a multiple of 8 tokens; got page_size={cells.shape[3]}. "
-            "Choose such a size, or the xla implementation."
+            "Choose another page size, or the xla implementation."
         )
     for name, values in {"pages": cells, **arrays}.items():
         allowed = (*DTYPES, *LARGEST) if name == "pages" else DTYPES
@@ -160,7 +159,7 @@ def _check_limits(cells: Any, **arrays: Any) -> None:
             )
     head_dim = cells.shape[4] // 2
     if stored_head_dim(head_dim) != head_dim:
-        # Compiled all the same, XLA lays the pool out otherwise and copies it on every call.
+        # It would compile, but XLA would lay the pool out differently and copy it on every call.
         raise NotImplementedError(
             f"on TPU, the pool's head width must be a multiple of {LANES // 2}; got {head_dim=}. "
             f"Allocate it with {stored_head_dim(head_dim)}, or choose the xla implementation."
@@ -170,7 +169,7 @@ def _check_limits(cells: Any, **arrays: Any) -> None:
 def _fitting_tile(q_TNH: Float[Array, "T N H"], num_kv_heads: int) -> int:
     _, num_q_heads, head_dim = q_TNH.shape
     lanes = head_dim if head_dim % LANES == 0 else 2 * head_dim
-    # Two buffers each of queries, outputs and first peaks; peak, total and weighted values.
+    # Two buffers each of queries, outputs and first peaks; one of peak, total and weighted values.
     # A column of float32 takes whole rows of lanes.
     row_bytes = lanes * (4 * q_TNH.dtype.itemsize + 4) + LANES * 4 * 4
     num_rows = min(MAX_QUERY_ROWS, QUERY_BYTES // (num_kv_heads * row_bytes))

@@ -14,7 +14,7 @@ from kernels_pallas.paged_attention.pages import Pages, cells_of, scales_of
 from kernels_pallas.paged_attention.tpu_stream import Stream
 from kernels_pallas.paged_attention.tpu_work import AttendItems, Rows, attend_items
 
-# Finite, so that a block in which a query sees nothing never computes inf - inf.
+# Finite, so that a block with no visible key never computes inf - inf.
 MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
 LANES = 128
 
@@ -42,15 +42,15 @@ def attend_rows(
     _, _, num_kv_heads, page_size, _ = cells_of(pages).shape
     group = num_q_heads // num_kv_heads
     items, num_used = attend_items(rows, tile_tokens, num_tokens)
-    # A half of a cell that is not whole lanes is not worth cutting off: queries get zeros
-    # where the values are, and of the outputs the values' half is kept.
+    # Half a cell may not be whole lanes. Then keys and values stay joined: zeros in the queries
+    # multiply the values, and only the values' half of the outputs is kept.
     joined = head_dim % LANES != 0
     q_IKQO = _pack(q_TNH, num_kv_heads, tile_tokens, joined)
     num_blocks, _, num_queries, lanes = q_IKQO.shape
     peak_KQ1 = _first_peak(sinks_N, num_kv_heads, group, num_queries)
     pages_per_block = max(1, options.block_tokens // page_size)
     pages_per_block = min(pages_per_block, page_table_BM.shape[1])
-    # Whole tiles, so that a line of the table is one copy.
+    # Padded to whole tiles, so that a line of the table is one copy.
     more_pages = -page_table_BM.shape[1] % LANES
     table_B1M = jnp.pad(page_table_BM, ((0, 0), (0, more_pages)))[:, None]
 
@@ -67,7 +67,7 @@ def attend_rows(
         out_shape=jax.ShapeDtypeStruct(q_IKQO.shape, q_IKQO.dtype),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars),
-            # Never 0: with nothing to do, item 0 has no tokens and reads no page.
+            # At least 1: without work, item 0 has no tokens and reads no page.
             grid=(jnp.maximum(num_used, 1),),
             in_specs=[
                 block,
@@ -97,7 +97,7 @@ def attend_rows(
 
 
 def _pack(q_TNH: Array, num_kv_heads: int, tile_tokens: int, joined: bool) -> Array:
-    """Lays each kv head's queries of a block out as rows of one matrix, token-major."""
+    """Makes one matrix of each kv head's queries of a block; its rows are token-major."""
     num_tokens, num_q_heads, head_dim = q_TNH.shape
     group = num_q_heads // num_kv_heads
     num_blocks = -(-num_tokens // tile_tokens)
@@ -126,19 +126,19 @@ def _first_peak(
 
 
 class _Refs(NamedTuple):
-    """What the kernel works on, after its scalars, in the order `attend_rows` passes it."""
+    """The kernel's arguments after its scalars, in the order that `attend_rows` passes them."""
 
     q: Any  # [1, K, Q, O]
     first_peak: Any  # [K, Q, 1]
     table_hbm: Any  # [B, 1, M]
     pages_hbm: Pages  # [L, P, K, Z, 2H]
     out: Any  # [1, K, Q, O]
-    pages: Pages  # [2, C, K, Z, 2H], the buffers pages stream through
-    table: Any  # [2, 1, M] in scalar memory, this item's line and the next one's
-    peak: Any  # [K, Q, 1], the online softmax: highest score so far,
-    total: Any  # [K, Q, 1] sum of weights,
-    weighted: Any  # [K, Q, O] and of weighted values
-    turn: Any  # [1], which page buffer this item starts with
+    pages: Pages  # [2, C, K, Z, 2H], the two page buffers
+    table: Any  # [2, 1, M] in scalar memory: the lines of this item and the next one
+    peak: Any  # [K, Q, 1], the online softmax's highest score so far
+    total: Any  # [K, Q, 1], its sum of weights
+    weighted: Any  # [K, Q, O], its sum of weighted values
+    turn: Any  # [1], the page buffer of this item's first block
     page_sems: Any
     table_sems: Any
 
@@ -190,7 +190,7 @@ def _attend_kernel(layer_ref, num_ref, *refs, group, first_total, options):
 
         stream.wait(i, j, buffer)
         stream.clean(i, j, buffer)
-        # Of lane 0 of the block of queries, whether or not it is this row's.
+        # The position of lane 0 of the block of queries, which may belong to another row.
         position = items.position_X[i] - items.first_X[i]
         sees_QS = _sees(refs, stream.first_key(i, j) - position, group, options.window)
         for head in range(refs.q.shape[1]):
@@ -203,10 +203,10 @@ def _attend_kernel(layer_ref, num_ref, *refs, group, first_total, options):
 
 
 def _sees(refs: _Refs, ahead: Any, group: int, window: int | None) -> Any:
-    """Which key of a block each query sees; `ahead` = first key's position - lane 0's.
+    """Mask of the keys of a block that each query sees.
 
-    Row q of the queries is token q // G of the block. A key `ahead` of lane 0 is visible if
-    ahead <= q // G, that is if ahead * G <= q: no division of vectors.
+    `ahead` is the first key's position minus lane 0's. Row q of the queries is token q // G of the
+    block. It sees a key if ahead <= q // G, which is ahead * G <= q without dividing vectors.
     """
     _, pages_per_block, _, page_size, _ = cells_of(refs.pages).shape
     shape_QS = (refs.q.shape[2], pages_per_block * page_size)
@@ -217,11 +217,11 @@ def _sees(refs: _Refs, ahead: Any, group: int, window: int | None) -> Any:
 
 
 def _accumulate(refs: _Refs, head: int, buffer: Any, sees_QS: Any, options: AttendOptions) -> None:
-    """One step of one kv head's online softmax."""
+    """Adds one block to one kv head's online softmax."""
     cells, lanes = cells_of(refs.pages), refs.q.shape[3]
     width = cells.shape[4]
-    # bfloat16 against bfloat16, or the 8 bits that fit into it, is exact in one pass; anything
-    # wider takes float32 throughout.
+    # bfloat16 times bfloat16, or times 8 bits, which bfloat16 holds, is exact in one pass. Wider
+    # dtypes use float32 throughout.
     exact = refs.q.dtype == jnp.bfloat16 and cells.dtype != jnp.float32
     dtype = jnp.bfloat16 if exact else jnp.float32
     dot = partial(
@@ -242,8 +242,8 @@ def _accumulate(refs: _Refs, head: int, buffer: Any, sees_QS: Any, options: Atte
     score_QS = jnp.where(sees_QS, score_QS, MASKED)
     peak_Q1 = refs.peak[head]
     new_peak_Q1 = jnp.maximum(peak_Q1, jnp.max(score_QS, axis=1, keepdims=True))
-    # What a query gathers before its first visible key is garbage, but finite, and that key
-    # multiplies it by exp(MASKED - peak) = 0.
+    # Before a query's first visible key its sums are garbage, but finite; that key then multiplies
+    # them by exp(MASKED - peak) = 0.
     weight_QS = jnp.exp(score_QS - new_peak_Q1)
     fade_Q1 = jnp.exp(peak_Q1 - new_peak_Q1)
     refs.peak[head] = new_peak_Q1
@@ -255,13 +255,13 @@ def _accumulate(refs: _Refs, head: int, buffer: Any, sees_QS: Any, options: Atte
 
 
 def _in_line(scales: Any, buffer: Any, head: int, half: int) -> Any:
-    """The scales of a block's keys (half 0) or values (1), page after page, as one row [1, S]."""
+    """The scales of a block's keys (half 0) or values (1), concatenated to one row [1, S]."""
     pages = [scales[buffer, c, head, pl.ds(half, 1)] for c in range(scales.shape[1])]
     return jnp.concatenate(pages, axis=1)
 
 
 def _finish(refs: _Refs, items: AttendItems, i: Any, group: int) -> None:
-    """Puts the item's rows into the block's output, beside those of other items."""
+    """Writes the item's rows of the block's output; other items' rows stay."""
     block = items.block_X[i]
 
     @pl.when((i == 0) | (block != items.block_X[jnp.maximum(i - 1, 0)]))

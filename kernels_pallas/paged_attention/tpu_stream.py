@@ -1,4 +1,4 @@
-"""Pages on their way from HBM to the TPU's attention kernel, a block of them at a time."""
+"""Copies pages from HBM to the TPU's attention kernel, one block of pages at a time."""
 
 from typing import Any, NamedTuple
 
@@ -15,8 +15,8 @@ from kernels_pallas.paged_attention.tpu_work import AttendItems
 class Stream(NamedTuple):
     """The pages that items see, in two buffers; used inside the kernel only.
 
-    An item's blocks start at the first page that one of its queries sees, not at position 0,
-    so that pages before a window are never read. An item without tokens has no blocks.
+    An item's blocks start at the first page that any of its queries sees, not at position 0:
+    pages before the window are never read. An item without tokens has no blocks.
     """
 
     items: AttendItems
@@ -24,7 +24,7 @@ class Stream(NamedTuple):
     window: int | None
     table_hbm: Any  # [B, 1, M]
     pages_hbm: Pages  # [L, P, K, Z, 2H]
-    table: Any  # [2, 1, M] in scalar memory: the lines of this item's row and the next one's
+    table: Any  # [2, 1, M] in scalar memory: the lines of this item's row and the next item's
     pages: Pages  # [2, C, K, Z, 2H], scales [2, C, K, 2, Z]
     table_sems: Any
     page_sems: Any
@@ -47,7 +47,7 @@ class Stream(NamedTuple):
         return self._first_page(item, j) * self.page_size
 
     def table_copy(self, item: Any) -> Any:
-        """Brings the page ids of the item's row; to be waited for before `start`."""
+        """The copy of the page ids of the item's row; wait for it before `start`."""
         line = lax.rem(jnp.int32(item), 2)
         source = self.table_hbm.at[self.items.row_X[item]]
         return pltpu.make_async_copy(source, self.table.at[line], self.table_sems.at[line])
@@ -65,7 +65,7 @@ class Stream(NamedTuple):
 
     def wait(self, item: Any, j: Any, buffer: Any) -> None:
         def one_page(c, carry):
-            # Which page it was does not matter here: only the buffer and the size do.
+            # Any page id will do: waiting needs only the buffer and the size.
             for copy in self._page_copies(0, buffer, c):
                 copy.wait()
             return carry
@@ -75,7 +75,7 @@ class Stream(NamedTuple):
     def clean(self, item: Any, j: Any, buffer: Any) -> None:
         """Zeroes the cells of a block that no query of the item sees.
 
-        Masking the weights is not enough: 0 * NaN is NaN, and such a cell may hold one.
+        Masking the weights is not enough: such a cell may hold NaN, and 0 * NaN is NaN.
         """
         cells, scales = cells_of(self.pages), scales_of(self.pages)
         _, pages_per_block, num_kv_heads, page_size, _ = cells.shape
@@ -92,7 +92,7 @@ class Stream(NamedTuple):
             for head in range(num_kv_heads):
                 if scales is not None:
                     clean(scales, c, head, 1)
-                if cells.dtype != jnp.int8:  # which cannot hold NaN
+                if cells.dtype != jnp.int8:  # int8 cannot hold NaN
                     clean(cells, c, head, 0)
             return carry
 
@@ -118,7 +118,7 @@ class Stream(NamedTuple):
         return self._page_span(item)[0] + j * self.pages_per_block
 
     def _num_pages(self, item: Any, j: Any) -> Any:
-        """Pages of the item's block j: C of them, in the last block perhaps fewer."""
+        """The number of pages in the item's block j: C, or fewer in the last block."""
         left = self._page_span(item)[1] + 1 - self._first_page(item, j)
         return jnp.where(self.items.count_X[item] > 0, jnp.minimum(left, self.pages_per_block), 0)
 

@@ -1,7 +1,7 @@
 """Work lists of the TPU kernels: computed in XLA from the rows, read from scalar memory.
 
-A list has a fixed number of entries, of which the first `num_used` are real; the grid is as
-long as that, so the rest cost nothing.
+A list has a fixed number of entries; the first `num_used` are real. The grid has `num_used`
+steps, so the other entries cost nothing.
 """
 
 from typing import NamedTuple
@@ -20,10 +20,10 @@ class WriteItems(NamedTuple):
     """Runs of new tokens, each within one slab of W cells of one page."""
 
     page_X: Int32[Array, "X"]
-    slab_X: Int32[Array, "X"]  # which slab of the page
-    first_X: Int32[Array, "X"]  # first cell written, counted in the slab
-    count_X: Int32[Array, "X"]  # 0 in an unused item, whose page is 0
-    token_X: Int32[Array, "X"]  # what goes to that cell, an index into T
+    slab_X: Int32[Array, "X"]  # the slab's index in the page
+    first_X: Int32[Array, "X"]  # first cell to write, an index into the slab
+    count_X: Int32[Array, "X"]  # 0 in an unused item, which has the null page
+    token_X: Int32[Array, "X"]  # token for that cell, an index into T
 
 
 class AttendItems(NamedTuple):
@@ -31,9 +31,9 @@ class AttendItems(NamedTuple):
 
     block_X: Int32[Array, "X"]
     row_X: Int32[Array, "X"]
-    first_X: Int32[Array, "X"]  # the run's first token, counted in the block
+    first_X: Int32[Array, "X"]  # the run's first token, an index into the block
     count_X: Int32[Array, "X"]  # 0 in an unused item
-    position_X: Int32[Array, "X"]  # of that token in its own sequence
+    position_X: Int32[Array, "X"]  # of the first token in its own sequence
 
 
 def write_items(
@@ -41,7 +41,7 @@ def write_items(
 ) -> tuple[WriteItems, Int32[Array, ""]]:
     """Cuts every row's new tokens at slab boundaries of their positions."""
     kv_len_B, start_B, query_len_B = rows
-    # A run of n tokens touches at most n slabs, and at most (n - 1) // slab + 2.
+    # A run of n tokens touches at most n slabs and at most (n - 1) // slab + 2 slabs.
     num_items = max(1, min(num_tokens, num_tokens // slab + 2 * len(kv_len_B)))
     old_B = kv_len_B - query_len_B
     count_B = jnp.where(query_len_B > 0, (kv_len_B - 1) // slab + 1 - old_B // slab, 0)
@@ -92,7 +92,7 @@ def attend_items(
 def _deal(
     count_B: Int32[Array, "B"], num_items: int
 ) -> tuple[Int32[Array, "X"], Int32[Array, "X"], Int32[Array, ""]]:
-    """Gives each row `count` items in turn: each item's row, its place there, and their sum."""
+    """Gives each row `count` items: each item's row, its index in the row, and the total."""
     end_B = jnp.cumsum(count_B, dtype=jnp.int32)
     item_X = jnp.arange(num_items, dtype=jnp.int32)
     row_X = jnp.searchsorted(end_B, item_X, side="right", method="compare_all")

@@ -1,7 +1,7 @@
 """The TPU kernel that writes new keys and values into the pool, in place.
 
-A DMA cannot address one row of a tiled array, so each item reads the slab of cells around
-its new ones, puts them in, and writes the slab back: the tile's height in the pool's dtype.
+A DMA cannot address one row of a tiled array. So each item reads the slab of cells around its
+new ones, inserts them, and writes the slab back. A slab has a tile's height in the pool's dtype.
 """
 
 from typing import Any
@@ -32,10 +32,10 @@ def write_rows(
     *,
     interpret: Any,
 ) -> Pages:
-    """Puts each row's new tokens into its cells; tokens of no row are not written.
+    """Writes each row's new tokens into its cells; tokens of no row are not written.
 
-    Cost: per run of up to W new tokens, W cells of all kv heads read and written, and one page's
-    scales if it has any.
+    Cost: per run of up to W new tokens, reads and writes W cells of all kv heads, and the scales of
+    one page, if any.
     """
     cells = cells_of(pages)
     _, _, num_kv_heads, page_size, width = cells.shape
@@ -43,7 +43,7 @@ def write_rows(
     slab = page_size if page_size % tile_height else tile_height
     items, num_used = write_items(rows, page_table_BM, page_size, slab, k_TKH.shape[0])
     new_TK2H, new_scales_TK2 = new_cells(k_TKH, v_TKH, pages)
-    # float32, because one head of a token is one sublane, and narrower ones come packed.
+    # float32, because one head of a token is one sublane; narrower dtypes pack several into one.
     new = [new_TK2H.astype(jnp.float32)]
     new_specs = [pl.BlockSpec(memory_space=pl.ANY)]
     if new_scales_TK2 is not None:
@@ -68,7 +68,7 @@ def write_rows(
         out_shape=([jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves],),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars),
-            # Never 0: with nothing to write, item 0 gives back a slab of page 0 as it was.
+            # At least 1: without work, item 0 writes a slab of the null page back unchanged.
             grid=(jnp.maximum(num_used, 1),),
             in_specs=[new_specs, page_specs],
             out_specs=(page_specs,),
@@ -88,7 +88,7 @@ def write_rows(
 def _in_pages(
     scales_TK2: Float[Array, "T K 2"], items: WriteItems, page_size: int, slab: int
 ) -> Float[Array, "X K 2 Z"]:
-    """Each item's new scales where they belong in its page; anything elsewhere."""
+    """Each item's new scales at their offsets in its page; garbage at other offsets."""
     cell = jnp.arange(page_size, dtype=jnp.int32)
     begin_X = items.slab_X * slab + items.first_X
     token_XZ = items.token_X[:, None] + cell - begin_X[:, None]
@@ -135,7 +135,7 @@ def _write_kernel(layer_ref, num_ref, *refs):
     _, _, _, _, page_size = page_refs[1].shape
     cell = lax.broadcasted_iota(jnp.int32, (2, page_size), 1) - items.slab_X[i] * slab
     fresh = (cell >= first) & (cell < first + count)
-    # A page's scales stay here while its slabs pass, so those of the slab before are in them.
+    # A page's scales stay in this block while its slabs pass: they hold the slab before's scales.
     again = (i > 0) & (items.page_X[i] == items.page_X[jnp.maximum(i - 1, 0)])
     for head in range(num_kv_heads):
         old = jnp.where(again, page_refs[1][0, 0, head], old_refs[1][0, 0, head])

@@ -1,7 +1,7 @@
-"""Paged attention in plain XLA: runs anywhere, and is what CPUs and older GPUs use.
+"""Paged attention in plain XLA: runs anywhere; CPUs and older GPUs use it.
 
 Beside the usual axis letters (T N K G H L P Z B M), in this file:
-X  tiles in the work list            Y  tiles computed at once
+X  tiles in the work list            Y  tiles computed together
 U  query tokens in a tile            Q  query rows of one kv head in a tile, U * G
 C  pages in a block                  S  key positions in a block, C * Z
 """
@@ -24,11 +24,11 @@ from kernels_pallas.paged_attention.pages import (
     widened,
 )
 
-# Finite, so that a block in which a query sees nothing never computes inf - inf.
+# Finite, so that a block with no visible key never computes inf - inf.
 MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
-# Up to this many tokens, a second pass with wider tiles is not worth compiling.
+# Up to this many tokens there is one pass: a second one with wider tiles costs compile time.
 FEW_TOKENS = 32
-# Up to this many pages of a single tile are copied one by one, more are gathered.
+# A single tile's pages are copied one by one up to this many, and gathered above it.
 FEW_PAGES = 8
 # Up to this many query rows, reading keys and values as one array beats splitting it.
 FEW_QUERIES = 16
@@ -55,44 +55,44 @@ def paged_attention_xla(  # noqa: PLR0913 - the contract of every implementation
 ) -> tuple[Float[Array, "T N H"], Pages]:
     """Writes the new keys and values into their pages, then attends causally row by row.
 
-    A work list cuts every row's queries into tiles; each tile walks the blocks of pages it
-    can see with an online softmax, and stops at its own last one. Rows with one new token
-    are done first, in tiles of one, so that decoding never pays for a neighbour's prefill.
+    A work list cuts every row's queries into tiles. Each tile runs an online softmax over the
+    blocks of pages it can see, and stops after its own last one. Rows with one new token go
+    first, in tiles of one, so that decoding never pays for a neighbour's prefill.
 
     Args:
-      q_TNH: packed new queries of any mix of rows, in any order of rows.
+      q_TNH: packed new queries; rows may be of any kind, in any order.
       k_TKH: their keys; stored in the pool's dtype.
       v_TKH: their values; likewise.
       pages: the pool of all layers `[L, P, K, Z, 2H]`, a token's key and value side by side; in
-        8 bits, `QuantizedPages`. Its H may be larger than the heads': zeros fill them up.
+        8 bits, `QuantizedPages`. Its H may be larger than the heads', which zeros then pad.
       layer: which layer of the pool.
-      page_table_BM: page ids of each row's sequence, every one in range; past the length
-        they are read and masked, so any will do (0 by custom).
-      kv_len_B: tokens visible to the row, this step's included.
+      page_table_BM: page ids of each row's sequence, all in range. Entries past the length are
+        read and masked, so any page id is valid there (0 by convention).
+      kv_len_B: tokens visible to the row, including this step's.
       query_start_B: the row's first token in T.
-      query_len_B: how many it has there; 0 for an empty row, which costs nothing.
+      query_len_B: the row's number of tokens in T; 0 for an empty row, which costs nothing.
       scale: factor on the scores, usually H ** -0.5.
       window: positions a query sees, counting back from its own; None = all.
-      soft_cap: scores become cap * tanh(score / cap) before masking; None = as they are.
-      sinks_N: an extra logit per head that takes weight and gives no value.
+      soft_cap: scores become cap * tanh(score / cap) before masking; None = no cap.
+      sinks_N: an extra logit per head that takes weight but adds no value.
       tile_tokens: query tokens of a tile for rows with more than one; 1 drops that pass,
-        which suits a program that only ever decodes.
-      tiles_at_once: tiles computed side by side. 1 suits CPUs (no tile waits for a longer
-        one, and a block stays in the cache); devices that want width take more.
-      block_tokens: key positions per iteration of a tile's loop, rounded to whole pages. GPUs want
-        large ones, for the host is asked between two of them.
+        which suits a program that only decodes.
+      tiles_at_once: tiles computed together. 1 suits CPUs: no tile waits for a longer one,
+        and a block stays in the cache. Wide devices need more.
+      block_tokens: key positions per iteration of a tile's loop, rounded to whole pages. GPUs need
+        large blocks, since each iteration waits for the host.
 
     Returns:
-      Outputs in q's dtype, zero for tokens of no row, and the pool. Such tokens are written
-      to page 0.
+      Outputs in q's dtype, and the pool. A token of no row gets output 0 and is written to the
+      null page.
 
     Raises:
       ValueError: if shapes or integer dtypes disagree, or a tile size is below 1.
-      NotImplementedError: if the pool's dtype is not a float of 16 or 32 bits, or with scales
-        int8 or float8_e4m3fn.
+      NotImplementedError: if the pool's dtype is neither a float of 16 or 32 bits nor, with
+        scales, int8 or float8_e4m3fn.
 
-    Donates: nothing by itself; inside a jit that donates the pool the update is in place, given
-      that the keys of each layer depend on the outputs of the one before, as a decoder's do.
+    Donates: nothing by itself. Inside a jit that donates the pool, the update is in place if each
+      layer's keys depend on the outputs of the layer before, as in a decoder.
     Cost: reads each visible page once per tile; memory linear in T and in the page table.
     Source: online softmax, Milakov and Gimelshein, arXiv:1805.02867; paging, Kwon et al.,
       arXiv:2309.06180; sinks as in gpt-oss, arXiv:2508.10925.
@@ -120,7 +120,7 @@ def paged_attention_xla(  # noqa: PLR0913 - the contract of every implementation
     attend = partial(
         _attend_rows,
         q_TNH=q_TNH,
-        # A reshape of leading axes copies nothing; layer * P + page_id finds the page in it.
+        # Merging leading axes copies nothing; layer * P + page_id is the page's index.
         flat_pages=jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), pages),
         page_table_BM=page_table_BM + layer * cells_of(pages).shape[1],
         tiles_at_once=tiles_at_once,
@@ -151,17 +151,17 @@ class _Rows(NamedTuple):
 
 
 class _Tiles(NamedTuple):
-    """A work list, or the part of it being computed; its last entries may be empty."""
+    """A work list, or the part of it in computation; its last entries may be empty."""
 
     row_X: Int32[Array, "X"]
-    token_XU: Int32[Array, "X U"]  # indices into T; T itself past the tile's last query
+    token_XU: Int32[Array, "X U"]  # indices into T; past the tile's last query, T itself
     position_XU: Int32[Array, "X U"]  # in the row's sequence; the last one repeats
-    first_X: Int32[Array, "X"]  # the tile sees positions first to last of its row
-    last_X: Int32[Array, "X"]  # -1 for an empty tile
+    first_X: Int32[Array, "X"]  # first position of the row that the tile sees
+    last_X: Int32[Array, "X"]  # last position that it sees; -1 for an empty tile
 
 
 class _Block(NamedTuple):
-    """A block of keys and values of each tile, [Y, K, S, H or 2H], and what they are times."""
+    """A block of keys and values for each tile, [Y, K, S, H or 2H], and their scales."""
 
     key: Array
     value: Array
@@ -185,13 +185,13 @@ def _write(
     position_T = token_T + (kv_len_B - query_len_B - start_B)[row_T]
     position_T = jnp.where(owned_T, position_T, 0)
     page_T = jnp.where(owned_T, page_table_BM[row_T, position_T // page_size], 0)
-    # The same in every layer, so XLA computes it once, unless it may fuse it into each write: on
-    # GPUs that took half of the time to compile a decode of 128 rows.
+    # The barrier keeps XLA from fusing this into every layer's write: it is the same in all layers,
+    # and on GPUs the fusion took half of the time to compile a decode of 128 rows.
     page_T, offset_T = lax.optimization_barrier((page_T, position_T % page_size))
     new_TK2H, new_scales_TK2 = new_cells(k_TKH, v_TKH, pages)
     if len(token_T) == 1:
-        # One token is written twice: XLA turns a scatter of one into a slice update, fuses
-        # that into each of its readers, and copies the whole pool for every one of them.
+        # Write one token twice: XLA turns a scatter of one into a slice update, fuses it
+        # into each of its readers, and copies the whole pool for each of them.
         page_T, offset_T, new_TK2H, new_scales_TK2 = jax.tree.map(
             lambda x: jnp.repeat(x, 2, axis=0), (page_T, offset_T, new_TK2H, new_scales_TK2)
         )
@@ -214,13 +214,13 @@ def _attend_rows(
     tiles_at_once: int,
     options: _Options,
 ) -> Float[Array, "T N H"]:
-    """Fills in the outputs of the rows whose `query_len_B` is not 0."""
+    """Writes the outputs of the rows whose `query_len_B` is not 0."""
     num_tokens, num_rows = q_TNH.shape[0], page_table_BM.shape[0]
     # Each row's last tile may be short: sum of ceil(len / U) <= (T + B * (U - 1)) / U.
     num_tiles = min(num_tokens, (num_tokens + num_rows * (tile_tokens - 1)) // tile_tokens)
     tiles_at_once = min(tiles_at_once, num_tiles)
     num_tiles = -(-num_tiles // tiles_at_once) * tiles_at_once
-    # The barrier: as in `_write`.
+    # The barrier: see `_write`.
     tiles, num_used = lax.optimization_barrier(
         _cut(rows, num_tokens, tile_tokens, num_tiles, options.window)
     )
@@ -238,7 +238,7 @@ def _attend_rows(
 def _cut(
     rows: _Rows, num_tokens: int, tile_tokens: int, num_tiles: int, window: int | None
 ) -> tuple[_Tiles, Int32[Array, ""]]:
-    """Cuts rows into tiles, row after row; also returns how many of `num_tiles` are used."""
+    """Cuts rows into tiles, in order of rows; also returns the number of tiles in use."""
     count_B = -(-rows.query_len_B // tile_tokens)
     end_B = jnp.cumsum(count_B, dtype=jnp.int32)
     tile_X = jnp.arange(num_tiles, dtype=jnp.int32)
@@ -249,7 +249,7 @@ def _cut(
     used_X = tile_X < end_B[-1]
     live_XU = used_X[:, None] & (lane_XU < rows.query_len_B[row_X][:, None])
     position_XU = (rows.kv_len_B - rows.query_len_B)[row_X][:, None] + lane_XU
-    # Lanes past the tile's last query repeat its position, so they see no cell that it does not.
+    # Lanes past the tile's last query repeat its position, so they see the same cells.
     position_XU = jnp.minimum(position_XU, rows.kv_len_B[row_X][:, None] - 1)
     lookback = position_XU[:, 0] if window is None else window - 1
     tiles = _Tiles(
@@ -269,7 +269,7 @@ def _attend_tiles(
     page_table_BM: Int32[Array, "B M"],
     options: _Options,
 ) -> Float[Array, "Y U N H"]:
-    """Online softmax of a few tiles over all the blocks of pages that they can see."""
+    """Runs the online softmax of a few tiles over all blocks of pages that they can see."""
     _, num_kv_heads, page_size, _ = cells_of(flat_pages).shape
     num_tiles, tile_tokens, num_q_heads, head_dim = q_YUNH.shape
     group = num_q_heads // num_kv_heads
@@ -281,7 +281,7 @@ def _attend_tiles(
     q_YUKGH = q_YUNH.reshape(num_tiles, tile_tokens, num_kv_heads, group, head_dim)
     q_YKQH = q_YUKGH.swapaxes(1, 2).reshape(num_tiles, num_kv_heads, -1, head_dim)
     joined = tile_tokens * group <= FEW_QUERIES
-    if joined:  # the values' half of a cell meets zeros here, the keys' half is cut off below
+    if joined:  # zeros multiply the values' half of a cell; the keys' half is dropped below
         q_YKQH = jnp.concatenate([q_YKQH, jnp.zeros_like(q_YKQH)], axis=-1)
 
     def attend_block(j, carry):
@@ -289,12 +289,12 @@ def _attend_tiles(
         key_YS = block_Y[:, None] * block_tokens + jnp.arange(block_tokens, dtype=jnp.int32)
         owns_YS = (tiles.first_X[:, None] <= key_YS) & (key_YS <= tiles.last_X[:, None])
         cells, scales = _load(flat_pages, page_table_BM, tiles.row_X, block_Y, pages_per_block)
-        # Masking the weights is not enough: 0 * NaN is NaN, and an unused cell may hold one.
+        # Masking the weights is not enough: an unused cell may hold NaN, and 0 * NaN is NaN.
         cells = jnp.where(owns_YS[:, None, :, None], cells, 0)
         if scales is None:
             key_scale, value_scale = None, None
         else:
-            # In float16 a small softmax weight times a small scale would be lost.
+            # In float16 a small softmax weight times a small scale would underflow.
             is_half = q_YKQH.dtype == jnp.float16
             cells = cells.astype(jnp.float32 if is_half else q_YKQH.dtype)
             scales = jnp.where(owns_YS[:, None, None], scales, 0)
@@ -322,8 +322,8 @@ def _load(
     block_Y: Int32[Array, "Y"],
     pages_per_block: int,
 ) -> tuple[Array, Float[Array, "Y K 2 S"] | None]:
-    """One block of cells `[Y, K, S, 2H]` for each tile, and its scales if the pool has any."""
-    # The last block may reach past the table: it reads the last page again, to be masked.
+    """Loads one block of cells `[Y, K, S, 2H]` for each tile, and its scales, if any."""
+    # The last block may reach past the table: it reads the last page again, which is masked.
     last_page = page_table_BM.shape[1] - 1
     page_YC = block_Y[:, None] * pages_per_block + jnp.arange(pages_per_block, dtype=jnp.int32)
     page_YC = jnp.minimum(page_YC, last_page)
@@ -334,15 +334,15 @@ def _load(
 
 
 def _load_part(pool: Array, token_axis: int, *, page_id_YC: Int32[Array, "Y C"]) -> Array:
-    """Pages of cells [L * P, K, Z, 2H] or of scales [L * P, K, 2, Z], their tokens in a row."""
+    """Joins pages of cells [L * P, K, Z, 2H] or scales [L * P, K, 2, Z] along their tokens."""
     num_tiles, num_pages = page_id_YC.shape
     if num_tiles > 1 or num_pages > FEW_PAGES:
         pages = jnp.moveaxis(_take(pool, page_id_YC), 1, token_axis - 1)
         shape = pages.shape
         return pages.reshape(*shape[: token_axis - 1], -1, *shape[token_axis + 1 :])
-    # One page at a time: XLA's CPU backend, which takes one tile at a time, makes these straight
-    # copies, a gather of all of them a loop over elements. Many of them, as a GPU's large blocks
-    # have, take XLA longer to compile than all else in a layer.
+    # One page at a time for CPUs, which compute one tile at a time: XLA turns these slices into
+    # plain copies, but a gather into a loop over elements. With many pages, as in a GPU's large
+    # blocks, the slices take XLA longer to compile than the rest of a layer.
     pages = [_take(pool, page_id_YC[:, i]) for i in range(num_pages)]
     return jnp.concatenate(pages, axis=token_axis - 1)
 
@@ -381,8 +381,8 @@ def _accumulate(
         score_YKQS = options.soft_cap * jnp.tanh(score_YKQS / options.soft_cap)
     score_YKQS = jnp.where(sees_YQS[:, None], score_YKQS, MASKED)
     new_peak_YKQ = jnp.maximum(peak_YKQ, jnp.max(score_YKQS, axis=-1))
-    # What a query gathers before its first visible key is garbage, but finite, and that key
-    # multiplies it by exp(MASKED - peak) = 0.
+    # Before a query's first visible key its sums are garbage, but finite; that key then multiplies
+    # them by exp(MASKED - peak) = 0.
     weight_YKQS = jnp.exp(score_YKQS - new_peak_YKQ[..., None])
     fade_YKQ = jnp.exp(peak_YKQ - new_peak_YKQ)
     total_YKQ = total_YKQ * fade_YKQ + jnp.sum(weight_YKQS, axis=-1)

@@ -27,7 +27,7 @@ def test_what_jinfer_does_anyway_is_accepted(usual: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("pipeline_parallel_size", 2, "must be 1; got pipeline_parallel_size=2. jinfer cuts lay"),
+        ("pipeline_parallel_size", 2, "must be 1; got pipeline_parallel_size=2. jinfer has tensor"),
         ("enforce_eager", True, "got enforce_eager=True. Every step is compiled .* Leave it out"),
         ("quantization", "awq", "must be None; got quantization='awq'. Weights are floating point"),
         ("swap_space", 4, "got swap_space=4. KV pages go to host memory with kv_offloading_size"),
@@ -46,7 +46,7 @@ def test_other_spellings_are_translated() -> None:
 
 @pytest.mark.parametrize("names", [("block_size", "page_size"), ("page_size", "block_size")])
 def test_both_spellings_are_refused(names: tuple[str, str]) -> None:
-    with pytest.raises(TypeError, match="block_size is page_size here; got both spellings"):
+    with pytest.raises(TypeError, match="block_size is called page_size in jinfer; got both"):
         translated(dict.fromkeys(names, 16))
 
 

@@ -145,7 +145,7 @@ def test_startup_for_a_chip_that_is_not_here(bench: Bench) -> None:
         ("latency --data-parallel-size 2 --profile a", "one replica; got data_parallel_size=2"),
         ("throughput --repeats 2", "--repeats does nothing without --compare; got --repeats 2"),
         ("throughput --compare --profile a", "--profile does nothing with --compare"),
-        ("kernels --target v6e --profile a", "--profile traces what runs; got --profile a where"),
+        ("kernels --target v6e --profile a", "--profile needs kernels that run; got --profile a"),
         (
             "throughput --workload trace --trace a --scale 0",
             r"--scale must be above 0 and finite; got 0.0",
@@ -167,7 +167,7 @@ def test_startup_for_a_chip_that_is_not_here(bench: Bench) -> None:
         ("serve --rate -1", r"--rate must be above 0 and finite; got -1.0"),
         ("serve --rate nan", r"--rate must be above 0 and finite; got nan"),
         ("latency --profile /proc/trace", "needs a folder that can be written; got '/proc/trace'"),
-        ("latency --batch-size 0", "a number from 1 on; got '0'"),
+        ("latency --batch-size 0", "an integer of at least 1; got '0'"),
         ("startup --compilation-cache /x", "startup makes a folder of its own"),
         ("startup --target v99", "got 'v99'. Choose one of these."),
         ("latency --model /no/such -q", "got model='/no/such'"),

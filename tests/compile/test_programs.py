@@ -18,7 +18,7 @@ from aot_programs import LLAMA_3_8B, programs_for
 from jinfer.compile.compiler_options import compiler_options
 from jinfer.compile.programs import CompileGuard, Compiling, Program
 from jinfer.config import EngineConfig
-from jinfer.startup.resolve import resolve_plan
+from jinfer.startup.plan import resolve_plan
 
 TINY = replace(
     LLAMA_3_8B,

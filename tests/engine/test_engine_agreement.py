@@ -88,7 +88,10 @@ def test_greedy_tokens_equal_hugging_face(name: str, layer_loop: str, tmp_path: 
     np.testing.assert_allclose(got, want[np.arange(len(targets)), targets], atol=1e-4)
 
 
-@pytest.mark.parametrize("name", SHIPPED)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.smoke if n == "shipped_draft" else ()) for n in SHIPPED],
+)
 def test_shipped_model_continues_as_hugging_face(name: str) -> None:
     engine = make_engine(SHIPPED[name], max_num_seqs=1, max_model_len=128)
     params = free_run(NUM_GREEDY_TOKENS, temperature=0.0)

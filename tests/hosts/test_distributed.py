@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 from engine_runs import make_engine, random_prompt, run_jobs, tokens_of
+from fast_compiles import FAST_COMPILES
 from random_checkpoint import write_llama_checkpoint
 
 from jinfer.hosts import distributed
@@ -77,7 +78,7 @@ def run(
         "engine": engine | {"tensor_parallel_size": num_processes * devices_each},
         "jobs": asked_jobs(),
     }
-    flags = f"--xla_force_host_platform_device_count={devices_each}"
+    flags = f"{FAST_COMPILES} --xla_force_host_platform_device_count={devices_each}"
     environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # ready in half the time
     started: Running = []
@@ -187,7 +188,7 @@ def test_the_leader_waits_for_all_and_refuses_strangers() -> None:
     with (
         ThreadPoolExecutor(1) as pool,
         pytest.warns(UserWarning, match="refused a connection from 127.0.0.1: the peer"),
-        pytest.warns(UserWarning, match="127.0.0.1: process_id=2 is not waited for"),
+        pytest.warns(UserWarning, match="127.0.0.1: process_id=2 is not expected"),
     ):
         leading = pool.submit(distributed._lead, "localhost", 2, store, 30.0)
         while "jinfer/channel" not in store:

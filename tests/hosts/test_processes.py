@@ -138,7 +138,7 @@ def test_what_ended_a_script_is_told(run: Run, monkeypatch: pytest.MonkeyPatch) 
 def test_a_script_that_ends_early_is_told(run: Run) -> None:
     run.followers[1].leave()
     wait_for(lambda: run.ended[0] == run.ended[2] == [1])
-    assert run.why(2) == "process 1 of 3 failed: it came to its end before process 0."
+    assert run.why(2) == "process 1 of 3 failed: it ended before process 0."
 
 
 def test_a_death_is_told_before_what_follows_from_it(run: Run) -> None:

@@ -124,25 +124,25 @@ def test_rope_in_both_generations(rope, theta, scaling) -> None:
 )
 def test_missing_key_is_named(key) -> None:
     with pytest.raises(
-        CheckpointError, match=f"config.json must say {key}; it says .* and .* more"
+        CheckpointError, match=f"config.json must have {key}; got only .* and .* more"
     ):
         parse(**{key: ...})
 
 
 def test_rope_parameters_without_a_theta_are_not_guessed() -> None:
-    with pytest.raises(CheckpointError, match="config.json must say rope_theta"):
+    with pytest.raises(CheckpointError, match="config.json must have rope_theta"):
         parse(rope_theta=..., rope_parameters={"rope_type": "default"})
 
 
 @pytest.mark.parametrize("key", ["factor", "low_freq_factor", "original_max_position_embeddings"])
 def test_missing_rope_key_is_named(key) -> None:
     rope = {name: value for name, value in LLAMA3_ROPE.items() if name != key}
-    with pytest.raises(CheckpointError, match=f"config.json must say {key}"):
+    with pytest.raises(CheckpointError, match=f"config.json must have {key}"):
         parse(rope_scaling=rope)
 
 
 def test_rope_scaling_without_a_kind_is_not_guessed() -> None:
-    with pytest.raises(CheckpointError, match="config.json must say rope_type; it says factor"):
+    with pytest.raises(CheckpointError, match="config.json must have rope_type; got only factor"):
         parse(rope_scaling={"factor": 2.0})
 
 

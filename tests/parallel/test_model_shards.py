@@ -38,7 +38,7 @@ def test_kv_heads_are_repeated_and_the_vocabulary_filled_up(
     assert shard.num_q_heads * size == 8 and shard.intermediate_size * size == 96
     assert shard.num_kv_heads == padded_kv_heads // size and shard.vocab_size * size == padded_vocab
     assert shard.vocab_size % 128 == 0  # no block of the draw lies on two chips
-    kept = {"width", "num_layers", "head_dim", "max_position_embeddings"}
+    kept = {"hidden_size", "num_layers", "head_dim", "max_position_embeddings"}
     assert all(getattr(shard, name) == getattr(MODEL, name) for name in kept)
 
 

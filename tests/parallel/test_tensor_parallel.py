@@ -16,7 +16,7 @@ from jinfer.parallel.model_shards import padded_model
 from jinfer.parallel.sharding import Placement
 from jinfer.request.output import RequestOutput
 from jinfer.request.params import SamplingParams
-from jinfer.startup.load import state_shapes, step_programs
+from jinfer.startup.programs import state_shapes, step_programs
 from jinfer.weights.dummy import dummy_params
 from jinfer.weights.layout import hold_as, put_held
 from jinfer.weights.load import load_params, read_model_config
@@ -92,8 +92,11 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[int, tuple[Path, lis
     return made
 
 
-@pytest.mark.parametrize("size", [2, 4, 8])
-@pytest.mark.parametrize("num_kv_heads", [1, 2, 8])
+# Heads repeated on every device or on some, as many as devices, more of them, and one model cut in
+# two, four and eight.
+@pytest.mark.parametrize(
+    ("num_kv_heads", "size"), [(1, 2), (1, 8), (2, 2), (2, 4), (2, 8), (8, 4), (8, 8)]
+)
 def test_outputs_are_those_of_one_device(num_kv_heads: int, size: int, alone: Any) -> None:
     folder, want = alone[num_kv_heads]
     engine = make_engine(folder, tensor_parallel_size=size, **ONE_STEP)

@@ -28,7 +28,7 @@ def test_allowed_bits() -> None:
 
 @pytest.mark.parametrize("allowed, banned", [([], []), ([4], [4]), (None, range(40))])
 def test_allowed_bits_refuse_an_empty_choice(allowed: list[int] | None, banned: masks.Ids) -> None:
-    with pytest.raises(RequestError, match="at least one token to draw; got none.*Allow a token"):
+    with pytest.raises(RequestError, match="at least one token to sample; got none.*Allow a token"):
         masks.allowed_bits(40, allowed_ids=allowed, banned_ids=banned)
 
 

@@ -114,7 +114,14 @@ def test_the_wrong_distribution_would_be_noticed(name: str) -> None:
     assert chi_square_p(token_R, np.asarray(GOLDEN["cases"][other]["probs"])) < 1e-9
 
 
-@pytest.mark.parametrize("name", [name for name in GOLDEN["cases"] if "_p" not in name])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.smoke if name == "plain" else ())
+        for name in GOLDEN["cases"]
+        if "_p" not in name
+    ],
+)
 def test_temperature_zero_takes_the_mode(name: str) -> None:
     case = GOLDEN["cases"][name]
     row = request_row({**case["params"], "temperature": 0.0})

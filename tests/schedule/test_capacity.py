@@ -63,7 +63,7 @@ def test_the_longest_context_named_does_fit() -> None:
 
 def test_a_request_beyond_memory() -> None:
     message = (
-        r"got num_pages=2048, 2\.000 GiB, of 0\.098 GiB\. "
+        r"got num_pages=2048, 2\.000 GiB, with 0\.098 GiB free\. "
         r"Lower num_pages to 100 or less, or raise gpu_memory_utilization"
     )
     with pytest.raises(ValueError, match=message):
@@ -177,7 +177,7 @@ def test_an_engine_with_default_buckets_has_at_most_sixteen_programs() -> None:
 
 
 def test_a_step_smaller_than_the_slots() -> None:
-    message = r"max_num_batched_tokens must be at least max_num_seqs.*got 8 < 16\. Raise the one"
+    message = r"max_num_batched_tokens must be at least max_num_seqs.*got 8 < 16\. Raise max_num"
     with pytest.raises(ValueError, match=message):
         token_buckets(8, 16)
 

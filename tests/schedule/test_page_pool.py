@@ -50,7 +50,7 @@ def test_misuse_is_caught() -> None:
         pool.share(page_ids)
     with pytest.raises(AssertionError, match="negative count: num_pages=-1"):
         pool.allocate(-1)
-    with pytest.raises(AssertionError, match="at least the bin page: num_pages=0"):
+    with pytest.raises(AssertionError, match="at least the null page: num_pages=0"):
         PagePool(0)
 
 

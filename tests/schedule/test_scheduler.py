@@ -11,6 +11,8 @@ from jinfer.schedule.plan import PageCopy, PageWrite, StepPlan
 from jinfer.schedule.scheduler import Scheduler
 from jinfer.schedule.sequence import Status, TokenSequence
 
+pytestmark = pytest.mark.smoke
+
 LIMITS = dict(max_slots=4, max_step_tokens=16, page_size=4, num_pages=50, max_model_len=64)
 
 

@@ -15,7 +15,7 @@ from jinfer.config import EngineConfig
 from jinfer.request.params import SamplingParams
 from jinfer.request.tokenizer import load_tokenizer
 from jinfer.shipped import target_folder
-from jinfer.startup.resolve import resolve_plan
+from jinfer.startup.plan import resolve_plan
 from jinfer.step.attention import default_attention, require_served
 from jinfer.weights.load import read_model_config
 from kernels_pallas.paged_attention.pages import cells_of

@@ -86,7 +86,7 @@ def test_end_tokens_that_no_request_could_have(tmp_path, eos, message) -> None:
     ],
 )
 def test_sampling_values_must_be_in_range_where_they_are_read(tmp_path, key, value) -> None:
-    with pytest.raises(CheckpointError, match="suggests what cannot be: .*; got .* Correct the fi"):
+    with pytest.raises(CheckpointError, match="must have valid sampling .*; got .* Correct the fi"):
         read(tmp_path, {key: value})
     assert read_generation_config(tmp_path, {}, sampling=False).sampling == {}
 

@@ -17,7 +17,7 @@ from random_checkpoint import write_llama_checkpoint
 
 from jinfer.config import EngineConfig
 from jinfer.request.params import SamplingParams
-from jinfer.startup.resolve import resolve_plan
+from jinfer.startup.plan import resolve_plan
 from jinfer.weights.dummy import dummy_params
 from jinfer.weights.layout import hold_as, put_held
 from jinfer.weights.load import load_params, read_model_config
@@ -67,7 +67,7 @@ def test_an_engine_takes_weights_as_they_are_held(
     tokens = []
     for held in (False, True):
         if held:
-            monkeypatch.setattr("jinfer.startup.resolve._weight_layout", lambda *_: "16x128")
+            monkeypatch.setattr("jinfer.startup.plan._weight_layout", lambda *_: "16x128")
             monkeypatch.setattr("jinfer.startup.load.hold_as", lambda *_: hold_transposed)
         engine = make_engine(folder, load_format=load_format, **sizes)
         assert engine.plan.weight_layout == ("16x128" if held else "default")

@@ -236,11 +236,11 @@ def test_info_describes_it(converted, source) -> None:
 def test_a_target_with_something_in_it(source, tmp_path) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes.txt").write_text("mine")
-    with pytest.raises(CheckpointError, match="an empty folder or a new one; got .*something in"):
+    with pytest.raises(CheckpointError, match="an empty or new folder; got .*is not empty"):
         convert(source, tmp_path / "full")
     with pytest.raises(CheckpointError, match="which is a file. Remove it, or choose another"):
         convert(source, tmp_path / "full" / "notes.txt")
-    with pytest.raises(CheckpointError, match="something in it"):
+    with pytest.raises(CheckpointError, match="is not empty"):
         convert(source, source)
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["notes.txt"]
 
@@ -294,7 +294,7 @@ def test_what_was_cut_off_is_no_checkpoint(source, tmp_path) -> None:
     shutil.copy(source / "config.json", target)  # not even with the file that comes last
     with pytest.raises(CheckpointError, match="must hold model.safetensors or"):
         LLM(target, skip_tokenizer_init=True)
-    with pytest.raises(CheckpointError, match="something in it"):
+    with pytest.raises(CheckpointError, match="is not empty"):
         convert(source, target)
 
 

@@ -51,8 +51,8 @@ def test_reads_tensors_that_are_not_aligned(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("header", "data", "header_bytes", "message"),
     [
-        ({"t": entry()}, b"\0" * 7, None, "speaks of 8 bytes of data, got 7"),
-        ({"t": entry()}, b"\0" * 9, None, "speaks of 8 bytes of data, got 9"),
+        ({"t": entry()}, b"\0" * 7, None, "describes 8 bytes of data, got 7"),
+        ({"t": entry()}, b"\0" * 9, None, "describes 8 bytes of data, got 9"),
         ({"t": entry()}, b"\0" * 8, 10_000, "table needs 10000 bytes, got 7. in all"),
         (b"{", b"\0" * MAX_HEADER_BYTES, MAX_HEADER_BYTES + 1, "table needs 100000001 bytes"),
         (b"\xff\xfe{", b"", None, "table is not JSON"),

@@ -17,7 +17,7 @@ import sentencepiece
 VOCAB_SIZE = 4096
 HELD_OUT_BOOK = "eleanor-h-porter_pollyanna"
 
-# Short tales with a beginning and an end, in plain language: read twice per epoch.
+# Short, complete tales in plain language: read twice per epoch.
 TALE_BOOKS = (
     "aesop_fables_v-s-vernon-jones",
     "beatrix-potter_short-fiction",
@@ -108,7 +108,7 @@ def load_corpus(folder: Path) -> Corpus:
 
 
 def plain_text(text: str) -> str:
-    """Returns text with typewriter quotes, no invisible spaces and single blanks."""
+    """Returns the text with straight quotes, single spaces and no invisible characters."""
     text = text.replace("\r\n", "\n").replace("\r", "\n").translate(_PLAIN)
     text = re.sub(r"\s*--+\s*", "—", text)
     text = re.sub(r"[_\[\]{}|<>`*]", "", text)
@@ -126,7 +126,7 @@ def _book(path: Path) -> list[str]:
 
 
 def _split_at_headings(paragraphs: Sequence[str]) -> list[str]:
-    """Starts a new document at each heading: a short paragraph that ends no sentence.
+    """Starts a new document at each heading: a short paragraph without a sentence end.
 
     A heading is a single capitalised line; verses have several lines or end in punctuation.
     """
@@ -164,7 +164,7 @@ def _fairytales(path: Path) -> list[str]:
 
 
 def _unwrapped(section: str) -> Iterable[str]:
-    """Yields paragraphs; a line joins the next unless it is a paragraph's plausible end."""
+    """Yields paragraphs; joins a line to the next unless it looks like a paragraph end."""
     lines = [line.strip() for line in section.split("\n")]
     width = max((len(line) for line in lines), default=0)
     is_wrapped = width <= 90
@@ -183,7 +183,7 @@ def _unwrapped(section: str) -> Iterable[str]:
 
 
 def _shingles(documents: Iterable[str], *, num_words: int = 12) -> set[int]:
-    """Hashes of every run of `num_words` words, case and punctuation ignored."""
+    """Hashes of all runs of `num_words` words; ignores case and punctuation."""
     found = set()
     for document in documents:
         words = re.findall(r"[a-z]+", document.lower())
@@ -193,7 +193,7 @@ def _shingles(documents: Iterable[str], *, num_words: int = 12) -> set[int]:
 
 
 def _without_overlap(documents: Iterable[str], seen: set[int]) -> list[str]:
-    """Drops documents that share more than 2% of their word runs with held-out text."""
+    """Drops documents if more than 2% of their word runs also occur in held-out text."""
     kept = []
     for document in documents:
         own = _shingles([document])
@@ -205,8 +205,8 @@ def _without_overlap(documents: Iterable[str], seen: set[int]) -> list[str]:
 def train_tokenizer(documents: Iterable[str]) -> bytes:
     """Returns a serialized SentencePiece BPE model: reversible, with byte fallback.
 
-    No dummy prefix: a word has one spelling at the start of a text and of a paragraph. A
-    newline is no piece of its own but the byte piece <0x0A>, as in Llama's tokenizer.
+    No dummy prefix, so that a word has the same pieces at the start of a text and of a paragraph.
+    A newline is the byte piece <0x0A>, as in Llama's tokenizer.
     """
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
@@ -241,5 +241,5 @@ def encode(tokenizer: sentencepiece.SentencePieceProcessor, documents: Sequence[
 
 
 def shuffled_stream(documents: Sequence[np.ndarray], rng: np.random.Generator) -> np.ndarray:
-    """Returns one epoch: all documents end to end, in a new order."""
+    """Returns one epoch: all documents concatenated, in a new order."""
     return np.concatenate([documents[i] for i in rng.permutation(len(documents))])

@@ -1,8 +1,8 @@
-"""Measures an exported folder on text the models never saw, and prints samples from it.
+"""Measures an exported folder on held-out text, and prints samples from it.
 
     python -m jinfer.shipped.training.evaluate --corpora DIR --folder jinfer/shipped/target
 
-Everything is read back from the folder, so the numbers are those of the bfloat16 weights.
+The weights are read from the folder, so the figures are for bfloat16.
 """
 
 import argparse
@@ -32,8 +32,8 @@ def held_out_loss(
 ) -> tuple[float, float]:
     """Returns nats per token and per character.
 
-    Documents are cut into windows of the model's context that overlap by one token, so each
-    token after a document's `<s>` is predicted once, from what its window holds before it.
+    Documents are split into windows of the model's context that overlap by one token. So each
+    token after a document's `<s>` is predicted once, from the earlier tokens of its window.
     """
     context = shape.max_positions
     windows = [d[i : i + context + 1] for d in documents for i in range(0, len(d) - 1, context)]
@@ -60,7 +60,7 @@ def sample(
     temperature: float = 0.6,
     top_p: float = 0.95,
 ) -> list[int]:
-    """Draws a continuation by running the whole sequence again for every token."""
+    """Samples a completion; runs the whole sequence again for every token."""
     eos = 2
     length = len(prompt_ids) + num_tokens
     token_BT = np.zeros((1, length), np.int32)
@@ -82,22 +82,22 @@ def sample(
 
 
 def check_tokenizers(model: bytes, documents: Sequence[str]) -> None:
-    """Raises unless tokenizer.json and tokenizer.model agree and give back the text."""
+    """Raises ValueError unless both tokenizers agree, and decoding returns the text."""
     pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
     fast = fast_tokenizer(model)
     for document in documents:
         ids = pieces.encode(document)
         if fast.encode(document, add_special_tokens=False).ids != ids:
-            raise ValueError(f"the two tokenizers differ on {document[:60]!r}.")
+            raise ValueError(f"both tokenizers must agree; got different ids: {document[:60]!r}.")
         if pieces.decode(ids) != document or fast.decode(ids) != document:
-            raise ValueError(f"decoding does not give back {document[:60]!r}.")
+            raise ValueError(f"decoding must return the text; got another for {document[:60]!r}.")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measures an exported folder.")
     parser.add_argument("--corpora", type=Path, required=True, help="folder of the texts")
     parser.add_argument("--folder", type=Path, required=True, help="exported model")
-    parser.add_argument("--samples", type=int, default=1, help="continuations per prompt")
+    parser.add_argument("--samples", type=int, default=1, help="completions per prompt")
     args = parser.parse_args()
     params, shape = load_folder(args.folder)
     model = (args.folder / "tokenizer.model").read_bytes()

@@ -1,4 +1,4 @@
-"""Writes trained weights as a Hugging Face Llama folder, and reads such a folder back."""
+"""Writes trained weights as a Hugging Face Llama folder, and reads them back."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save
 
 from jinfer.shipped.training.model import Params, Shape
 
-# Our name of a layer's tensor -> the checkpoint's. Matrices are stored there as [out, in].
+# Our name of a layer's tensor -> the checkpoint's. Checkpoints store matrices as [out, in].
 _LAYER_NAMES = {
     "attn_norm_D": "input_layernorm",
     "q_DC": "self_attn.q_proj",
@@ -27,8 +27,8 @@ _LAYER_NAMES = {
     "down_FD": "mlp.down_proj",
 }
 
-# A story model has no roles: messages become paragraphs, and a message that stops in the
-# middle of a sentence is continued where it stops.
+# A story model has no roles: messages become paragraphs. If the last message stops in the middle
+# of a sentence, the model goes on with that sentence.
 CHAT_TEMPLATE = (
     "{{ bos_token }}"
     "{%- set told = messages | selectattr('role', 'ne', 'system') | list -%}"
@@ -43,7 +43,7 @@ CHAT_TEMPLATE = (
 
 
 def export_folder(folder: Path, params: Params, shape: Shape, tokenizer_model: bytes) -> None:
-    """Writes every file of the folder; each one appears whole, by renaming."""
+    """Writes every file of the folder; each is renamed into place when complete."""
     folder.mkdir(parents=True, exist_ok=True)
     fast = fast_tokenizer(tokenizer_model)
     _write(folder / "config.json", _json(model_config(shape)))
@@ -78,7 +78,7 @@ def load_folder(folder: Path) -> tuple[Params, Shape]:
 
 
 def to_checkpoint(params: Params) -> dict[str, jax.Array]:
-    """Renames and transposes our parameters to the checkpoint's."""
+    """Renames and transposes our parameters for the checkpoint."""
     tensors = {
         "model.embed_tokens.weight": params["embed_VD"],
         "model.norm.weight": params["final_norm_D"],
@@ -169,8 +169,8 @@ def tokenizer_config(shape: Shape) -> dict:
 def fast_tokenizer(tokenizer_model: bytes) -> tokenizers.Tokenizer:
     """Returns the same BPE in the `tokenizers` format.
 
-    SentencePiece merges the adjacent pair whose union has the lowest id; a merge list in the
-    order of those ids says the same, with every way to split a piece into two pieces.
+    SentencePiece merges the adjacent pair whose union has the lowest id. A merge list in the order
+    of these ids does the same, if it has every way to split a piece into two pieces.
     """
     pieces = sentencepiece.SentencePieceProcessor(model_proto=tokenizer_model)
     vocab = {pieces.id_to_piece(i): i for i in range(pieces.vocab_size())}

@@ -1,8 +1,8 @@
 """The training forward pass: Llama's arithmetic on whole sequences, in float32.
 
-It repeats on purpose what the engine computes from a paged cache, so that the shipped weights
-are checked by code that shares nothing with the engine. Axis letters are those of
-`jinfer/axes.py`, except that B counts sequences and T counts positions in each of them.
+It has no code in common with the engine on purpose, so that it is an independent check of the
+shipped weights. Axis letters are as in `jinfer/axes.py`, except that B counts sequences and T
+counts positions in each sequence.
 """
 
 from dataclasses import dataclass, replace
@@ -16,7 +16,7 @@ Params = dict[str, Any]  # "embed_VD", "final_norm_D", and "layers": a list of d
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """What defines a model of the Llama family. Hashable: jit takes it as a static argument."""
+    """The sizes of a Llama model. Hashable: jit takes it as a static argument."""
 
     vocab_size: int  # V
     width: int  # D
@@ -31,7 +31,7 @@ class Shape:
 
 
 def init_params(key: jax.Array, shape: Shape) -> Params:
-    """Draws weights: fan-in scaling, and projections back into the residual start at zero."""
+    """Makes random weights with fan-in scaling; projections into the residual are zero."""
     d, f, h = shape.width, shape.ffn_width, shape.head_width
     q_width, kv_width = shape.num_q_heads * h, shape.num_kv_heads * h
     embed_key, *layer_keys = jax.random.split(key, shape.num_layers + 1)
@@ -43,7 +43,7 @@ def init_params(key: jax.Array, shape: Shape) -> Params:
         keys = jax.random.split(key, 5)
         return {
             "attn_norm_D": jnp.ones(d),
-            "q_DC": matrix(keys[0], d, q_width),  # C: heads times head width, side by side
+            "q_DC": matrix(keys[0], d, q_width),  # C: all heads side by side
             "k_DC": matrix(keys[1], d, kv_width),
             "v_DC": matrix(keys[2], d, kv_width),
             "o_CD": jnp.zeros((q_width, d)),
@@ -61,16 +61,16 @@ def init_params(key: jax.Array, shape: Shape) -> Params:
 
 
 def grow(params: Params, shape: Shape, num_layers: int) -> tuple[Params, Shape]:
-    """Deepens a trained model without changing what it computes.
+    """Adds layers to a trained model without changing its output.
 
-    Each old layer is followed by copies of itself whose projections back into the residual are
-    zero, so that a copy adds nothing until training makes it.
+    Copies of each old layer follow it. Their projections into the residual are zero, so a copy
+    adds nothing until it is trained.
 
     Source: block expansion, Wu et al., arXiv:2401.02415, section 3.1.
     """
     if num_layers % shape.num_layers:
         raise ValueError(
-            f"a model grows to a multiple of its {shape.num_layers} layers; got {num_layers=}."
+            f"num_layers must be a multiple of the model's {shape.num_layers}; got {num_layers=}."
         )
 
     def silent(layer: Params) -> Params:
@@ -87,7 +87,7 @@ def grow(params: Params, shape: Shape, num_layers: int) -> tuple[Params, Shape]:
 
 
 def num_params(params: Params) -> int:
-    """Counts weights; the tied embedding counts once."""
+    """Counts the weights; the tied embedding counts once."""
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
@@ -97,7 +97,7 @@ def rms_norm(hidden_BTD: jax.Array, scale_D: jax.Array, *, eps: float) -> jax.Ar
 
 
 def apply_rope(heads_BTKH: jax.Array, *, theta: float) -> jax.Array:
-    """Rotates the pairs (i, i + H/2) by the position, Hugging Face's layout."""
+    """Rotates the pairs (i, i + H/2), Hugging Face's layout, by the position."""
     num_positions, head_width = heads_BTKH.shape[1], heads_BTKH.shape[-1]
     pair = jnp.arange(head_width // 2, dtype=jnp.float32)
     position_T = jnp.arange(num_positions, dtype=jnp.float32)
@@ -110,7 +110,7 @@ def apply_rope(heads_BTKH: jax.Array, *, theta: float) -> jax.Array:
 
 
 def attention(layer: Params, hidden_BTD: jax.Array, *, shape: Shape) -> jax.Array:
-    """Causal grouped-query attention; returns what is added to the residual."""
+    """Causal grouped-query attention; returns the update of the residual."""
     num_sequences, num_positions, _ = hidden_BTD.shape
     num_kv, head_width = shape.num_kv_heads, shape.head_width
     group = shape.num_q_heads // num_kv

@@ -4,11 +4,11 @@
     python -m jinfer.shipped.training.train --corpora DIR --out DIR --model draft --minutes 10
 
 Muon for the matrices inside the layers, Adam for the embedding and the norms. The learning
-rate is a function of the fraction of the time budget that is spent, so that a slow or busy
-machine shortens the run but never cuts off its end. A usable export is written every few
-minutes; `--resume 0.4` goes on from the one in the output folder as if 40% of the budget were
-spent (the optimizer's state starts afresh, warmed up again). A small model learns faster per
-minute, so train 3 layers first; `--resume 0.4 --grow 6` then goes on with 6.
+rate depends on the spent fraction of the time budget, so a slow or busy machine takes fewer steps
+but still completes the schedule. A usable export is written every few minutes. `--resume 0.4`
+starts from the export in the output folder, as if 40% of the budget were spent; the optimizer
+state is new and is warmed up again. A small model learns faster per minute, so train 3 layers
+first, then continue with 6: `--resume 0.4 --grow 6`.
 """
 
 import argparse
@@ -37,17 +37,17 @@ from jinfer.shipped.training.model import Params, Shape, grow, init_params, num_
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How one model is trained. Times are fractions of the budget."""
+    """The settings to train one model. Times are fractions of the budget."""
 
     shape: Shape
     tokens_per_step: int = 3072
     muon_rate: float = 0.02
     adam_rate: float = 0.003
     weight_decay: float = 0.03
-    warmup: float = 0.015  # after the start, and again after a resumption
+    warmup: float = 0.015  # after the start, and again after `--resume`
     decay_from: float = 0.3  # constant before, then linear down to zero
-    # Tokens per sequence of successive steps, over and over. Short ones are fastest; one step
-    # in eight is as long as the context, so that far positions are learned all along.
+    # Tokens per sequence in successive steps; the list repeats. Short sequences are fastest; one
+    # step in eight has the length of the context, so that late positions are always trained.
     lengths: tuple[int, ...] = (256, 256, 256, 512, 256, 256, 256, 1024)
 
 
@@ -78,7 +78,7 @@ RECIPES = {
 
 
 def rate_at(recipe: Recipe, spent: float, *, start: float) -> float:
-    """Returns the multiplier of both learning rates when `spent` of the budget is gone.
+    """Returns the factor of both learning rates at the spent fraction `spent` of the budget.
 
     `start` is the fraction at which this process began, with an empty optimizer state.
     """
@@ -101,7 +101,7 @@ def make_optimizer(recipe: Recipe) -> optax.GradientTransformation:
         adam_b2=0.98,
         weight_decay=recipe.weight_decay,
         weight_decay_mask=lambda params: jax.tree.map(lambda leaf: leaf.ndim == 2, params),
-        # optax takes a function here, as its docstring says; its annotation forgets it.
+        # optax accepts a function here, as its docstring says; its annotation does not.
         muon_weight_dimension_numbers=muon_axes,  # pyright: ignore[reportArgumentType]
     )
 
@@ -120,7 +120,7 @@ def train_step(params, state, token_BT, rate, *, shape, optimizer):
 
 
 class TokenSource:
-    """Endless training windows over epochs of shuffled documents: tales twice, stories once."""
+    """Endless training windows; each epoch has the tales twice and the stories once, shuffled."""
 
     def __init__(self, tales: list[np.ndarray], stories: list[np.ndarray], *, seed: int) -> None:
         self._documents = tales + tales + stories
@@ -130,7 +130,7 @@ class TokenSource:
         self.tokens_per_epoch = len(self._stream)
 
     def take(self, num_sequences: int, length: int) -> np.ndarray:
-        """Returns [num_sequences, length + 1]; neighbours overlap by the one token."""
+        """Returns [num_sequences, length + 1]; neighbouring rows overlap by one token."""
         num_tokens = num_sequences * length
         if self._next + num_tokens + 1 > len(self._stream):
             rest = self._stream[self._next :]
@@ -142,7 +142,7 @@ class TokenSource:
 
 
 def progress(minutes: float, *, start: float) -> Iterator[float]:
-    """Yields the spent fraction of the budget before each step, until it is all spent."""
+    """Yields the spent fraction of the budget before each step, until it reaches 1."""
     start_s = time.monotonic()
     while (spent := start + (time.monotonic() - start_s) / (60 * minutes)) < 1.0:
         yield spent
@@ -186,7 +186,7 @@ def train(args: argparse.Namespace) -> None:
 
 
 def prepare(args: argparse.Namespace) -> tuple[bytes, TokenSource]:
-    """Cleans the texts; trains the tokenizer, or for a draft or a resumption reads it back."""
+    """Cleans the texts; trains the tokenizer, or reads it for a draft or with `--resume`."""
     corpus = load_corpus(args.corpora)
     shared = args.out / "target" / "tokenizer.model"
     if args.model == "draft" or args.resume:

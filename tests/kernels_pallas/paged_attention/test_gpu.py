@@ -307,7 +307,7 @@ def test_refuses_old_jax():
 @pytest.mark.parametrize("tile_tokens", [0, 33])
 def test_refuses_impossible_tiles(tile_tokens):
     args, options = arrays()
-    message = f"from 1 to 32, what the rows .* per token; got tile_tokens={tile_tokens}. Leave"
+    message = f"from 1 to 32, the rows .* per kv head; got tile_tokens={tile_tokens}. Leave"
     with pytest.raises(ValueError, match=message):
         paged_attention_gpu(*args, **options, tile_tokens=tile_tokens, interpret=True)
 

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from kernels_pallas.paged_attention.reference import paged_attention_reference
 
@@ -30,6 +31,7 @@ def test_equals_dense_causal_attention():
     assert np.isnan(pages[0, 0]).all()
 
 
+@pytest.mark.smoke
 def test_a_window_a_cap_and_a_sink_by_hand():
     # One head of width 1, scores 1, 2, 3 at the last query; values 10, 20, 30.
     out_TNH, _ = paged_attention_reference(

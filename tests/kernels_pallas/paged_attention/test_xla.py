@@ -121,6 +121,7 @@ def test_a_row_is_bit_equal_whatever_the_others_do(tiling):
         np.testing.assert_array_equal(alone_TNH[mine], together_TNH[mine])
 
 
+@pytest.mark.smoke
 def test_a_traced_layer_equals_a_python_one():
     inputs = build(MIXED)
     fn = partial(paged_attention_xla, **inputs.options)
@@ -209,9 +210,9 @@ def one_row(**changes):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"q": jnp.zeros((4, 256))}, r"q is \[T, N, H\], k and v are \[T, K, H\] alike; got q_TNH"),
+        ({"q": jnp.zeros((4, 256))}, r"q must be \[T, N, H\], k and v both \[T, K, H\]; got q_TNH"),
         ({"v": jnp.zeros((4, 1, 64))}, r"v_TKH.shape=\(4, 1, 64\). Pack the new tokens that way"),
-        ({"q": jnp.zeros((5, 4, 64))}, r"must agree in tokens and head width; .*\(5, 4, 64\)"),
+        ({"q": jnp.zeros((5, 4, 64))}, r"same number of tokens and head_dim; .*\(5, 4, 64\)"),
         ({"q": jnp.zeros((4, 3, 64))}, r"multiple of the kv heads; got N=3, K=2. Repeat"),
         ({"pages": jnp.zeros((1, 9, 8, 2, 128))}, r"pages are \[L, P, K=2, Z, 2H=128\]; got shape"),
         ({"pages": jnp.zeros((9, 2, 8, 128))}, r"got shape \(9, 2, 8, 128\). Allocate the pool"),

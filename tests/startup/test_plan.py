@@ -9,16 +9,11 @@ import pytest
 from jinfer.config import EngineConfig, ModelConfig
 from jinfer.parallel.mesh import make_mesh
 from jinfer.parallel.sharding import Placement
-from jinfer.startup.load import state_shapes
-from jinfer.startup.resolve import (
-    check_config,
-    check_host_tier,
-    free_device_bytes,
-    platform_of,
-    resolve_dtype,
-    resolve_layer_loop,
-    resolve_plan,
-)
+from jinfer.startup.checks import check_config
+from jinfer.startup.defaults import platform_of, resolve_dtype, resolve_layer_loop
+from jinfer.startup.memory import check_host_tier, free_device_bytes
+from jinfer.startup.plan import resolve_plan
+from jinfer.startup.programs import state_shapes
 
 # A token of KV takes 2 * 2 layers * 2 heads * 16 wide = 128 numbers.
 MODEL = ModelConfig(
@@ -98,7 +93,7 @@ def test_a_host_tier_smaller_than_a_page_is_refused() -> None:
 
 
 def test_a_host_tier_beyond_what_there_is_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("jinfer.startup.resolve.free_host_bytes", lambda: 100 * GIB)
+    monkeypatch.setattr("jinfer.startup.memory.free_host_bytes", lambda: 100 * GIB)
     for name in ("LIMIT_GB", "PREALLOCATE"):
         monkeypatch.delenv(f"XLA_PJRT_GPU_HOST_MEMORY_{name}", raising=False)
 

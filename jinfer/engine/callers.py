@@ -1,0 +1,77 @@
+"""Several callers over one engine in one thread: generators that share its steps."""
+
+from collections import OrderedDict, deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from jinfer.engine.engine import Engine
+from jinfer.engine.interrupt import deferred
+from jinfer.engine.replicas import Replicas
+from jinfer.engine.running import Request
+
+
+class Callers:
+    """Steps an engine for whoever iterates, and aborts the requests of callers who stop early.
+
+    Python's garbage collector ends an abandoned generator wherever it happens to run. That may be
+    in the middle of a step, when the scheduler must not change. So a request that is left is noted
+    first, and aborted as soon as nothing is changing the engine.
+    """
+
+    def __init__(self, engine: Engine | Replicas) -> None:
+        self._engine = engine
+        self._is_changing = False  # the engine, now
+        self._left: deque[str] = deque()  # ids of requests that nobody waits for any more
+
+    @contextmanager
+    def changing(self) -> Iterator[None]:
+        """Inside the block the engine may change; requests left meanwhile are aborted after it."""
+        self._is_changing = True
+        try:
+            yield
+        finally:
+            self._is_changing = False
+            self._abort_left()
+
+    @contextmanager
+    def running(self, requests: Sequence[Request]) -> Iterator[Iterator[list[Request]]]:
+        """Queues the requests and yields their steps; after the block they leave the engine."""
+        try:
+            with deferred(), self.changing():
+                for request in requests:
+                    self._engine.add(request)
+            yield self._steps(requests)
+        finally:
+            self._left.extend(request.request_id for request in requests)
+            with deferred():
+                self._abort_left()
+
+    def _abort_left(self) -> None:
+        """Aborts the requests that were left, unless the engine is changing: then later."""
+        while self._left and not self._is_changing:
+            self._is_changing = True
+            try:
+                self._engine.abort(self._left.popleft())
+            finally:
+                self._is_changing = False
+
+    def _steps(self, requests: Sequence[Request]) -> Iterator[list[Request]]:
+        """Steps the engine until all are finished; yields the requests that each step advanced.
+
+        Callers may alternate, as over two streams: a step then advances the requests of both. A
+        request that finished in another caller's step is yielded once all before it are finished.
+        """
+        left = OrderedDict.fromkeys(requests)
+        while left:
+            oldest = next(iter(left))
+            if oldest.finished:
+                advanced = [oldest]
+            else:
+                with deferred(), self.changing():
+                    advanced = self._engine.step()
+            mine = [request for request in advanced if request in left]
+            for request in mine:
+                if request.finished:
+                    del left[request]
+            if mine:
+                yield mine

@@ -1,0 +1,116 @@
+"""Checks of each argument of the engine, before anything is read."""
+
+import math
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from jinfer.config import EngineConfig
+from jinfer.startup.defaults import DTYPES, KV_DTYPES
+from jinfer.step.attention import ATTENTION
+
+Check = Callable[[str, Any], None]
+
+
+def check_config(config: EngineConfig) -> None:
+    """Refuses what no model and no device could make sense of, before anything is read.
+
+    Raises:
+      ValueError: naming the argument, its value and what it may be.
+    """
+    for name, check in _CHECKS.items():
+        check(name, getattr(config, name))
+
+
+def _integer(low: int, high: float = math.inf, *, or_none: bool = True) -> Check:
+    def check(name: str, value: Any) -> None:
+        if or_none and value is None:
+            return
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise ValueError(f"{name} must be an integer; got {name}={value!r}. Pass an int.")
+        if not low <= value <= high:
+            limits = f"at least {low}" if high == math.inf else f"in [{low}, {high}]"
+            raise ValueError(f"{name} must be {limits}; got {name}={value}. Choose such a value.")
+
+    return check
+
+
+def _one_of(*allowed: str, or_none: bool = False) -> Check:
+    def check(name: str, value: Any) -> None:
+        if not (or_none and value is None) and value not in allowed:
+            listed = ", ".join(map(repr, allowed))
+            raise ValueError(f"{name} must be one of {listed}; got {name}={value!r}. Choose one.")
+
+    return check
+
+
+def _path(*, or_none: bool) -> Check:
+    def check(name: str, value: Any) -> None:
+        if not (or_none and value is None) and not isinstance(value, str | Path):
+            raise ValueError(
+                f"{name} must be a string or a Path; got {name}={value!r:.60}. Name a folder."
+            )
+
+    return check
+
+
+def _flag(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False; got {name}={value!r}. Pass a bool.")
+
+
+def _share(name: str, value: Any) -> None:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not 0.0 < value <= 1.0:
+        raise ValueError(f"{name} must be in (0, 1]; got {name}={value!r}. Choose such a share.")
+
+
+def _milliseconds(name: str, value: Any) -> None:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if value is not None and not (number and 0.0 < value < math.inf):
+        raise ValueError(
+            f"{name} must be above 0; got {name}={value!r}. Pass milliseconds, or None."
+        )
+
+
+def _amount(name: str, value: Any) -> None:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if value is not None and not (number and 0.0 <= value < math.inf):
+        raise ValueError(f"{name} must be at least 0; got {name}={value!r}. Pass GiB, or None.")
+
+
+_CHECKS: dict[str, Check] = {
+    "model": _path(or_none=False),
+    "tokenizer": _path(or_none=True),
+    "skip_tokenizer_init": _flag,
+    "load_format": _one_of("auto", "safetensors", "dummy"),
+    "dtype": _one_of(*DTYPES),
+    "kv_cache_dtype": _one_of(*KV_DTYPES),
+    "tensor_parallel_size": _integer(1, or_none=False),
+    "data_parallel_size": _integer(1, or_none=False),
+    "max_model_len": _integer(2),
+    "max_num_seqs": _integer(1),
+    "max_num_batched_tokens": _integer(1),
+    "max_decode_steps": _integer(1, 128),
+    "long_prefill_token_threshold": _integer(1),
+    "ttft_target_ms": _milliseconds,
+    "tpot_target_ms": _milliseconds,
+    "enable_prefix_caching": _flag,
+    "kv_offloading_size": _amount,
+    "page_size": _integer(1),
+    "num_pages": _integer(2),
+    "gpu_memory_utilization": _share,
+    "seed": _integer(0, 2**32 - 1, or_none=False),
+    "generation_config": _one_of("auto", "vllm"),
+    # Each is a column of every step's output; a whole vocabulary would drown the transfer.
+    "max_logprobs": _integer(0, 100, or_none=False),
+    "layer_loop": _one_of("scan", "unrolled", or_none=True),
+    "attention": _one_of(*ATTENTION, or_none=True),
+    "compilation_cache": _path(or_none=True),
+    "late_compile": _one_of("warn", "error"),
+    "progress": _flag,
+}
+
+# Every argument has its check, or the module does not import.
+assert [field.name for field in fields(EngineConfig)] == list(_CHECKS), "arguments without a check"
