@@ -84,7 +84,7 @@ def _from_json(line: str, place: str) -> Prompt:
     except json.JSONDecodeError as error:
         raise RequestError(
             f"{place}: a line that begins with {{ must be JSON; got {error}. "
-            'To begin text with {, write {"prompt": "{..."}.'
+            'Write text that begins with { as {"prompt": "{..."}.'
         ) from None
     except RequestError as error:
         raise RequestError(f"{place}: {error}") from None

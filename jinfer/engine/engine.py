@@ -21,6 +21,7 @@ from jinfer.request.params import SamplingParams, check_priority
 from jinfer.request.prompt import Prompt, check_prompt_ids
 from jinfer.request.seeds import Seeds
 from jinfer.request.stop import Finish
+from jinfer.request.tokenizer import encode_prompt
 from jinfer.runner.model_runner import free_arrays
 from jinfer.sampling.admission import check_row, sampling_row
 from jinfer.schedule.capacity import bucket_for
@@ -143,7 +144,7 @@ class Engine:
         )
         prompt_ids = prompt.token_ids
         if prompt_ids is None:
-            prompt_ids = self._encode(prompt)
+            prompt_ids = encode_prompt(prompt, self.tokenizer)
         check_prompt_ids(
             prompt_ids,
             vocab_size=self.model.vocab_size,
@@ -421,24 +422,6 @@ class Engine:
             )
             self._num_streams -= request.streams
             self._num_with_stop_strings -= bool(request.params.stop)
-
-    def _encode(self, prompt: Prompt) -> Sequence[int]:
-        if not prompt.text:
-            return ()  # refused as [] is, whatever tokens the tokenizer would begin with
-        if self.tokenizer is None:
-            raise RequestError(
-                "text needs a tokenizer; got prompt text with skip_tokenizer_init=True. "
-                "Pass prompt_token_ids."
-            )
-        try:
-            return self.tokenizer.encode(prompt.text)
-        except RequestError:
-            raise
-        except Exception as error:  # a library's own, about this prompt: it ends this one only
-            raise RequestError(
-                f"the tokenizer must take the prompt; got {type(error).__name__}: {error}. "
-                "Pass prompt_token_ids."
-            ) from error
 
 
 def make_scheduler(

@@ -5,11 +5,11 @@ One class with two backends: the `tokenizers` library reads `tokenizer.json`; if
 """
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from jinfer.errors import CheckpointError
-from jinfer.request.prompt import require_unicode
+from jinfer.errors import CheckpointError, RequestError
+from jinfer.request.prompt import Prompt, require_unicode
 from jinfer.request.tokenizer_backends import Backend, HFBackend, SentencePieceBackend
 from jinfer.request.tokenizer_files import TokenizerFiles, read_tokenizer_files
 
@@ -102,3 +102,27 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
             f"got neither in {str(folder)!r}. Copy one there, or set skip_tokenizer_init=True."
         )
     return Tokenizer(backend, files)
+
+
+def encode_prompt(prompt: Prompt, tokenizer: Tokenizer | None) -> Sequence[int]:
+    """Token ids of a prompt given as text; none for an empty text.
+
+    Raises:
+      RequestError: there is no tokenizer, or it fails on this text.
+    """
+    if not prompt.text:
+        return ()  # refused as [] is, whatever tokens the tokenizer would begin with
+    if tokenizer is None:
+        raise RequestError(
+            "text needs a tokenizer; got prompt text with skip_tokenizer_init=True. "
+            "Pass prompt_token_ids."
+        )
+    try:
+        return tokenizer.encode(prompt.text)
+    except RequestError:
+        raise
+    except Exception as error:  # the library's own, about this prompt: only this request ends
+        raise RequestError(
+            f"the tokenizer must take the prompt; got {type(error).__name__}: {error}. "
+            "Pass prompt_token_ids."
+        ) from error

@@ -188,8 +188,8 @@ class SentencePieceBackend:
     """`tokenizer.model` through the `sentencepiece` library.
 
     The library does not recognise control tokens in text, so the text is first split at them, as in
-    Hugging Face's Llama tokenizer (4.x). With `legacy` every part gets the dummy leading space, else
-    only the first part. (5.x converts the model to `tokenizers` and differs from sentencepiece
+    Hugging Face's Llama tokenizer (4.x). With `legacy` every part gets a dummy leading space, else
+    the first part only. (5.x converts the model to `tokenizers` and differs from sentencepiece
     if a part begins with its own space.)
     """
 
@@ -282,7 +282,7 @@ class SentencePieceBackend:
             token_id = ids.get(content)
             if token_id is None:
                 token_id = library.piece_to_id(content)
-                if library.id_to_piece(token_id) != content:  # not a piece: a new id past the pieces
+                if library.id_to_piece(token_id) != content:  # no piece: gets a new id past them
                     token_id = max(num_pieces, *(i + 1 for i in found))
             if token_id not in found or not found[token_id].special:
                 found[token_id] = AddedToken(content=content, special=True)

@@ -19,7 +19,6 @@ from typing import Any, no_type_check
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Bool, Float, Int32, UInt32
 
 from jinfer.parallel.collectives import WHOLE, Shards
@@ -33,6 +32,7 @@ from jinfer.sampling.masks import (
     num_words,
 )
 from jinfer.sampling.threshold import top_k_threshold, top_p_threshold
+from jinfer.sampling.xla_workarounds import distinct_ids, row_major, rows_one_by_one
 
 _LANES = 128  # tokens per block of two-level sampling
 _LARGEST = float(jnp.finfo(jnp.float32).max)
@@ -148,7 +148,7 @@ def sample(
             lambda x_RV: _ban(x_RV, state, slot_R, position_R, shards),
         ),
     )
-    logits_RV = _row_major(logits_RV.astype(jnp.float32))
+    logits_RV = row_major(logits_RV.astype(jnp.float32))
     # Shards may disagree on whether a mask is needed, so edits must use no collectives.
     for needed_R, edit in edits:
         logits_RV = lax.cond(jnp.any(needed_R), edit, lambda same_RV: same_RV, logits_RV)
@@ -157,7 +157,7 @@ def sample(
     return lax.cond(
         jnp.any(random_R),
         lambda: jnp.where(
-            random_R, _draw(logits_RV, state, slot_R, position_R, shards), likeliest_R
+            random_R, _sample_random(logits_RV, state, slot_R, position_R, shards), likeliest_R
         ),
         lambda: likeliest_R,
     )
@@ -192,18 +192,9 @@ def unpack_bits(bits_RW: UInt32[Array, "R W"], vocab_size: int) -> Bool[Array, "
     return flag_RW32.reshape(bits_RW.shape[0], -1)[:, :vocab_size].astype(bool)
 
 
-def _row_major(array: Array) -> Array:
-    """Forces the row-major layout.
-
-    On a TPU, XLA prefers 128 rows side by side, and would transpose all of [R, V] before and after
-    every edit, even an edit that is not needed.
-    """
-    return with_layout_constraint(array, Layout(major_to_minor=tuple(range(array.ndim))))
-
-
 def _clean(logits_RV: Array) -> Array:
     """Replaces NaN by -inf and +inf by the largest float32."""
-    return _row_major(jnp.where(jnp.isnan(logits_RV), -jnp.inf, jnp.minimum(logits_RV, _LARGEST)))
+    return row_major(jnp.where(jnp.isnan(logits_RV), -jnp.inf, jnp.minimum(logits_RV, _LARGEST)))
 
 
 def _argmax(logits_RV: Array, shards: Shards) -> Array:
@@ -225,7 +216,10 @@ def _needs_penalties(state: SamplingState, slot_R: Array) -> Array:
 
 def _penalise(logits_RV: Array, state: SamplingState, slot_R: Array) -> Array:
     count_RV = lax.platform_dependent(
-        state.output_count_AV, slot_R, tpu=_rows_in_turn, default=lambda all_AV, at_R: all_AV[at_R]
+        state.output_count_AV,
+        slot_R,
+        tpu=rows_one_by_one,
+        default=lambda all_AV, at_R: all_AV[at_R],
     )
     in_prompt_RV = unpack_bits(state.prompt_bits_AW[slot_R], logits_RV.shape[-1])
     repetition_R1 = state.repetition_penalty_A[slot_R, None]
@@ -234,32 +228,17 @@ def _penalise(logits_RV: Array, state: SamplingState, slot_R: Array) -> Array:
     pushed_RV = jnp.where(logits_RV > 0.0, logits_RV / repetition_R1, logits_RV * repetition_R1)
     logits_RV = jnp.where(in_prompt_RV | (count_RV > 0), pushed_RV, logits_RV)
     logits_RV = logits_RV - frequency_R1 * count_RV.astype(jnp.float32)
-    return _row_major(logits_RV - presence_R1 * (count_RV > 0).astype(jnp.float32))
-
-
-def _rows_in_turn(all_AV: Array, slot_R: Array) -> Array:
-    """Rows at `slot_R`. A TPU's gather of rows this long takes XLA 4 s to compile, a loop 0.1 s."""
-    row_of = partial(lax.dynamic_index_in_dim, all_AV, keepdims=False)
-    return _row_major(lax.map(row_of, slot_R))
+    return row_major(logits_RV - presence_R1 * (count_RV > 0).astype(jnp.float32))
 
 
 def _add_bias(logits_RV: Array, state: SamplingState, slot_R: Array, shards: Shards) -> Array:
     row_R1 = jnp.arange(slot_R.shape[0])[:, None]
     length = logits_RV.shape[-1]
     ids_RJ = shards.local(state.bias_ids_AJ[slot_R], length)
-    ids_RJ = _told_apart(ids_RJ, ids_RJ >= length, length)  # a bias has no id twice
+    ids_RJ = distinct_ids(ids_RJ, ids_RJ >= length, length)  # a bias has no id twice
     values_RJ = state.bias_values_AJ[slot_R]
     biased_RV = logits_RV.at[row_R1, ids_RJ].add(values_RJ, mode="drop", unique_indices=True)
-    return _row_major(biased_RV)
-
-
-def _told_apart(ids_RJ: Array, dropped_RJ: Array, length: int) -> Array:
-    """Gives each dropped id its own index past V, so that no row has an id twice.
-
-    With unique indices, XLA compiles a scatter for a TPU in a sixth of the time.
-    """
-    behind_J = length + jnp.arange(ids_RJ.shape[-1], dtype=jnp.int32)
-    return jnp.where(dropped_RJ, behind_J, ids_RJ)
+    return row_major(biased_RV)
 
 
 def _needs_mask(state: SamplingState, slot_R: Array) -> Array:
@@ -268,7 +247,7 @@ def _needs_mask(state: SamplingState, slot_R: Array) -> Array:
 
 def _keep_allowed(logits_RV: Array, state: SamplingState, slot_R: Array) -> Array:
     allowed_RV = unpack_bits(state.allowed_bits_AW[slot_R], logits_RV.shape[-1])
-    return _row_major(jnp.where(allowed_RV, logits_RV, -jnp.inf))
+    return row_major(jnp.where(allowed_RV, logits_RV, -jnp.inf))
 
 
 def _needs_bans(state: SamplingState, slot_R: Array, position_R: Array, vocab_size: int) -> Array:
@@ -291,13 +270,13 @@ def _ban(
     banned_RJ = shards.local(jnp.concatenate([completed_RJ, stop_RJ], axis=-1), length)
     same_RJJ = banned_RJ[:, :, None] == banned_RJ[:, None, :]
     repeated_RJ = jnp.any(jnp.tril(same_RJJ, k=-1), axis=-1)
-    banned_RJ = _told_apart(banned_RJ, repeated_RJ | (banned_RJ >= length), length)
+    banned_RJ = distinct_ids(banned_RJ, repeated_RJ | (banned_RJ >= length), length)
     banned = logits_RV.at[jnp.arange(slot_R.shape[0])[:, None], banned_RJ]
     # min, not set: for 128 rows, XLA for TPUs compiles a set five times as long.
-    return _row_major(banned.min(-jnp.inf, mode="drop", unique_indices=True))
+    return row_major(banned.min(-jnp.inf, mode="drop", unique_indices=True))
 
 
-def _draw(
+def _sample_random(
     logits_RV: Array, state: SamplingState, slot_R: Array, position_R: Array, shards: Shards
 ) -> Array:
     """Samples a kept token per row, with probability proportional to exp(logit / temperature)."""
@@ -321,7 +300,7 @@ def _weights(logits_RV: Array, temperature_R: Array, shards: Shards) -> Array:
     logits_RV = _clean(logits_RV)
     largest_R1 = shards.max(jnp.max(logits_RV, axis=-1, keepdims=True))
     largest_R1 = jnp.maximum(largest_R1, -_LARGEST)
-    return _row_major(jnp.exp((logits_RV - largest_R1) / temperature_R[:, None]))
+    return row_major(jnp.exp((logits_RV - largest_R1) / temperature_R[:, None]))
 
 
 def _race(weight_RV: Array, seed_R2: Array, position_R: Array, shards: Shards) -> Array:
@@ -339,7 +318,7 @@ def _race(weight_RV: Array, seed_R2: Array, position_R: Array, shards: Shards) -
       Processing Letters 97(5), 2006: the largest key u ** (1 / w), which is exp(-exponential / w).
     """
     spare = -weight_RV.shape[-1] % _LANES
-    weight_RV = _row_major(jnp.pad(weight_RV, ((0, 0), (0, spare))))
+    weight_RV = row_major(jnp.pad(weight_RV, ((0, 0), (0, spare))))
     part_RJ = lax.platform_dependent(weight_RV, tpu=_sum_tiles, default=_sum_blocks)
     num_blocks = part_RJ.shape[-1]
     sum_RJ = shards.join(part_RJ)
@@ -347,7 +326,7 @@ def _race(weight_RV: Array, seed_R2: Array, position_R: Array, shards: Shards) -
     block_R = jnp.argmax(sum_RJ / block_number_RJ, axis=-1).astype(jnp.int32)
     local_R = shards.local(block_R, num_blocks)
     slice_of = partial(lax.dynamic_slice, slice_sizes=(_LANES,))
-    lane_R128 = _row_major(jax.vmap(slice_of)(weight_RV, (local_R * _LANES)[:, None]))
+    lane_R128 = row_major(jax.vmap(slice_of)(weight_RV, (local_R * _LANES)[:, None]))
     lane_R128 = jnp.where((local_R < num_blocks)[:, None], lane_R128, 0.0)
     lane_R128 = shards.sum(lane_R128)  # all but one are zeros
     lane_R = jnp.argmax(lane_R128 / lane_number_R128, axis=-1).astype(jnp.int32)
@@ -363,8 +342,8 @@ def _exponentials(seed_R2: Array, position_R: Array, num_blocks: int) -> tuple[A
     key_R = jax.random.wrap_key_data(seed_R2, impl="threefry2x32")
     key_R = jax.vmap(jax.random.fold_in)(key_R, position_R)
     with jax.threefry_partitionable(True):  # else all bits depend on how many there are
-        draw_bits = partial(jax.random.bits, shape=(_LANES + num_blocks,))
-        bits = jax.vmap(draw_bits)(key_R)
+        random_bits = partial(jax.random.bits, shape=(_LANES + num_blocks,))
+        bits = jax.vmap(random_bits)(key_R)
     # Keep off 0, since we divide by the result, and off 1, to which the largest would round.
     uniform = jnp.minimum((bits.astype(jnp.float32) + 0.5) * 2.0**-32, 1.0 - 2.0**-24)
     exponential = -jnp.log1p(-uniform)
@@ -381,5 +360,5 @@ def _sum_tiles(weight_RV: Array) -> Array:
     num_rows = len(weight_RV)
     rows_of_tile = math.gcd(num_rows, 8)
     tiles = weight_RV.reshape(num_rows // rows_of_tile, rows_of_tile, -1, _LANES).swapaxes(1, 2)
-    sums = jnp.sum(_row_major(tiles), axis=-1)  # [R / 8, J, 8]
+    sums = jnp.sum(row_major(tiles), axis=-1)  # [R / 8, J, 8]
     return sums.swapaxes(1, 2).reshape(num_rows, -1)

@@ -64,19 +64,19 @@ def run_decode(
         logprobs=no_logprobs(max_steps, num_rows, max_logprobs=max_logprobs),
     )
 
-    def draws_at(i: Int32[Array, ""], slots: SlotState) -> Bool[Array, "B"]:
+    def samples_at(i: Int32[Array, ""], slots: SlotState) -> Bool[Array, "B"]:
         return (i < batch.num_samples_B) & ~slots.stopped_A[batch.slot_B]
 
     def goes_on(carry: Any) -> Bool[Array, ""]:
         i, _, slots, _, _ = carry
-        return (i < max_steps) & jnp.any(draws_at(i, slots))
+        return (i < max_steps) & jnp.any(samples_at(i, slots))
 
     def one_step(carry: Any) -> Any:
         i, pages, slots, num_sampled_B, room = carry
-        drawing_B = draws_at(i, slots)
-        pages, slots, output = step(params, pages, slots, _step_batch(batch, slots, i, drawing_B))
+        sampling_B = samples_at(i, slots)
+        pages, slots, output = step(params, pages, slots, _step_batch(batch, slots, i, sampling_B))
         room = jax.tree.map(lambda all_, new: all_.at[i].set(new), room, output)
-        return i + 1, pages, slots, num_sampled_B + drawing_B, room
+        return i + 1, pages, slots, num_sampled_B + sampling_B, room
 
     start = (jnp.int32(0), pages, slots, jnp.zeros(num_rows, jnp.int32), room)
     _, pages, slots, num_sampled_B, room = lax.while_loop(goes_on, one_step, start)
@@ -94,14 +94,14 @@ def _enter(slots: SlotState, batch: DecodeBatch) -> SlotState:
 
 
 def _step_batch(
-    batch: DecodeBatch, slots: SlotState, i: Int32[Array, ""] | int, draws_B: Bool[Array, "B"]
+    batch: DecodeBatch, slots: SlotState, i: Int32[Array, ""] | int, samples_B: Bool[Array, "B"]
 ) -> StepBatch:
     """The batch of step i: one token for each row that samples; the other rows are empty."""
     num_rows = batch.slot_B.shape[0]
     row_B = jnp.arange(num_rows, dtype=jnp.int32)
     null_slot = slots.last_token_A.shape[0] - 1
-    slot_B = jnp.where(draws_B, batch.slot_B, null_slot)
-    position_B = jnp.where(draws_B, batch.position_B + i, 0)
+    slot_B = jnp.where(samples_B, batch.slot_B, null_slot)
+    position_B = jnp.where(samples_B, batch.position_B + i, 0)
     no_write_J = jnp.zeros(0, jnp.int32)
     return StepBatch(
         token_T=jnp.zeros(num_rows, jnp.int32),
@@ -110,16 +110,16 @@ def _step_batch(
         position_T=position_B,
         slot_B=slot_B,
         query_start_B=row_B,
-        query_len_B=draws_B.astype(jnp.int32),
-        kv_len_B=jnp.where(draws_B, position_B + 1, 0),
+        query_len_B=samples_B.astype(jnp.int32),
+        kv_len_B=jnp.where(samples_B, position_B + 1, 0),
         write_slot_J=no_write_J,
         write_index_J=no_write_J,
         write_page_J=no_write_J,
         logits_index_R=row_B,
         logits_slot_R=slot_B,
-        samples_R=draws_B,
+        samples_R=samples_B,
         given_token_R=jnp.zeros(num_rows, jnp.int32),
-        wants_logprobs_R=batch.wants_logprobs_B & draws_B,
+        wants_logprobs_R=batch.wants_logprobs_B & samples_B,
     )
 
 

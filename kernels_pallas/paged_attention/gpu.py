@@ -173,7 +173,7 @@ def _check_arrays(q_TNH: Any, k_TKH: Any, v_TKH: Any, pages: Pages) -> None:
     if stored_width not in STAGES_OF_HEAD_WIDTH:
         allowed = sorted(STAGES_OF_HEAD_WIDTH)
         raise NotImplementedError(
-            f"on GPU, the pool's head width must be one of {allowed}; got {stored_width}. "
+            f"on GPU, the pool's head_dim must be one of {allowed}; got {stored_width}. "
             f"Allocate it with {stored_head_dim(stored_width)}, which pads the heads with zeros, "
             "or choose the xla implementation."
         )
@@ -228,7 +228,7 @@ def _check_unit(unit: str, pages: Pages) -> None:
     if unit == "tcgen05" and cells_of(pages).shape[4] > 2 * 128:
         # With 128 rows a thread holds one whole row, in 255 registers.
         raise NotImplementedError(
-            "on Blackwell, the pool's head width must be 64 or 128; "
+            "on Blackwell, the pool's head_dim must be 64 or 128; "
             f"got {cells_of(pages).shape[4] // 2}. Choose the xla implementation."
         )
 

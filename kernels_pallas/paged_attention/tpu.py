@@ -161,7 +161,7 @@ def _check_limits(cells: Any, **arrays: Any) -> None:
     if stored_head_dim(head_dim) != head_dim:
         # It would compile, but XLA would lay the pool out differently and copy it on every call.
         raise NotImplementedError(
-            f"on TPU, the pool's head width must be a multiple of {LANES // 2}; got {head_dim=}. "
+            f"on TPU, the pool's head_dim must be a multiple of {LANES // 2}; got {head_dim=}. "
             f"Allocate it with {stored_head_dim(head_dim)}, or choose the xla implementation."
         )
 

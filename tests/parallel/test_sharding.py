@@ -35,7 +35,7 @@ def test_a_name_says_where_its_array_goes(name: str, axes: str, spec: tuple[Any,
 
 
 def test_numbers_in_front_of_a_cut_axis_are_refused() -> None:
-    with pytest.raises(ValueError, match="behind the axes that are cut; got axes='2K'"):
+    with pytest.raises(ValueError, match="after the sharded axes; got axes='2K'"):
         spec_of("2K")
 
 

@@ -14,6 +14,7 @@ from scipy import stats
 from jinfer.parallel.collectives import WHOLE
 from jinfer.sampling import masks, sampler
 from jinfer.sampling.sampler import SamplingState, empty_state, record, sample, unpack_bits
+from jinfer.sampling.xla_workarounds import rows_one_by_one
 
 GOLDEN = json.loads((Path(__file__).parent / "sampler_goldens.json").read_text())
 LOGITS_V = np.asarray(GOLDEN["logits"], dtype=np.float32)
@@ -443,7 +444,7 @@ def test_unpack_reads_what_the_host_packed(vocab: int) -> None:
 def test_rows_taken_in_turn_are_those_that_a_gather_takes() -> None:
     all_AV = jnp.arange(5 * 7, dtype=jnp.int32).reshape(5, 7)
     slot_R = jnp.array([4, 0, 0, 3])
-    rows_RV = sampler._rows_in_turn(all_AV, slot_R)
+    rows_RV = rows_one_by_one(all_AV, slot_R)
     np.testing.assert_array_equal(rows_RV, all_AV[slot_R])
 
 

@@ -36,7 +36,7 @@ WIDTH_96 = replace(LONG_CHUNK_INT8, name="width_96_int8", head_dim=96, stored_wi
 FAST = ("window_soft_cap_sinks-parts_1", "long-parts_3", "long_fp8-parts_3")
 SMALL_PAGES = "on GPU, 8-bit pages hold 32 or a multiple of 64 tokens; got page_size=8. Choose"
 DECLINED = {
-    "width_96": r"must be one of \[64, 128, 256\]; got 96. Allocate it with 128, zeros fill",
+    "width_96": r"must be one of \[64, 128, 256\]; got 96. Allocate it with 128, which pads",
     "int8_pages": SMALL_PAGES,
     "int8_pages_all_options": SMALL_PAGES,
     "bfloat16_fp8_pages": SMALL_PAGES,
@@ -291,7 +291,7 @@ def test_refuses_unknown_units_and_wide_heads_on_blackwell():
     with pytest.raises(ValueError, match="unit must be wgmma or tcgen05; got unit='mma'. Leave"):
         paged_attention_gpu(*args, **options, unit="mma", interpret=True)
     args, options = arrays(head_dim=256)
-    message = "on Blackwell, the pool's head width must be 64 or 128; got 256. Choose the xla"
+    message = "on Blackwell, the pool's head_dim must be 64 or 128; got 256. Choose the xla"
     with pytest.raises(NotImplementedError, match=message):
         paged_attention_gpu(*args, **options, unit="tcgen05", interpret=True)
 
