@@ -23,7 +23,7 @@ from jinfer.errors import RequestError
 from jinfer.request.output import RequestOutput
 from jinfer.request.params import SamplingParams
 from jinfer.request.prompt import Prompt
-from jinfer.schedule.plan_builder import Draft
+from jinfer.schedule.plan_builder import PlanBuilder
 from jinfer.shipped import DEFAULT_MODEL
 
 PAGE_SIZE = 8
@@ -189,7 +189,7 @@ class Player:
         alive = [request for request in self.requests if not request.finished]
         scheduler = self.engine.scheduler
         if scheduler.num_running and self.rng.random() < self.faults.preempt:
-            scheduler._preempt_last(Draft(0, 0))
+            scheduler._preempt_last(PlanBuilder(0, 0))
         if alive and self.rng.random() < self.faults.abort:
             self._abort(self.rng.choice(alive))
         if alive and self.rng.random() < self.faults.fail:
@@ -210,9 +210,9 @@ class Player:
                     return None
             return allocate(num_pages)
 
-        def schedule(draft: Draft) -> None:
+        def schedule(builder: PlanBuilder) -> None:
             pool.allocate = refusing
-            schedule_running(draft)
+            schedule_running(builder)
             pool.allocate = allocate
 
         scheduler._schedule_running = schedule

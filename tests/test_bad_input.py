@@ -88,7 +88,7 @@ BAD_PARAMS = [
     ({"stop_token_ids": list(range(3, 67))}, "at most 64 stop token ids; got 65"),
     ({"bad_words": ["supercalifragilisticexpialidocious" * 3]}, "1 to 8 tokens; got"),
     ({"bad_words": [" "]}, "a bad word must be more than spaces; got ' '"),
-    ({"bad_words": [f"{a}{b}xq" for a in "abcdefghijkl" for b in "abcdefghijkl"]}, "at most 128"),
+    ({"bad_words": [f"{a}{b}xq" for a in "abcdefghijk" for b in "abcdefghijk"]}, "at most 128"),
     ({"allowed_token_ids": [2], "min_tokens": 1}, r"min_tokens=1, and stop tokens \[2\]"),
     # "king" is token 2255, "a" is 4009, and "aa" is that twice.
     ({"allowed_token_ids": [2, 2255], "bad_words": ["king"], "min_tokens": 1}, "ends no bad word"),

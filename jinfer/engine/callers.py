@@ -1,4 +1,4 @@
-"""Several callers over one engine in one thread: generators that share its steps."""
+"""Several callers of one engine in one thread: generators that share its steps."""
 
 from collections import OrderedDict, deque
 from collections.abc import Iterator, Sequence
@@ -11,21 +11,21 @@ from jinfer.engine.running import Request
 
 
 class Callers:
-    """Steps an engine for whoever iterates, and aborts the requests of callers who stop early.
+    """Steps an engine for its iterating callers; aborts the requests of callers who stop early.
 
-    Python's garbage collector ends an abandoned generator wherever it happens to run. That may be
-    in the middle of a step, when the scheduler must not change. So a request that is left is noted
-    first, and aborted as soon as nothing is changing the engine.
+    Python's garbage collector may end an abandoned generator at any point, even in the middle of
+    a step, when the scheduler must not change. So `Callers` only notes an abandoned request, and
+    aborts it once nothing is changing the engine.
     """
 
     def __init__(self, engine: Engine | Replicas) -> None:
         self._engine = engine
-        self._is_changing = False  # the engine, now
-        self._left: deque[str] = deque()  # ids of requests that nobody waits for any more
+        self._is_changing = False  # whether the engine is changing now
+        self._left: deque[str] = deque()  # ids of abandoned requests
 
     @contextmanager
     def changing(self) -> Iterator[None]:
-        """Inside the block the engine may change; requests left meanwhile are aborted after it."""
+        """Lets the block change the engine; then aborts the requests abandoned meanwhile."""
         self._is_changing = True
         try:
             yield
@@ -35,7 +35,7 @@ class Callers:
 
     @contextmanager
     def running(self, requests: Sequence[Request]) -> Iterator[Iterator[list[Request]]]:
-        """Queues the requests and yields their steps; after the block they leave the engine."""
+        """Queues the requests and yields their steps; after the block aborts the unfinished."""
         try:
             with deferred(), self.changing():
                 for request in requests:
@@ -47,7 +47,7 @@ class Callers:
                 self._abort_left()
 
     def _abort_left(self) -> None:
-        """Aborts the requests that were left, unless the engine is changing: then later."""
+        """Aborts the abandoned requests, unless the engine is changing: then later."""
         while self._left and not self._is_changing:
             self._is_changing = True
             try:

@@ -1,4 +1,4 @@
-"""A dispatch on its way: what the device was given, and how it is read back."""
+"""A dispatch in flight: its plan, its output, and how the host reads it."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,11 +13,11 @@ from jinfer.step.batch import DecodeOutput, StepOutput
 
 @dataclass(frozen=True, slots=True)
 class Dispatched:
-    """What the device is computing, or has computed, and the host has not read."""
+    """A dispatch that the host has not read; the device may have finished it."""
 
     plan: StepPlan
-    output: StepOutput | DecodeOutput  # its logprobs None where nobody wants them
-    num_places: int  # tokens or rows of its program, padding included; in each of its steps
+    output: StepOutput | DecodeOutput  # logprobs None if no request wants them
+    num_places: int  # tokens or rows in each step of its program, padding included
     start_s: float  # of `time.monotonic()`, when it was sent
 
     @property
@@ -26,7 +26,7 @@ class Dispatched:
         return all(array.is_ready() for array in jax.tree.leaves(self.output))
 
     def read(self) -> Iterator[tuple[StepOutput, list[tuple[Chunk, range]]]]:
-        """Waits, and yields each step's output with its chunks and their readouts."""
+        """Waits, then yields each step's output with its chunks and their rows of logits."""
         output = jax.device_get(self.output)  # the wait
         if isinstance(output, StepOutput):
             yield output, list(self._logits_rows())
@@ -54,10 +54,10 @@ class Dispatched:
 
 
 class Observer(Protocol):
-    """Whoever wants to know of every step, such as a benchmark."""
+    """Is told of every step, for example by a benchmark."""
 
     def dispatched(self, start_s: float, output: Any) -> None:
         """A program was called at `time.monotonic() == start_s`; its output may not be ready."""
 
     def read(self, chunks: Sequence[Chunk], num_places: int) -> None:
-        """One step of a dispatch was read: what it computed, in so many places."""
+        """One step of a dispatch was read: its chunks, and its places with padding."""

@@ -1,4 +1,4 @@
-"""The engine: plans, dispatches and reads; turns the loop once per `step`."""
+"""The engine: plans, dispatches and reads, once per `step`."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -34,16 +34,16 @@ from jinfer.step.batch import StepOutput
 from jinfer.step.pack import BucketShape, DecodeShape, pack, pack_decode
 from jinfer.step.slots import ADMISSION_ROWS, RESTORED_TOKENS, admission_rows
 
-# Decode steps of one dispatch while a stop string is looked for: what comes after it is in vain.
+# Decode steps per dispatch while some request has stop strings: tokens after one are wasted.
 STEPS_WITH_STOP_STRINGS = 4
 
 
 class Engine:
     """Continuous batching over one model. Not thread-safe: one thread at a time calls it.
 
-    The loop keeps one dispatch ahead: `step` dispatches n+1, then reads n, so that the host's
-    work hides behind the device's. The unread dispatch is a value, `_pending`. Where every row
-    decodes, a dispatch may be several steps long.
+    The loop stays one dispatch ahead: `step` dispatches n+1, then reads n, so that host and
+    device work at the same time. `_pending` is the unread dispatch. If every row decodes, a
+    dispatch may be several steps long.
     """
 
     def __init__(
@@ -53,12 +53,12 @@ class Engine:
         devices: Sequence[Device] | None = None,
         metrics: EngineMetrics | None = None,
     ) -> None:
-        """Loads and compiles everything; raises what `multi_host.load_everywhere` raises.
+        """Loads and compiles everything; raises the errors of `multi_host.load_everywhere`.
 
         Args:
-          config: what the user asks.
-          devices: those it runs on; None = the first ones.
-          metrics: where it counts what it does; None = for itself.
+          config: the user's settings.
+          devices: the devices to run on; None = the first ones.
+          metrics: the counters to use, perhaps shared by replicas; None = its own.
         """
         loaded, self.runner = load_everywhere(config, devices)
         self.config = config
@@ -70,7 +70,7 @@ class Engine:
         self._pacing = Pacing(config, self.plan)
         try:
             self._pacing.time_programs(self.runner, self._shapes, self._decode_shapes)
-        except BaseException:  # nobody could close an engine that was never made
+        except BaseException:  # the caller gets no engine to close
             self.runner.close()
             raise
         self._guard = CompileGuard(config.late_compile)
@@ -83,7 +83,7 @@ class Engine:
         self._pending: Dispatched | None = None
         self._requests: dict[str, Request] = {}
         self._completions: dict[TokenSequence, Completion] = {}
-        self._num_streams = 0  # requests here whose tokens somebody watches as they come
+        self._num_streams = 0  # requests whose caller reads each token as it comes
         self._num_with_stop_strings = 0
         self._seeds = Seeds(config.seed)
         self._metrics = metrics or EngineMetrics()
@@ -101,8 +101,8 @@ class Engine:
 
     @property
     def load(self) -> Load:
-        """What it does now."""
-        num_pages = self.plan.num_pages - 1  # without the bin
+        """Returns the current load."""
+        num_pages = self.plan.num_pages - 1  # without the null page
         return Load(
             num_running=self.scheduler.num_running,
             num_waiting=self.scheduler.num_waiting,
@@ -112,7 +112,7 @@ class Engine:
         )
 
     def metrics(self) -> MetricsSnapshot:
-        """What it does now and has done so far; any thread may ask."""
+        """Returns the current load and the counts since the start; any thread may call it."""
         return self._metrics.snapshot(self.load)
 
     def require_alive(self) -> None:
@@ -125,16 +125,16 @@ class Engine:
     def prepare(
         self, request_id: str, prompt: Prompt, params: SamplingParams, priority: int = 0
     ) -> Request:
-        """Checks one request whole and turns it into what the engine can run; nothing is queued.
+        """Checks a request completely and returns it ready for `add`; queues nothing.
 
-        Of two that wait, the one of lower `priority` begins first, and is preempted last.
+        A waiting request of lower `priority` starts first and is preempted last.
 
         Raises:
           RequestError: the prompt or a parameter cannot be honoured.
           RuntimeError: the engine is closed or broken.
         """
         self.require_alive()
-        arrival_time = time.monotonic()  # tokenizing, and waiting to be queued, count as well
+        arrival_time = time.monotonic()  # tokenizing and the wait to be queued count too
         check_priority(priority)
         params.check_against(
             vocab_size=self.model.vocab_size,
@@ -197,7 +197,7 @@ class Engine:
             self.scheduler.add(completion.sequence)
 
     def abort(self, request_id: str) -> Request | None:
-        """Ends a request where it stands; its output so far remains. None if it is not here."""
+        """Ends a request now and returns it with its output so far; None if it is not here."""
         request = self._requests.get(request_id)
         if request is None:
             return None
@@ -208,18 +208,18 @@ class Engine:
         return request
 
     def step(self) -> list[Request]:
-        """One turn: dispatch the next step, then read the one before.
+        """Dispatches the next step, then reads the one before.
 
         Returns:
-          The requests that got a token, finished or failed, each once.
+          The requests that got a token, finished or failed; each once.
 
         Raises:
-          RuntimeError: the engine is closed, or the device failed; what ran is lost then.
+          RuntimeError: the engine is closed, or the device failed and all running requests with it.
         """
         return self.read(self.dispatch())
 
     def dispatch(self) -> Dispatched | None:
-        """The first half of a turn: sends the next step; returns the one before, to be read."""
+        """First half of `step`: sends the next step and returns the one before, for `read`."""
         self.require_alive()
         self._pacing.step_begins(self._pending)
         with self._one_step():
@@ -228,7 +228,7 @@ class Engine:
             return pending
 
     def read(self, pending: Dispatched | None) -> list[Request]:
-        """The second half: waits for what was dispatched before, and returns as `step` does."""
+        """Second half of `step`: waits for a dispatch, reads it and returns as `step` does."""
         with self._one_step():
             advanced = self._read(pending) if pending is not None else []
         self._pacing.step_ends()
@@ -241,12 +241,12 @@ class Engine:
                 yield
             except BaseException as error:  # half a step: its plan and its buffers are lost
                 self._why_stopped = f"a step failed with {type(error).__name__}: {error}"
-                if isinstance(error, Exception):  # who interrupts a notebook may load anew
+                if isinstance(error, Exception):  # after an interrupt a notebook may load again
                     self.runner.fail(error)
                 raise
 
     def reset_prefix_cache(self) -> None:
-        """Forgets every cached prefix; what runs goes on."""
+        """Forgets every cached prefix; running requests continue."""
         self.require_alive()
         self.scheduler.forget_prefixes()
 
@@ -257,7 +257,7 @@ class Engine:
         try:
             for request_id in list(self._requests):
                 self.abort(request_id)
-        finally:  # the memory comes back whatever state a request was left in
+        finally:  # frees the memory even if an abort raises
             output = None if self._pending is None else self._pending.output
             self._pending = None
             free_arrays(output)
@@ -266,7 +266,7 @@ class Engine:
             self._why_stopped = _CLOSED
 
     def _dispatch(self) -> Dispatched | None:
-        # Host: who runs, and on which pages.
+        # Host: which sequences run, and on which pages.
         plan = self.scheduler.plan(self._max_steps(), self._pacing.next_start_s(self._pending))
         if plan is None:
             return None
@@ -287,11 +287,11 @@ class Engine:
         if self.observer is not None:
             self.observer.dispatched(start_s, output)
         if not any(map(self._wants_logprobs, plan.chunks)):
-            output = replace(output, logprobs=None)  # spares bringing them up
+            output = replace(output, logprobs=None)  # saves their transfer to the host
         return Dispatched(plan, output, num_places=size, start_s=start_s)
 
     def _max_steps(self) -> int:
-        """Many where only the device looks at the tokens, few where the host must as well."""
+        """Most steps of the next dispatch: fewer if the host must look at the tokens early."""
         if self._num_streams:
             return 1
         limit = self.plan.max_decode_steps
@@ -334,7 +334,7 @@ class Engine:
         )
 
     def _restore_counts(self, sequence: TokenSequence) -> None:
-        """Counts the outputs of a sequence that was preempted and now resumes."""
+        """Counts the output tokens of a preempted sequence again, as it resumes."""
         assert sequence.slot is not None, f"admitted without a slot: {sequence.request_id=}"
         for start in range(0, len(sequence.output_ids), RESTORED_TOKENS):
             tokens = sequence.output_ids[start : start + RESTORED_TOKENS]
@@ -387,7 +387,7 @@ class Engine:
         request = completion.request
         try:
             completion.append(chunk, logits_rows, output, now)
-        except Exception as error:  # whatever goes wrong with one request ends that request only
+        except Exception as error:  # an error in one request ends only that request
             request.fail(error)
             for other in request.completions:
                 self._release(other)
@@ -415,7 +415,7 @@ class Engine:
     def _retire(self, request: Request) -> None:
         request.metrics.finished_time = now = time.monotonic()
         if self._requests.pop(request.request_id, None) is not None:
-            # What ran on is aborted next.
+            # A completion still without a reason is aborted next.
             reason = "error" if request.error else request.completions[0].finish or Finish.ABORT
             self._metrics.finished(
                 str(reason), e2e_s=now - request.metrics.arrival_time, tpot_s=request.metrics.tpot_s
@@ -427,7 +427,7 @@ class Engine:
 def make_scheduler(
     plan: EnginePlan, pace: Pace, *, prefix_caching: bool, min_restored_pages: int | None = None
 ) -> Scheduler:
-    """The scheduler that a plan asks for; None = it fetches nothing from host memory."""
+    """Makes the scheduler of a plan; `min_restored_pages` None = no pages in host memory."""
     return Scheduler(
         max_slots=plan.max_slots,
         max_step_tokens=plan.max_step_tokens,

@@ -10,14 +10,14 @@ from typing import Any
 
 @contextmanager
 def deferred() -> Iterator[None]:
-    """Inside the block the first Ctrl-C waits until its end; the second acts at once.
+    """Delays the first Ctrl-C inside the block to its end; the second acts at once.
 
     A step hands its donated buffers to the device and takes new ones back. An exception between
-    the two would lose them, and with them the engine. The handler that stood before answers in
-    the end, whatever it does: Python's raises KeyboardInterrupt.
+    the two would lose them, and with them the engine. At the end the previous handler runs:
+    Python's own raises KeyboardInterrupt.
 
-    Signals reach the main thread alone, so in any other thread the block changes nothing; nor
-    does it where Ctrl-C is ignored, ends the process, or is handled outside Python.
+    Only the main thread gets signals, so in any other thread the block changes nothing. Nor does
+    it if Ctrl-C is ignored, ends the process, or is handled outside Python.
     """
     previous: Any = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or not callable(previous):

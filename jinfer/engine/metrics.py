@@ -1,11 +1,11 @@
-"""What an engine has done since it started, always counted, and how monitoring reads it."""
+"""Counts and latencies of an engine since its start, and their Prometheus text."""
 
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-# Seconds; each bucket counts what is at most so long, and one more what is longer.
+# Upper bounds of buckets, in seconds; one more bucket counts the longer times.
 _TOKEN_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1, 2.5)
 _FIRST_TOKEN_S = (*_TOKEN_S, 5, 7.5, 10, 20, 40, 80, 160)
 _REQUEST_S = (0.05, 0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 60, 120, 240, 480)
@@ -13,11 +13,11 @@ _REQUEST_S = (0.05, 0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 60, 1
 
 @dataclass(frozen=True, slots=True)
 class HistogramSnapshot:
-    """How many observations fell at or below each bound and above the one before."""
+    """Counts of observations; bucket i is those <= bounds[i] and above the bound before."""
 
     bounds: tuple[float, ...]
-    counts: tuple[int, ...]  # one more than bounds: the last counts what is above them all
-    total: float  # the observations' sum
+    counts: tuple[int, ...]  # one more than bounds: the last is above them all
+    total: float  # sum of the observations
 
     @property
     def count(self) -> int:
@@ -47,10 +47,10 @@ class Histogram:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MetricsSnapshot:
-    """One moment of an engine; counts are since it started.
+    """Metrics of an engine at one moment; counts are since its start.
 
-    Times are the host's: the tokens of one dispatch become known together, so where it is several
-    steps long the gaps between tokens are one long and many short ones.
+    Times are the host's: it reads the tokens of one dispatch together. If the dispatch has several
+    steps, one gap between tokens is long and the others are short.
     """
 
     num_running: int  # sequences in a slot
@@ -58,7 +58,7 @@ class MetricsSnapshot:
     num_pages_used: int  # of the KV cache; pages kept only for their content count as free
     num_pages: int
     num_prompt_tokens: int
-    num_cached_tokens: int  # of those, found in the prefix cache
+    num_cached_tokens: int  # prompt tokens found in the prefix cache
     num_output_tokens: int
     num_preemptions: int
     num_finished: Mapping[str, int]  # by finish_reason
@@ -70,11 +70,11 @@ class MetricsSnapshot:
 
     @property
     def kv_usage(self) -> float:
-        """Share of the KV cache's pages that are in use."""
+        """Fraction of the KV cache's pages that are in use."""
         return self.num_pages_used / self.num_pages
 
     def prometheus(self, model_name: str) -> str:
-        """The text that Prometheus scrapes, with vLLM's names after "jinfer:".
+        """Returns the text for Prometheus, with vLLM's names after "jinfer:".
 
         Args:
           model_name: the label of every line.
@@ -84,7 +84,7 @@ class MetricsSnapshot:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Load:
-    """What an engine's scheduler knows at one moment."""
+    """Sequences and pages of an engine's scheduler at one moment."""
 
     num_running: int
     num_waiting: int
@@ -104,7 +104,7 @@ class Load:
 
 @dataclass(slots=True)
 class EngineMetrics:
-    """The counts themselves; the engine alone writes them, any thread may take a snapshot."""
+    """The counters: only the engine writes them, any thread may take a snapshot."""
 
     num_prompt_tokens: int = 0
     num_cached_tokens: int = 0
@@ -131,14 +131,14 @@ class EngineMetrics:
             self.itl_s.observe(gap_s)
 
     def finished(self, reason: str, *, e2e_s: float, tpot_s: float | None) -> None:
-        """A request ended, however it did."""
+        """A request ended, for any reason."""
         self.num_finished[reason] += 1
         self.e2e_s.observe(e2e_s)
         if tpot_s is not None:
             self.tpot_s.observe(tpot_s)
 
     def snapshot(self, load: Load) -> MetricsSnapshot:
-        """A frozen copy, with what only the engine knows beside it."""
+        """Returns a frozen copy, together with the engine's load."""
         return MetricsSnapshot(
             num_running=load.num_running,
             num_waiting=load.num_waiting,
@@ -159,15 +159,15 @@ class EngineMetrics:
 
 # Name after "jinfer:", kind, help; in the order in which they are printed.
 _GAUGES = (
-    ("num_requests_running", "Sequences that run."),
+    ("num_requests_running", "Running sequences."),
     ("num_requests_waiting", "Sequences that wait for a slot or for pages."),
-    ("kv_cache_usage_perc", "Share of the KV cache's pages in use; 1 is all of them."),
+    ("kv_cache_usage_perc", "Fraction of the KV cache's pages in use; 1 is all of them."),
 )
 _COUNTERS = (
     ("prompt_tokens_total", "Prompt tokens of requests that began to run."),
-    ("generation_tokens_total", "Tokens drawn."),
+    ("generation_tokens_total", "Tokens sampled."),
     ("prefix_cache_queries_total", "Prompt tokens looked up in the prefix cache."),
-    ("prefix_cache_hits_total", "Of those, found."),
+    ("prefix_cache_hits_total", "Prompt tokens found in the prefix cache."),
     ("num_preemptions_total", "Sequences that lost their pages and began again."),
 )
 _HISTOGRAMS = (
@@ -214,7 +214,7 @@ class _Exposition:
 
     def _histogram(self, name: str, said: str, histogram: HistogramSnapshot) -> None:
         self._head(name, "histogram", said)
-        num_below = 0  # a bucket counts all that is at or below its bound
+        num_below = 0  # Prometheus counts all observations at or below each bound
         for bound, count in zip((*histogram.bounds, "+Inf"), histogram.counts, strict=True):
             num_below += count
             self._line(f"{name}_bucket", num_below, f'le="{bound}"')

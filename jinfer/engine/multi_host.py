@@ -1,8 +1,8 @@
-"""One engine over several processes: process 0 plans and reads, the others do as it does.
+"""One engine over several processes: process 0 plans and reads, the others mirror it.
 
-Every process holds its share of one model. Each call that process 0 makes on its runner is sent
-to the others, which make it on theirs: so all of them dispatch the same programs in the same
-order, as collectives want it, and nothing depends on the clocks or the memory of more than one.
+Every process holds its shard of one model. Process 0 sends each call on its runner to the others,
+which make the same call on theirs. So all processes dispatch the same programs in the same order,
+as collectives require, and no decision depends on the clock or memory of several processes.
 """
 
 from collections import deque
@@ -23,25 +23,25 @@ from jinfer.schedule.prefix_cache import PageKey
 from jinfer.startup.load import Loaded, load
 from jinfer.step.batch import DecodeBatch, DecodeOutput, StepBatch, StepOutput
 
-# Dispatches that a follower lets pile up: one that failed is noticed by waiting for it.
+# Dispatches that a follower leaves unread: it must wait for one to notice that it failed.
 _MAX_UNREAD = 4
 
 
 def load_everywhere(
     config: EngineConfig, devices: Sequence[jax.Device] | None = None
 ) -> tuple[Loaded, Runner]:
-    """Loads the model in every process of the run; in those that follow, it does not return.
+    """Loads the model in every process of the run; in the followers it does not return.
 
     Args:
-      config: what the user asks.
-      devices: those of this replica, where there is one process only; None = the first of all.
+      config: the user's settings.
+      devices: the devices of this replica, only with a single process; None = the first ones.
 
     Returns:
-      What start-up made here, and what runs it in all of them.
+      The model as loaded in this process, and the runner for all processes.
 
     Raises:
-      SystemExit: in a process that follows, when process 0 has come to its end.
-      and what `jinfer.startup.load.load` raises.
+      SystemExit: in a follower, when process 0 has ended.
+      Also the errors of `jinfer.startup.load.load`.
     """
     these = processes()
     if these is None:
@@ -58,21 +58,21 @@ def load_everywhere(
 
 
 def follow(follower: Follower, own: EngineConfig | None = None) -> NoReturn:
-    """Serves process 0 until it ends: loads what it loads, and makes the calls that it makes.
+    """Mirrors process 0 until it ends: loads the same models and makes the same calls.
 
     Args:
       follower: this process.
-      own: what this process would load first; None = whatever process 0 loads.
+      own: the engine that this process was asked for; None = any that process 0 loads.
 
     Raises:
-      SystemExit: always, in the end: status 0 after process 0 said goodbye, else 1.
+      SystemExit: at the end: status 0 after process 0 said goodbye, else 1.
       ValueError: process 0 was asked for another engine.
     """
     runners: dict[int, Any] = {}
     unread: deque[Any] = deque()
     try:
         for call in follower.calls():
-            if call is None:  # the leader waits for what this process may have failed to compute
+            if call is None:  # the leader asks whether a dispatch failed here
                 jax.block_until_ready(unread)
                 unread.clear()
                 continue
@@ -96,7 +96,7 @@ def follow(follower: Follower, own: EngineConfig | None = None) -> NoReturn:
 
 
 class LeadingRunner:
-    """A `Runner` whose calls the followers make as well, each on its own `ModelRunner`."""
+    """A `Runner` whose followers make the same calls, each on its own `ModelRunner`."""
 
     def __init__(self, runner: ModelRunner, leader: Leader, number: int) -> None:
         self._runner, self._leader, self._number = runner, leader, number
@@ -122,11 +122,11 @@ class LeadingRunner:
         self._call("move_pages", saves, restores, forgotten, copies)
 
     def fail(self, error: Exception) -> None:
-        """Ends the followers, which may wait in a collective for what never comes."""
+        """Ends the followers, which may wait forever in a collective."""
         self._leader.fail(error)
 
     def close(self) -> None:
-        """Frees what this process holds, also if another is gone."""
+        """Frees the memory of this process, even if another process is gone."""
         try:
             with self._leader.turn:
                 if self._leader.ending.why is None:
@@ -135,7 +135,7 @@ class LeadingRunner:
             self._runner.close()
 
     def _call(self, method: str, *args: Any) -> Any:
-        # Two engines may run on two threads; the order of calls is the same everywhere.
+        # Two engines may run on two threads; every process must see one order of calls.
         with self._leader.turn, self._leader.failing():
             self._leader.send((self._number, method, args))
             return getattr(self._runner, method)(*args)

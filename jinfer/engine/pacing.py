@@ -15,17 +15,17 @@ from jinfer.runner.model_runner import Runner
 from jinfer.schedule.pace import Pace
 from jinfer.step.pack import BucketShape, DecodeShape
 
-# A dispatch that was done when the host came, which had spent more than this share of its time
-# outside the loop, with a caller who reads slowly or has gone, took the device less than that time.
+# Skip a timing if the dispatch had finished while the caller held the loop for more than this
+# fraction of it: the device was faster than the clock says.
 _MAX_AWAY = 0.25
-_NUM_RUNS = 2  # of each step at the start: the first finds caches and pages of memory cold
+_NUM_RUNS = 2  # of each program at start-up: the first finds caches and memory pages cold
 
 
 class Pacing:
-    """Tells a `Pace` what the device does."""
+    """Measures the device's steps for a `Pace`."""
 
     def __init__(self, config: EngineConfig, plan: EnginePlan) -> None:
-        """With the targets of `config`, for the steps of `plan`."""
+        """Takes the targets from `config` and the sizes of steps from `plan`."""
         self._targets_ms = {
             "ttft_target_ms": config.ttft_target_ms,
             "tpot_target_ms": config.tpot_target_ms,
@@ -38,8 +38,8 @@ class Pacing:
             step_cost_tokens=plan.step_cost_tokens,
         )
         self._read_s = 0.0  # of `time.monotonic()`, when the last dispatch was read
-        self._left_s = 0.0  # likewise, when the last turn of the loop ended
-        self._away_s = 0.0  # between turns, since what is on its way was sent
+        self._left_s = 0.0  # likewise, when the last step of the loop ended
+        self._away_s = 0.0  # between steps of the loop, since the unread dispatch was sent
 
     def time_programs(
         self,
@@ -47,10 +47,10 @@ class Pacing:
         steps: Mapping[int, BucketShape],
         decodes: Mapping[int, DecodeShape],
     ) -> None:
-        """Where there are targets, runs each program, so that the first request is paced already.
+        """Runs and times each program if there is a target, so that the first request is paced too.
 
-        On padding alone: matrix products do not care, attention has nothing to do. Warns of a
-        target that not even the fastest step meets.
+        The batches are all padding: matrix products take their full time, attention takes none.
+        Warns of a target that not even the fastest step meets.
         """
         if not (self.pace.has_ttft_target or self.pace.has_tpot_target):
             return
@@ -59,7 +59,7 @@ class Pacing:
             programs.append((step_name(size), size, shape.empty()))
         for size, shape in decodes.items():
             batch = shape.empty()
-            batch.num_samples_B[0] = 1  # by the bin; where nobody draws, no step is run
+            batch.num_samples_B[0] = 1  # of the null slot; without a row that samples no step runs
             programs.append((decode_name(size), size, batch))
         fastest_s = math.inf
         for name, size, batch in programs:
@@ -79,7 +79,7 @@ class Pacing:
                 )
 
     def next_start_s(self, pending: Dispatched | None) -> float:
-        """When the device can begin what is sent next, about; `pending` comes before it."""
+        """Estimates when the device can begin the next dispatch, after `pending`."""
         now = time.monotonic()
         if pending is None:
             return now
@@ -87,21 +87,21 @@ class Pacing:
         return max(now, max(pending.start_s, self._read_s) + steps_s)
 
     def step_begins(self, pending: Dispatched | None) -> None:
-        """The loop turns again; `pending` was on its way while it did not."""
+        """Notes that a step of the loop begins; `pending` was in flight since the last one."""
         self._away_s = 0.0 if pending is None else self._away_s + time.monotonic() - self._left_s
 
     def step_ends(self) -> None:
         self._left_s = time.monotonic()
 
     def was_read(self, dispatched: Dispatched, now: float, *, was_done: bool) -> None:
-        """The results of a dispatch, or of one of its steps, came at `now`.
+        """Times a dispatch, of which the host read the result of one step at `now`.
 
         Args:
-          dispatched: what was read.
+          dispatched: the dispatch.
           now: of `time.monotonic()`.
           was_done: the device had finished when the host began to wait.
         """
-        # It began when it was sent or when the one before was done, whichever is later.
+        # The device began it when it was sent or when the one before ended, whichever is later.
         begun_s, self._read_s = max(dispatched.start_s, self._read_s), now
         away_s, self._away_s = self._away_s, 0.0
         elapsed_s = now - begun_s

@@ -23,20 +23,20 @@ from jinfer.schedule.scheduler import MAX_OVERTAKEN
 from jinfer.startup.defaults import platform_of
 from jinfer.startup.memory import check_host_tier
 
-# Sequences that wait in a replica already: enough to fill the slots that a turn frees, and so few
-# that none stays behind a busy replica while another has nothing to do.
+# Sequences that may wait in one replica: enough to refill the slots that a step frees, and few
+# enough that none waits for a busy replica while another is idle.
 NUM_AHEAD = 8
 
 
 class Replicas:
-    """Looks like one Engine. A turn sends a step to every replica, then reads them one by one.
+    """Looks like one Engine. `step` dispatches to every replica, then reads them one by one.
 
-    What a request gets does not depend on the replica: its tokens are its seed's. Each replica has
+    The output of a request does not depend on the replica, as its seed does not. Each replica has
     a prefix cache of its own.
     """
 
     def __init__(self, config: EngineConfig) -> None:
-        """Loads one engine after the other; see `jinfer.startup.load.load` for what that raises."""
+        """Loads one engine after the other; raises the errors of `jinfer.startup.load.load`."""
         if jax.process_count() > 1:
             raise NotImplementedError(
                 "data_parallel_size must be 1 where several hosts run one model; got "
@@ -48,13 +48,13 @@ class Replicas:
             data_parallel_size=config.data_parallel_size,
             tensor_parallel_size=config.tensor_parallel_size,
         )
-        check_host_tier(config, platform_of(groups[0][0]))  # of all replicas together
+        check_host_tier(config, platform_of(groups[0][0]))  # for all replicas together
         self._metrics = EngineMetrics()
         self._queue: list[_Entry] = []  # in order
         self._entry_of: dict[str, _Entry] = {}
-        self._arrivals: deque[_Entry] = deque()  # in that order, those among them that have left
-        self._num_overtaken = 0  # how often the first of those that wait was passed over
-        self._home: dict[str, Engine] = {}  # of each request that has left the queue
+        self._arrivals: deque[_Entry] = deque()  # in order of arrival; some may have left the queue
+        self._num_overtaken = 0  # later requests that left before the oldest waiting one
+        self._home: dict[str, Engine] = {}  # the replica of each request that left the queue
         self._num_added = 0
         self._seeds = Seeds(config.seed)
         self.engines: list[Engine] = []
@@ -67,7 +67,7 @@ class Replicas:
                 engine = Engine(own, devices=devices, metrics=self._metrics)
                 on_failure.callback(engine.close)
                 self.engines.append(engine)
-                # What fits decides it for the first one; a request fits all or none.
+                # The first replica decides by its free memory: a request must fit all or none.
                 own = replace(own, max_model_len=engine.plan.max_model_len)
             on_failure.pop_all()
         first = self.engines[0]
@@ -84,7 +84,7 @@ class Replicas:
         return sum(engine.num_late_compiles for engine in self.engines)
 
     def metrics(self) -> MetricsSnapshot:
-        """What all of them do now and have done so far; any thread may ask."""
+        """Returns the sum over the replicas, now and since the start; any thread may call it."""
         num_queued = sum(len(entry.request.completions) for entry in list(self._queue))
         load = Load(num_running=0, num_waiting=num_queued, num_pages_used=0, num_pages=0)
         return self._metrics.snapshot(sum((engine.load for engine in self.engines), load))
@@ -101,7 +101,7 @@ class Replicas:
         return self.engines[0].prepare(request_id, prompt, params, priority)
 
     def add(self, request: Request) -> None:
-        """As `Engine.add`; which replica takes it is decided when one has room."""
+        """As `Engine.add`; a replica takes the request once it has room."""
         self.require_alive()
         if request.request_id in self._home or request.request_id in self._entry_of:
             raise RequestError(
@@ -130,7 +130,7 @@ class Replicas:
         return None if engine is None else engine.abort(request_id)
 
     def step(self) -> list[Request]:
-        """One turn of every replica that has work; returns and raises as `Engine.step`."""
+        """Steps every replica that has work; returns and raises as `Engine.step`."""
         self.require_alive()
         self._feed()
         busy = [engine for engine in self.engines if engine.has_work]
@@ -147,8 +147,8 @@ class Replicas:
             engine.reset_prefix_cache()
 
     def close(self) -> None:
-        """As `Engine.close`; what still waits is aborted too."""
-        with ExitStack() as closing:  # each of them, whatever one raises
+        """As `Engine.close`; aborts the waiting requests too."""
+        with ExitStack() as closing:  # close all, even if one raises
             for engine in self.engines:
                 closing.callback(engine.close)
             for request_id in list(self._entry_of):
@@ -163,7 +163,7 @@ class Replicas:
             self._hand_over(self._take(), engine)
 
     def _take(self) -> "_Entry":
-        """The first of the queue; or the oldest, once it was overtaken too often."""
+        """Removes the first of the queue, or the oldest if it was overtaken too often."""
         while self._entry_of.get(self._arrivals[0].request.request_id) is not self._arrivals[0]:
             self._arrivals.popleft()
             self._num_overtaken = 0
@@ -181,7 +181,7 @@ class Replicas:
 
 
 class _Entry(NamedTuple):
-    """A request in the queue; two never agree in both numbers, so they alone decide the order."""
+    """A request in the queue; no two share both numbers, so the numbers alone set the order."""
 
     priority: int
     arrival: int

@@ -1,4 +1,4 @@
-"""A request while it runs: what the host knows of it, from drawn tokens to its output."""
+"""A request while it runs, on the host: from sampled tokens to its output."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,7 +17,7 @@ PositionLogprobs = dict[int, Logprob]
 
 
 class Request:
-    """One request and its n continuations. Made by `Engine.prepare`, after every check."""
+    """One request and its n completions. Made by `Engine.prepare`, after every check."""
 
     def __init__(
         self,
@@ -34,19 +34,19 @@ class Request:
     ) -> None:
         self.request_id = request_id
         self.prompt = prompt
-        self.prompt_ids = list(prompt_ids)  # one list for all outputs: they come with every token
+        self.prompt_ids = list(prompt_ids)  # one list, shared by all outputs: each token makes one
         self.params = params
         self.tokenizer = tokenizer
         self.priority = priority
-        self.seed = params.seed  # the engine draws one where the user gave none
+        self.seed = params.seed  # None until the engine draws one
         own_eos_ids = () if params.ignore_eos else eos_token_ids
         self.stop_ids = tuple(dict.fromkeys((*own_eos_ids, *params.stop_token_ids)))
         self.eos_ids = frozenset(own_eos_ids)
         self.bad_words = bad_word_ids(params.bad_words, tokenizer)
-        self.streams = False  # somebody looks at every token as it comes
+        self.streams = False  # the caller reads each token as it comes
         self.metrics = RequestMetrics(num_prompt_tokens=len(prompt_ids))
         self.error: Exception | None = None
-        # The first prompt token follows nothing, so nothing scores it.
+        # The first prompt token has no token before it, so it has no logprob.
         self.prompt_logprobs: list[PositionLogprobs | None] | None = None
         if params.prompt_logprobs is not None:
             self.prompt_logprobs = [None]
@@ -61,7 +61,7 @@ class Request:
                     index=index,
                     prompt_ids=prompt_ids,
                     max_length=max_length,
-                    # The continuations share their prompt, so one of them scores it for all.
+                    # The completions share the prompt, so one of them scores it for all.
                     scores_prompt=params.prompt_logprobs is not None and index == 0,
                     root_key=root_key,
                     priority=priority,
@@ -72,7 +72,7 @@ class Request:
 
     @property
     def num_cached_tokens(self) -> int:
-        """Prompt tokens that its first continuation found in the prefix cache."""
+        """Prompt tokens that the first completion found in the prefix cache."""
         return self.completions[0].sequence.num_cached
 
     @property
@@ -84,27 +84,27 @@ class Request:
         return [c for c in self.completions if c.finish is None]
 
     def abort(self) -> None:
-        """Ends the request where it stands; its output so far remains."""
+        """Ends the request now; its output so far remains."""
         try:
             for completion in self.unfinished:
                 completion.abort()
-        except Exception as error:  # in its last piece of text: it is over in any case
+        except Exception as error:  # in its last piece of text; the request ends anyway
             self.fail(error)
 
     def fail(self, error: Exception) -> None:
-        """Ends the request with an error; what was generated so far remains readable."""
+        """Ends the request with an error; its output so far remains readable."""
         self.error = without_frames(error)
         for completion in self.unfinished:
             completion.finish = Finish.ERROR
 
     @property
     def final_only(self) -> bool:
-        """Whether only its last output is wanted."""
+        """Whether the caller wants only the last output."""
         return self.params.output_kind is RequestOutputKind.FINAL_ONLY
 
     @property
     def wants_delta(self) -> bool:
-        """Whether each output is to have only what the one before had not."""
+        """Whether each output has only the part that is new since the one before."""
         return self.params.output_kind is RequestOutputKind.DELTA
 
     def output(self) -> RequestOutput:
@@ -150,10 +150,10 @@ class Completion:
         )
 
     def append(self, chunk: Chunk, logits_rows: range, output: StepOutput, now: float) -> None:
-        """Takes in what a step read for this sequence; its token is committed already.
+        """Adds a step's results for this sequence; the scheduler has committed the token already.
 
         Args:
-          chunk: what the step computed.
+          chunk: the tokens of this sequence that the step computed.
           logits_rows: the chunk's rows of `output`: scored prompt positions, then the sample.
           output: the step's output, on the host.
           now: `time.monotonic()` when it was read.
@@ -190,10 +190,10 @@ class Completion:
         )
 
     def _append_token(self, token_id: int) -> None:
-        """Text, then the first reason to stop that applies: stop token, stop string, length.
+        """Adds the token's text, then ends for the first reason: stop token, stop string, length.
 
-        vLLM's conventions: a stop token that the user named is the reason, an end token is not;
-        neither is part of the text unless stop strings are.
+        As in vLLM: `stop_reason` is a stop token that the user named, never an end token. The
+        text includes either only with `include_stop_str_in_output`.
         """
         request, sequence = self.request, self.sequence
         params = request.params
@@ -210,7 +210,7 @@ class Completion:
             self._end(Finish.LENGTH, None)
 
     def _show(self, piece: str, *, may_stop: bool) -> str | None:
-        """Adds to the text what may be shown of a piece; the stop string that it completes."""
+        """Adds the visible part of a piece to the text; returns the stop string it completes."""
         if self._stopped_by_text:
             return None
         checked = self._stops.feed(piece, may_stop=may_stop)
@@ -235,7 +235,7 @@ class Completion:
     def _logprobs(
         self, logits_row: int, token_id: int, num_top: int | None, output: StepOutput
     ) -> PositionLogprobs:
-        """The chosen token's logprob and those of the `num_top` most likely, best first."""
+        """The logprobs of the chosen token, then of the `num_top` most likely, best first."""
         read = output.logprobs
         chosen_rank = int(read.rank_R[logits_row])
         entries = [(token_id, float(read.token_logprob_R[logits_row]), chosen_rank)]
@@ -251,10 +251,9 @@ class Completion:
 
 
 def bad_word_ids(words: Sequence[str], tokenizer: Tokenizer | None) -> tuple[tuple[int, ...], ...]:
-    """Token ids of each bad word, as it stands at the start of a text and after a space.
+    """Returns the token ids of each bad word, at the start of a text and after a space.
 
-    As vLLM does: the spelling after a space counts only if it is as long and begins otherwise,
-    else it is the same word or a longer one that ends alike.
+    As in vLLM: the ids after a space count only if they are as many and the first one differs.
 
     Raises:
       RequestError: a word has no token.

@@ -1,4 +1,4 @@
-"""Everything an engine holds on its devices, behind calls that take values of the host only."""
+"""All device arrays of an engine, behind calls that take host values only."""
 
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -18,14 +18,14 @@ from jinfer.step.slots import SlotState
 
 
 class Runner(Protocol):
-    """What an engine asks of whoever holds its model. Every call dispatches and returns.
+    """The device side of an engine. Every call dispatches and returns.
 
-    What a call takes is numpy arrays, names and plain numbers, never a value of the device: so the
-    same calls, made in the same order by another process, do the same there.
+    Calls take numpy arrays, names and plain numbers, never device arrays. So another process can
+    make the same calls in the same order, with the same effect.
     """
 
     def run(self, name: str, batch: StepBatch | DecodeBatch) -> StepOutput | DecodeOutput:
-        """Dispatches one of the programs that step; returns its output, which may not be ready."""
+        """Dispatches a step program; returns its output, which may not be ready."""
         ...
 
     def write_slots(
@@ -34,7 +34,7 @@ class Runner(Protocol):
         """Admits sequences; see `jinfer.step.slots.write_slots`."""
 
     def restore_counts(self, slot: int, token_J: np.ndarray) -> None:
-        """Counts outputs of a slot's sequence; see `jinfer.step.slots.restore_counts`."""
+        """Counts output tokens of a slot's sequence; see `jinfer.step.slots.restore_counts`."""
 
     def move_pages(
         self,
@@ -46,14 +46,14 @@ class Runner(Protocol):
         """Carries out the page moves of one plan, in this order."""
 
     def fail(self, error: Exception) -> None:
-        """Tells whoever makes the same calls elsewhere that what they computed failed here."""
+        """Tells the processes that make the same calls that a step failed here."""
 
     def close(self) -> None:
         """Frees everything on the devices, and the pages in host memory. Idempotent."""
 
 
 class ModelRunner:
-    """Parameters, pages, slots and programs of one model, as far as this process holds them."""
+    """This process's shard of one model: parameters, pages, slots and programs."""
 
     def __init__(
         self,
@@ -93,12 +93,12 @@ class ModelRunner:
         self.pages = self.mover.apply(self.pages, saves, restores, forgotten, copies)
 
     def time_restore(self) -> float:
-        """Seconds that one dispatch takes to bring pages back from the host; waits for it."""
+        """Returns the seconds that one dispatch takes to restore pages from host memory; waits."""
         self.pages, elapsed_s = self.mover.time_restore(self.pages)
         return elapsed_s
 
     def fail(self, error: Exception) -> None:
-        pass  # nobody else makes these calls
+        pass  # no other process makes these calls
 
     def close(self) -> None:
         free_arrays(self.params, self.pages, self.slots)
@@ -108,7 +108,7 @@ class ModelRunner:
 
 
 def free_arrays(*trees: Any) -> None:
-    """Frees the device memory of every array, whoever else may still refer to it."""
+    """Frees the device memory of every array, even if other references remain."""
     for array in jax.tree.leaves(trees):
         if isinstance(array, jax.Array) and not array.is_deleted():
             array.delete()

@@ -1,4 +1,4 @@
-"""Carries out the page moves of a plan, and keeps the pages that host memory holds."""
+"""Carries out the page moves of a plan, and owns the pages in host memory."""
 
 import math
 import time
@@ -20,12 +20,12 @@ Programs = dict[str, jax.stages.Compiled]
 
 
 class PageMover:
-    """Saves, restores and copies pages before a step, in the order that the plan wants.
+    """Saves, restores and copies pages before a step, in the order of the plan.
 
-    Programs and transfers are queued on the device behind the steps that write what they read, and
-    before those that overwrite it. Nothing here waits but for a plan that moves more than
-    `GROUPS_AT_ONCE` groups of pages. Host memory is pinned where the platform has that, so that a
-    transfer runs beside the computing.
+    The device queues each program or transfer behind the steps that write its source, and before
+    the steps that overwrite it. The host waits only if a plan moves more than `GROUPS_AT_ONCE`
+    groups of pages. Host memory is pinned if the platform allows it, so that transfers overlap
+    with compute.
     """
 
     def __init__(self, programs: Programs, placement: Placement) -> None:
@@ -50,7 +50,7 @@ class PageMover:
         forgotten: Sequence[PageKey],
         copies: Sequence[PageCopy],
     ) -> Any:
-        """Carries out a plan's moves; `pages` is consumed if anything is returned in its place."""
+        """Carries out a plan's moves and returns the pool; consumes `pages` if any page changes."""
         self._save(pages, saves)
         pages = self._restore(pages, restores)
         for key in forgotten:
@@ -63,7 +63,7 @@ class PageMover:
         self._programs = {}
 
     def time_restore(self, pages: Any) -> tuple[Any, float]:
-        """The pool, and the seconds that one dispatch takes to bring pages back from the host."""
+        """Returns the pool, and the seconds of one dispatch that restores pages from the host."""
         names = [str(j).encode() for j in range(PAGES_PER_MOVE)]
         null_page = PageId(0)
         self._save(pages, [PageSave(null_page, name) for name in names])
@@ -95,7 +95,7 @@ class PageMover:
             page_J = _padded([restore.page_id for restore in group])
             stored = [self._stored[restore.key] for restore in group]
             contents = jax.device_put(stored, self._on_device)
-            contents += contents[:1] * (PAGES_PER_MOVE - len(group))  # for the bin
+            contents += contents[:1] * (PAGES_PER_MOVE - len(group))  # null page
             pages = self._programs[SCATTER_PAGES](pages, page_J, tuple(contents))
         return pages
 
@@ -113,6 +113,6 @@ def _groups(moves: Sequence[Any]) -> Iterator[Sequence[Any]]:
 
 
 def _padded(page_ids: Sequence[PageId]) -> np.ndarray:
-    page_J = np.zeros(PAGES_PER_MOVE, np.int32)  # page 0 is the bin
+    page_J = np.zeros(PAGES_PER_MOVE, np.int32)  # padded with the null page
     page_J[: len(page_ids)] = page_ids
     return page_J

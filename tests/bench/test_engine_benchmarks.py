@@ -193,7 +193,7 @@ def test_what_only_compiles_leaves_no_profile(
 ) -> None:
     monkeypatch.setattr("jinfer.cli.bench_kernels.default_target", lambda: "v6e")
     assert main(["bench", "kernels", "--profile", str(tmp_path / "a")]) == 2
-    assert "where kernels are only compiled, for v6e" in capsys.readouterr().err
+    assert "where they are only compiled, for v6e" in capsys.readouterr().err
     assert not (tmp_path / "a").exists()
 
 

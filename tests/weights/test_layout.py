@@ -68,7 +68,8 @@ def test_an_engine_takes_weights_as_they_are_held(
     for held in (False, True):
         if held:
             monkeypatch.setattr("jinfer.startup.plan._weight_layout", lambda *_: "16x128")
-            monkeypatch.setattr("jinfer.startup.load.hold_as", lambda *_: hold_transposed)
+            for module in ("load", "programs"):
+                monkeypatch.setattr(f"jinfer.startup.{module}.hold_as", lambda *_: hold_transposed)
         engine = make_engine(folder, load_format=load_format, **sizes)
         assert engine.plan.weight_layout == ("16x128" if held else "default")
         order = engine.runner.params["blocks"]["w_qkv_UD"].format.layout.major_to_minor
