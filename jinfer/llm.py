@@ -31,7 +31,7 @@ _NUMBERS = (int, float, np.generic)
 
 
 class LLM:
-    """A model, loaded and compiled, that answers prompts. vLLM's names and meanings.
+    """A loaded and compiled model that answers prompts, with vLLM's names and meanings.
 
     Use it from one thread; `AsyncLLM` serves concurrent callers. `with LLM(...) as llm:` or
     `close()` frees the device, so that another model can be loaded in the same process.
@@ -39,20 +39,20 @@ class LLM:
     Args:
       model: a Hugging Face folder, a hub name "org/name", or the name of a shipped model.
       **engine_args: fields of `jinfer.config.EngineConfig`, such as `max_model_len`,
-        `max_num_seqs`, `dtype`, `load_format`, `seed`; and those of vLLM's that say what jinfer
-        does anyway, such as `tensor_parallel_size=1` (see `jinfer.arguments.vllm`).
+        `max_num_seqs`, `dtype`, `load_format`, `seed`; and arguments of vLLM whose value is what
+        jinfer does anyway (see `jinfer.arguments.vllm`).
 
     Raises:
-      CheckpointError: the folder is not a model's, or is damaged.
+      CheckpointError: the folder holds no model, or is damaged.
       ValueError: an argument is out of range, or there is no room for the KV cache.
-      NotImplementedError: the architecture is not supported, or an argument of vLLM's asks for
-        what jinfer does not do.
+      NotImplementedError: jinfer does not support the architecture, or a value of a vLLM
+        argument.
       TypeError: an argument has no such name.
     """
 
     def __init__(self, model: str | Path = DEFAULT_MODEL, **engine_args: Any) -> None:
         config = engine_config(model, engine_args)
-        # More replicas look like one engine.
+        # Several replicas have the interface of one engine.
         self.engine = Engine(config) if config.data_parallel_size == 1 else Replicas(config)
         self._callers = Callers(self.engine)
         self._renderer = ChatRenderer()
@@ -71,16 +71,16 @@ class LLM:
             self.engine.close()
 
     def reset_prefix_cache(self) -> None:
-        """Forgets every cached prefix, so that the next prompts are computed whole."""
+        """Clears the prefix cache, so that the next prompts are computed whole."""
         with self._callers.changing():
             self.engine.reset_prefix_cache()
 
     def metrics(self) -> MetricsSnapshot:
-        """What runs and waits now, and counts and times since the start; cheap, always on."""
+        """Running and waiting requests now, counts and times since the start; cheap, always on."""
         return self.engine.metrics()
 
     def prometheus(self) -> str:
-        """The same as the text that Prometheus scrapes, with vLLM's names after "jinfer:"."""
+        """The metrics in Prometheus text format, with vLLM's names after "jinfer:"."""
         return self.metrics().prometheus(str(self.engine.config.model))
 
     def get_tokenizer(self) -> Any:
@@ -88,7 +88,7 @@ class LLM:
         return self.engine.tokenizer
 
     def get_default_sampling_params(self) -> SamplingParams:
-        """What the checkpoint's generation_config.json suggests; used where none are given."""
+        """The defaults from the checkpoint's generation_config.json; used if none are given."""
         return SamplingParams.from_defaults(self.engine.defaults.sampling)
 
     def generate(
@@ -107,13 +107,13 @@ class LLM:
             list of those.
           sampling_params: one for all, or a list with one per prompt; None = the checkpoint's.
           use_tqdm: shows progress with input and output tokens per second.
-          priority: one integer per prompt; lower ones begin earlier and are preempted later. None =
-            all alike. However low, a prompt is not overtaken for ever.
+          priority: one integer per prompt; lower numbers start earlier and are preempted later.
+            None = all equal. No prompt waits forever, whatever its priority.
           on_error: "raise": a prompt that cannot be served raises before any work is done.
-            "return": it gets an output whose `error` says why, and the others are answered.
+            "return": its output has an `error` with the reason, and the others are answered.
 
         Raises:
-          RequestError: under "raise", for the first prompt that cannot be served as asked.
+          RequestError: with "raise", for the first prompt that cannot be served.
           RuntimeError: the LLM was closed, or its device failed.
         """
         units = _units(prompts, on_error)
@@ -149,12 +149,12 @@ class LLM:
     def stream(
         self, prompt: Any, sampling_params: SamplingParams | None = None
     ) -> Generator[RequestOutput, None, None]:
-        """Answers one prompt and yields its output so far after every token; the last is final.
+        """Answers one prompt; yields its output so far after every token, at last the final one.
 
-        `SamplingParams.output_kind` asks for what is new in each, or for the last alone. Leaving
-        the loop early ends the request.
+        `SamplingParams.output_kind` selects only the new part of each output, or only the final
+        output. Leaving the loop early ends the request.
         """
-        request = self.prepare(as_prompt(prompt), sampling_params)  # refused here, not later
+        request = self.prepare(as_prompt(prompt), sampling_params)  # raises here, not in the loop
         request.streams = not request.final_only
         return self._stream(request)
 
@@ -172,7 +172,7 @@ class LLM:
     def as_completed(
         self, prompts: Any, sampling_params: Params = None, *, on_error: str = "raise"
     ) -> Generator[tuple[int, RequestOutput], None, None]:
-        """Answers prompts and yields (place in `prompts`, output) in the order of completion."""
+        """Answers prompts; yields (index in `prompts`, output) in the order they finish."""
         outcomes = self._prepare_all(_units(prompts, on_error), sampling_params, on_error)
         places = {o: i for i, o in enumerate(outcomes) if isinstance(o, Request)}
         for place, outcome in enumerate(outcomes):
@@ -215,10 +215,10 @@ class LLM:
         chat_template_kwargs: Mapping[str, Any] | None = None,
         cache_salt: str = "",
     ) -> Prompt:
-        """The prompt of one conversation, as `chat` would answer it.
+        """Renders one conversation to a prompt, as `chat` does.
 
         Raises:
-          RequestError: there is no template, it refuses the messages, or it breaks a limit.
+          RequestError: there is no template, it rejects the messages, or it exceeds a limit.
         """
         self.engine.require_alive()
         tokenizer = self.engine.tokenizer
@@ -257,10 +257,10 @@ class LLM:
         request_id: str | None = None,
         priority: int = 0,
     ) -> Request:
-        """Checks a request whole, for `engine.add`; nothing is queued yet.
+        """Checks a request fully and returns it for `engine.add`; queues nothing.
 
         Raises:
-          RequestError: the prompt or a parameter cannot be honoured.
+          RequestError: the prompt or a parameter is invalid or not supported.
         """
         params = self.get_default_sampling_params() if params is None else params
         if not isinstance(params, SamplingParams):
@@ -330,7 +330,7 @@ class _ProgressLine:
 
 
 def engine_config(model: str | Path, engine_args: Mapping[str, Any]) -> EngineConfig:
-    """An EngineConfig of keyword arguments; an unknown one is refused with the nearest name."""
+    """An EngineConfig from keyword arguments; an unknown name raises, with the nearest name."""
     engine_args = translated(engine_args)
     known = [field.name for field in fields(EngineConfig)]
     for name in engine_args:
@@ -340,7 +340,7 @@ def engine_config(model: str | Path, engine_args: Mapping[str, Any]) -> EngineCo
 
 
 def check_template_args(template_args: Mapping[str, Any]) -> None:
-    """Refuses a keyword of `chat` that `LLM.render` does not take, with the nearest name."""
+    """Raises for a keyword of `chat` that `LLM.render` does not take, with the nearest name."""
     parameters = inspect.signature(LLM.render).parameters.values()
     known = [one.name for one in parameters if one.kind is one.KEYWORD_ONLY]
     for name in template_args:
@@ -349,20 +349,20 @@ def check_template_args(template_args: Mapping[str, Any]) -> None:
 
 
 def _units(prompts: Any, on_error: str) -> list[Prompt | RequestOutput]:
-    """Every prompt in its normal form; or, under "return", an output that says why it has none."""
+    """Each prompt as a `Prompt`; with "return", an invalid one as an output with its error."""
     try:
         return list(split_prompts(prompts)[0])
     except RequestError:
         if on_error == "raise":
             raise
-    # A flat list of numbers is one prompt, and a wrong one; any other list is many.
+    # A flat list of numbers is one invalid prompt; any other list is many prompts.
     many = isinstance(prompts, list | tuple) and not all(isinstance(p, _NUMBERS) for p in prompts)
     each = prompts if many else [prompts]
     return [_caught(lambda p=p: as_prompt(p), on_error) for p in each]
 
 
 def _are_conversations(messages: Any) -> bool:
-    """Whether these are several conversations rather than the messages of one."""
+    """Whether `messages` is a list of conversations, not one conversation."""
     listed = isinstance(messages, Sequence) and not isinstance(messages, str | bytes)
     return listed and not any(isinstance(message, Mapping) for message in messages)
 
@@ -384,7 +384,7 @@ def _params_for(units: Sequence[Any], params: Params) -> Sequence[SamplingParams
 
 
 def _caught(make: Any, on_error: str, prompt: Prompt | None = None) -> Any:
-    """What `make` returns; or, under on_error="return", an output that carries its error."""
+    """Returns `make()`; with on_error="return", its error becomes an output."""
     try:
         return make()
     except RequestError as error:

@@ -1,8 +1,8 @@
-"""Flags with which XLA compiles programs for CPUs in a third of the time.
+"""Flags that cut XLA's compile time for CPUs to a third.
 
-Nearly all the suite's time goes into compiling. LLVM leaves out its optimisations, and before jax
-0.11, which no longer knows that flag, fusions do not go through MLIR. Compilers for accelerators
-read the same variable, so no process that may load one inherits these.
+Nearly all the suite's time goes into compiling. The flags switch off LLVM's optimisations and,
+before jax 0.11 removed the flag, MLIR for fusions. Compilers for accelerators read the same
+variable, so processes that may load one must not inherit these flags.
 """
 
 from importlib.metadata import version

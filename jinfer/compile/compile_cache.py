@@ -1,4 +1,4 @@
-"""The persistent compilation cache, set up so that it is really hit."""
+"""Sets up JAX's persistent compilation cache so that every program hits it."""
 
 import os
 import warnings
@@ -13,17 +13,17 @@ def use_compilation_cache(folder: str | Path | None) -> None:
 
     An engine's own programs go into a folder inside it; see `jinfer.compile.program_store`.
 
-    A folder that the user's own JAX configuration names already is kept when `folder` is None;
-    what goes into it is then decided here all the same.
+    If `folder` is None, a folder from the user's JAX configuration stays; the limits on the time
+    and size of its entries are set here in any case.
 
     Args:
-      folder: created when missing; None = jinfer's place in the user's cache directory.
+      folder: created if missing; None = jinfer's folder in the user's cache directory.
 
     Raises:
-      ValueError: the folder that was asked for cannot be made.
+      ValueError: `folder` cannot be created.
     """
     current: str | None = jax.config.values["jax_compilation_cache_dir"]
-    # By default programs that compile in under a second are not kept; together they are most of it.
+    # By default JAX skips programs that compile in under a second: together, most of the time.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     if folder is None and current:
@@ -45,4 +45,4 @@ def use_compilation_cache(folder: str | Path | None) -> None:
         return
     if current != str(path):
         jax.config.update("jax_compilation_cache_dir", str(path))
-        compilation_cache.reset_cache()  # JAX settles on a folder, or on none, at its first compile
+        compilation_cache.reset_cache()  # JAX fixes the folder at its first compilation

@@ -1,4 +1,4 @@
-"""What XLA is asked for an engine's programs, beside its flags."""
+"""XLA compiler options for an engine's programs, in addition to XLA_FLAGS."""
 
 import os
 import re
@@ -10,16 +10,16 @@ _FUSION_AUTOTUNER = "xla_gpu_experimental_enable_fusion_autotuner"
 
 
 def compiler_options(platform: str) -> Options:
-    """Ours for a platform. An option hides the user's flag of its name, so theirs are in it."""
+    """Options for a platform. An option overrides the user's flag, so it includes its value."""
     if platform != "gpu":
         return ()
     flags = os.environ.get("XLA_FLAGS", "")
-    disabled = re.findall(rf"--{_DISABLED}=(\S+)", flags)[-1:]  # of several, the last counts
-    # The pool fills a GPU's memory, so XLA may find it short, and compute a sixth of a step's
-    # kernels twice to spare what the plan has set apart for them anyway.
+    disabled = re.findall(rf"--{_DISABLED}=(\S+)", flags)[-1:]  # the last one counts
+    # The pool fills a GPU's memory. XLA may take it for short of memory and compute a sixth of a
+    # step's kernels twice, to save memory that the plan has reserved for them anyway.
     options = [(_DISABLED, ",".join([*disabled, "rematerialization"]))]
     if _FUSION_AUTOTUNER not in flags:
-        # Since jax 0.11 each kernel that is no product is compiled alone, once per way to make it,
-        # and then again with all others: half as long again for each program.
+        # Since jax 0.11, XLA compiles each kernel other than a matmul alone, once per candidate,
+        # and then again with all others: a program takes half as long again.
         options.append((_FUSION_AUTOTUNER, "False"))
     return tuple(options)

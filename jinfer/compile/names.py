@@ -1,4 +1,4 @@
-"""Names of an engine's programs: how start-up, the runner and the loop refer to the same ones."""
+"""Names of an engine's programs, shared by start-up, the runner and the loop."""
 
 WRITE_SLOTS = "write_slots"
 RESTORE_COUNTS = "restore_counts"
@@ -8,10 +8,10 @@ SCATTER_PAGES = "scatter_pages"
 
 
 def step_name(num_tokens: int) -> str:
-    """The program of one step over `num_tokens` packed tokens, padding included."""
+    """The name of the program for one step of `num_tokens` packed tokens, padding included."""
     return f"step of {num_tokens} tokens"
 
 
 def decode_name(num_rows: int) -> str:
-    """The program of decode steps over `num_rows` rows, padding included."""
+    """The name of the program for decode steps of `num_rows` rows, padding included."""
     return f"decode of {num_rows} rows"

@@ -1,8 +1,8 @@
-"""What compiled programs are made from, as text: of equal texts come equal programs.
+"""Keys of compiled programs: the inputs of a program as text. Equal texts mean equal programs.
 
-A program is traced and lowered from the sources, then compiled from what that gave; there is a text
-for either. What cannot be known to leave a program as it is, is in the text: a program compiled
-once too often costs seconds, a wrong one costs answers.
+The sources are traced and lowered, then the lowered program is compiled; each stage has its own
+text. A text includes everything that might change the program: a needless compilation costs
+seconds, a wrong program gives wrong answers.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ from jax.tree_util import keystr
 import kernels_pallas
 from kernels_pallas.compat import compile_options, kept_arguments
 
-# Flags of JAX that only say where and how to keep programs, or what to log.
+# JAX flags that only control caching and logging.
 _KEEPING_AND_LOGGING = (
     "jax_compilation_cache",
     "jax_enable_compilation_cache",
@@ -34,10 +34,10 @@ _KEEPING_AND_LOGGING = (
     "jax_persistent_cache",
     "jax_raise_persistent_cache_errors",
 )
-# Variables that compilers read; JAX's own are among its flags. XLA's are also told as it understood
-# them: it reads XLA_FLAGS once, and who sets them later sets nothing.
+# Environment variables of compilers; JAX's own are among its flags. XLA's flags are also recorded
+# as XLA parsed them: it reads XLA_FLAGS once, and later changes have no effect.
 _VARIABLES = ("LIBTPU_", "NVIDIA_TF32_", "PJRT_", "TF_XLA_", "TPU_", "XLA_")
-# Packages beside those that are asked themselves: compilers, and libraries that programs call.
+# Prefixes of packages with compilers or with libraries that programs call.
 _PACKAGES = ("jax", "libtpu", "nvidia")
 _OF_PROCESSOR = ("Features", "flags", "model name", "CPU part", "CPU variant")
 
@@ -48,7 +48,7 @@ def sources_digest() -> str | None:
     for package in (Path(__file__).parents[1], Path(*kernels_pallas.__path__)):
         paths = sorted(package.rglob("*.py"))
         if not paths:
-            return None  # in a zip file, or compiled only
+            return None  # in a zip file, or bytecode only
         for path in paths:
             try:
                 content = path.read_bytes()
@@ -59,24 +59,24 @@ def sources_digest() -> str | None:
     return digest.hexdigest()
 
 
-_SOURCES = sources_digest()  # now, as they are imported; they may be edited while this runs
+_SOURCES = sources_digest()  # at import; files may be edited while the process runs
 
 
 class Surroundings(NamedTuple):
-    """What all programs of an engine follow from, beside the description of each."""
+    """Inputs that all programs of an engine have in common."""
 
-    tracing: str  # from the sources to a lowered program
-    compiling: str  # from there on
+    tracing: str  # inputs of tracing and lowering
+    compiling: str  # inputs of the compiler
 
 
 def surroundings(devices: Sequence[Any]) -> Surroundings | None:
-    """What programs follow from here and now.
+    """The inputs of programs in this process, as they are now.
 
     Args:
-      devices: those the programs run on, in the order of their mesh.
+      devices: the devices that run the programs, in mesh order.
 
     Returns:
-      None where it cannot be told: the sources are not at hand, or no longer those imported.
+      None if they are unknown: the sources cannot be read, or have changed since the import.
     """
     if _SOURCES is None or sources_digest() != _SOURCES:
         return None
@@ -100,7 +100,7 @@ def surroundings(devices: Sequence[Any]) -> Surroundings | None:
 
 
 def shapes_text(shapes: Any) -> str:
-    """A pytree of shapes with their dtypes, places and layouts."""
+    """A pytree of shapes as text, with dtypes, shardings and layouts."""
     leaves, structure = jax.tree_util.tree_flatten_with_path(shapes)
     told = [
         (keystr(path), a.shape, str(a.dtype), a.weak_type, a.sharding, a.format)
@@ -112,8 +112,8 @@ def shapes_text(shapes: Any) -> str:
 def bound_text(function: Any) -> str | None:
     """A function and every argument bound to it by `functools.partial`, as text.
 
-    None where the text would not tell what the function computes: it is a closure, a lambda or a
-    method, or an argument has no text of its own.
+    None if the text would not identify the function: it is a closure, a lambda or a method, or an
+    argument has no `__repr__` of its own.
     """
     if isinstance(function, partial):
         parts = (function.func, *function.args, *function.keywords.values())
@@ -133,9 +133,9 @@ def _value_text(value: Any) -> str | None:
 
 
 def lowered_text(lowered: jax.stages.Lowered, shapes: Any) -> str | None:
-    """A lowered program of arguments with these shapes, source lines apart.
+    """A lowered program and the shapes of its arguments as text, without source lines.
 
-    None where JAX does not tell which of the arguments it has: the text says only how many.
+    None if JAX does not report which arguments it kept: the lowered text has only their number.
     """
     kept = kept_arguments(lowered)
     if kept is None:
@@ -145,7 +145,7 @@ def lowered_text(lowered: jax.stages.Lowered, shapes: Any) -> str | None:
 
 def _versions() -> list[str]:
     own = [f"{m.__name__} {m.__version__}" for m in (jax, jaxlib)]
-    # Only names of folders, NAME-VERSION.dist-info: to read what is in them takes 100 ms.
+    # Only folder names, NAME-VERSION.dist-info: reading the folders takes 100 ms.
     found = {
         path.name
         for folder in map(Path, sys.path)
@@ -160,12 +160,12 @@ def _variables() -> dict[str, str]:
 
 
 def _processor() -> list[str]:
-    """What machine code for this processor, and how it is cut into threads, depend on."""
+    """Properties of this machine that change machine code or its division into threads."""
     lines = {line for line in _text_of("/proc/cpuinfo").splitlines()}
     features = sorted(line for line in lines if line.startswith(_OF_PROCESSOR))
     affinity = getattr(os, "sched_getaffinity", lambda _: ())(0)
     counts = f"{os.cpu_count()} processors, {len(affinity)} for this process"
-    # Where a processor does not tell its features, its programs stay on that machine.
+    # Without a list of features, the host name keeps programs on this machine.
     return [platform.machine(), counts, *(features or [platform.node()])]
 
 

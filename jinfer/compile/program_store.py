@@ -1,10 +1,10 @@
-"""Compiled programs on disk, found by what they are made from.
+"""Compiled programs on disk, keyed by the inputs of tracing.
 
-JAX's persistent cache finds a program by its lowered text, so a start that compiles nothing still
-traces and lowers every program, one at a time under Python's lock: nearly all of a warm start.
-Here a program is found by what it is traced from, and needs neither. If that has changed it is
-traced and lowered, and found by its lowered text: an edit that changes no program, or another
-model's plan with some of the same programs, compiles nothing.
+JAX's persistent cache is keyed by lowered text, so a start that compiles nothing still traces and
+lowers every program, one at a time under Python's lock: nearly all of a warm start. This store is
+keyed by the inputs of tracing, so a hit needs neither. On a miss the program is traced and lowered,
+and looked up by its lowered text. So an edit that changes no program compiles nothing, nor does
+another model's plan for the programs that both have.
 """
 
 import contextlib
@@ -26,21 +26,21 @@ from jax.experimental.serialize_executable import deserialize_and_load, serializ
 from jinfer.compile.program_key import Surroundings, surroundings
 from kernels_pallas.compat import not_kept_by_jax
 
-LOADED_EVENT = "/jinfer/program_store/loaded"  # a duration, as JAX tells those of its compilations
+LOADED_EVENT = "/jinfer/program_store/loaded"  # a duration, like those of JAX's compilations
 
-_HEAD = b"jinfer program 1\n"  # then the sha256 of what follows, then that
+_HEAD = b"jinfer program 1\n"  # then the sha256 of the body, then the body
 _DIGEST_BYTES = hashlib.sha256().digest_size
-# A name, which is a hash of what is traced, holds another, a hash of what that gave, which is the
-# program's. Files are written under a third.
+# HASH.name: the hash is of the inputs of tracing, the content is the file name of the program.
+# HASH.program: the hash is of the lowered text. Files are written as ID.unfinished, then renamed.
 _NAME, _PROGRAM, _UNFINISHED = ".name", ".program", ".unfinished"
 
-# A program is kept so long after it was last used, and as many as fit into so many bytes.
+# Limits of the folder: seconds since a file was last used, and total bytes.
 _KEPT_S = 30 * 24 * 3600
 _KEPT_BYTES = 4 << 30
 
 
 class Stored(NamedTuple):
-    """A program as `jax.experimental.serialize_executable` takes it apart."""
+    """A program as `jax.experimental.serialize_executable` returns it."""
 
     payload: bytes
     in_tree: Any
@@ -48,41 +48,41 @@ class Stored(NamedTuple):
 
 
 class ProgramStore:
-    """The programs of one engine in a folder; whatever fails with it costs a compilation only.
+    """The programs of one engine in a folder; a failure only costs a compilation.
 
-    A file holds code that this process will run, as JAX's own cache does: whoever may write to the
-    folder may do what the user may.
+    This process runs the code in these files, as with JAX's own cache: anyone who can write to the
+    folder can do whatever the user can.
     """
 
     def __init__(self, folder: Path, devices: Sequence[Any], around: Surroundings) -> None:
-        """Touches nothing yet.
+        """Opens no file yet.
 
         Args:
-          folder: made when the first program is saved.
-          devices: those the programs run on.
-          around: what all programs follow from.
+          folder: created when the first program is saved.
+          devices: the devices that run the programs.
+          around: the inputs that all programs have in common.
         """
         self.folder = folder
         self._devices = list(devices)
         self._around = around
         self._lock = threading.Lock()
-        self._has_failed = False  # to save one
+        self._has_failed = False  # True once saving a program has failed
 
     def load(self, described: str) -> jax.stages.Compiled | None:
-        """A program ready to run; None if it is not here, or is damaged, which is told.
+        """A program ready to run; None if it is missing or, with a warning, damaged.
 
         Args:
-          described: what is traced, beside the surroundings of all.
+          described: `Program.description`.
         """
         path = self._attempt(self._name(described), self._program_named)
         return None if path is None else self._load(path)
 
     def load_lowered(self, described: str, lowered: str) -> jax.stages.Compiled | None:
-        """The same, of a program that had to be traced; the next start will not have to.
+        """As `load`, by lowered text; also saves the name, so that the next start need not trace.
 
         Args:
           described: as for `load`.
-          lowered: what that gave.
+          lowered: `Program.lowered_text`.
         """
         path = self._program(lowered)
         compiled = self._load(path)
@@ -91,30 +91,30 @@ class ProgramStore:
         return compiled
 
     def alone(self) -> contextlib.AbstractContextManager[Any]:
-        """Inside it JAX keeps no program: what JAX has read from its own cache cannot be stored.
+        """Disables JAX's cache inside: a program that JAX read from its cache cannot be stored.
 
-        On GPUs it does, since replicas on other devices may read there what one has compiled; and
-        so it does when a program could not be kept here.
+        Two exceptions keep JAX's cache on. On GPUs, replicas on other devices may read programs
+        from it. After a failure to save here, it is the only cache left.
         """
         if self._has_failed or self._devices[0].platform == "gpu":
             return contextlib.nullcontext()
         return not_kept_by_jax()
 
     def save(self, described: str, lowered: str, compiled: jax.stages.Compiled) -> None:
-        """Keeps a program for the next start; the first that cannot be kept is told.
+        """Stores a program for the next start; warns at the first failure only.
 
         Args:
           described: as for `load`.
           lowered: as for `load_lowered`.
-          compiled: by this process; what was read from JAX's cache must not be saved.
+          compiled: by this process; never a program that JAX read from its cache.
         """
         path = self._program(lowered)
-        # Packed, a fifth of the size, and on most disks sooner read.
+        # Compressed to a fifth of the size, which most disks read faster.
         if self._write(path, lambda: zlib.compress(pickle.dumps(serialize(compiled)), level=1)):
             self._write(self._name(described), lambda: path.name.encode())
 
     def read(self, described: str) -> Stored | None:
-        """What was saved, checked and unpacked but not loaded; None if nothing was.
+        """A stored program, checked and unpacked but not loaded; None if it is missing.
 
         Raises:
           ValueError: a file is damaged.
@@ -139,10 +139,10 @@ class ProgramStore:
         return None if name is None else self.folder / bytes(name).decode()
 
     def _attempt(self, path: Path, read: Callable[[Path], Any]) -> Any:
-        """What `read` makes of a file; None where that fails. A damaged file is removed."""
+        """Returns `read(path)`, or None with a warning if it fails; removes a damaged file."""
         try:
             return read(path)
-        except Exception as error:  # whatever unpickling and XLA may raise
+        except Exception as error:  # unpickling and XLA may raise anything
             _warn(f"a stored program is compiled again; got {str(path)!r}: {_line(error)}.")
             if isinstance(error, _DamagedError):
                 with contextlib.suppress(OSError):
@@ -150,17 +150,17 @@ class ProgramStore:
             return None
 
     def _write(self, path: Path, body_of: Callable[[], bytes]) -> bool:
-        """Whether that went well."""
+        """Writes a file; returns whether that succeeded."""
         unfinished = path.with_name(f"{uuid.uuid4().hex}{_UNFINISHED}")
         try:
             body = body_of()
             self.folder.mkdir(parents=True, exist_ok=True)
             try:
                 unfinished.write_bytes(_HEAD + hashlib.sha256(body).digest() + body)
-                os.replace(unfinished, path)  # whoever reads finds all of it or nothing
+                os.replace(unfinished, path)  # readers see the whole file or none
             finally:
                 unfinished.unlink(missing_ok=True)
-        except Exception as error:  # whatever pickling and XLA may raise
+        except Exception as error:  # pickling and XLA may raise anything
             if self._is_first_failure():
                 _warn(
                     f"a compiled program is not kept; got {str(self.folder)!r}: {_line(error)}. "
@@ -182,20 +182,20 @@ class ProgramStore:
 
 
 def open_store(devices: Sequence[Any]) -> ProgramStore | None:
-    """The store beside the programs of JAX's compilation cache.
+    """Opens the store in a folder inside JAX's compilation cache.
 
     Args:
-      devices: those of the engine, in the order of its mesh.
+      devices: the engine's devices, in mesh order.
 
     Returns:
-      None if there is no such cache or none on a disk, if several processes compile together, or
-      if what programs are made from cannot be told.
+      None if JAX has no cache on a local disk, if several processes compile together, or if the
+      inputs of the programs are unknown.
     """
     folder: str | None = jax.config.values["jax_compilation_cache_dir"]
     if not folder or "://" in folder or not jax.config.values["jax_enable_compilation_cache"]:
         return None
     if jax.process_count() > 1:
-        return None  # all would have to find a program, or none; JAX's cache sees to that itself
+        return None  # all must hit or all must miss; JAX's cache ensures that
     around = surroundings(devices)
     if around is None:
         return None
@@ -204,9 +204,9 @@ def open_store(devices: Sequence[Any]) -> ProgramStore | None:
 
 
 def remove_unused(folder: Path) -> None:
-    """Removes programs that were not used for 30 days, and the longest unused beyond 4 GiB.
+    """Removes files not used for 30 days, then the least recently used beyond 4 GiB.
 
-    What cannot be removed, or is gone already, is left to those who share the folder.
+    Ignores files that cannot be removed, or that another process has removed.
     """
     found = []
     for path in folder.glob("*"):
@@ -223,7 +223,7 @@ def remove_unused(folder: Path) -> None:
 
 
 class _DamagedError(ValueError):
-    """A file is not as it was written."""
+    """The content of a file does not match its digest."""
 
 
 def _unpack(path: Path) -> Stored | None:
@@ -232,7 +232,7 @@ def _unpack(path: Path) -> Stored | None:
 
 
 def _content(path: Path) -> memoryview | None:
-    """What a file holds behind its head, which is checked; None if there is no such file."""
+    """The body of a file, checked against its head; None if the file is missing."""
     try:
         content = path.read_bytes()
     except FileNotFoundError:
@@ -241,7 +241,7 @@ def _content(path: Path) -> memoryview | None:
     body = memoryview(content)[body_at:]
     if content[:body_at] != _HEAD + hashlib.sha256(body).digest():
         raise _DamagedError("it is damaged")
-    with contextlib.suppress(OSError):  # of a folder that others own
+    with contextlib.suppress(OSError):  # the folder may belong to another user
         os.utime(path)
     return body
 

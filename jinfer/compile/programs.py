@@ -1,4 +1,4 @@
-"""The compiled programs of one engine, made up front, and the guard against any later one."""
+"""Compiles the programs of one engine at start-up, and guards against later compilations."""
 
 import os
 import threading
@@ -23,50 +23,50 @@ _CACHE_HIT_EVENT = "/jax/compilation_cache/cache_hits"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Program:
-    """A function, the shapes it is compiled for, and which arguments it consumes."""
+    """A function, the shapes to compile it for, and the arguments it donates."""
 
     name: str
     function: Callable[..., Any]
     shapes: tuple[Any, ...]
     donate: tuple[int, ...]
-    made_from: str | None = None  # all that `function` follows from; None: it is never stored
+    made_from: str | None = None  # all inputs of `function`; None: never stored
     compiler_options: Options = ()
 
     @property
     def description(self) -> str | None:
-        """What tells it from every other program in one place; None if that is not known."""
+        """A text that identifies the program in the same `Surroundings`; None if unknown."""
         if self.made_from is None:
             return None
         made_from = self.made_from, self.donate, self.compiler_options
         return repr((self.name, *made_from, shapes_text(self.shapes)))
 
     def lower(self) -> jax.stages.Lowered:
-        # A new function to JAX, which else may hand out what it once read from its cache: a program
-        # that was read, not compiled, cannot be stored, and JAX tells only when it reads it.
+        # A new function, or JAX may return a program from memory that it once read from its cache.
+        # Such a program cannot be stored, and JAX reports a cache hit only when it reads the file.
         function: Any = partial(self.function)
-        function.__name__ = self.name.replace(" ", "_")  # in profiles and in what XLA dumps
-        # With keep_unused=True, JAX 0.11 would hold what is compiled until its caches are cleared.
+        function.__name__ = self.name.replace(" ", "_")  # in profiles and XLA dumps
+        # With keep_unused=True, JAX 0.11 keeps programs alive until its caches are cleared.
         return jax.jit(function, donate_argnums=self.donate).lower(*self.shapes)
 
     def lowered_text(self, lowered: jax.stages.Lowered) -> str | None:
-        """What tells it from every other program once it is traced; None if that is not known."""
+        """A text that identifies the traced program; None if unknown."""
         text = lowered_text(lowered, self.shapes)
         return None if text is None else repr((self.compiler_options, text))
 
     def compile(self, lowered: jax.stages.Lowered | None = None) -> jax.stages.Compiled:
-        """Compiles what `lower` gave, or lowers it first."""
+        """Compiles a lowered program; without one, lowers it first."""
         lowered = lowered or self.lower()
         return lowered.compile(compiler_options=dict(self.compiler_options))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CompileReport:
-    """What warm-up did; its text is the start-up line."""
+    """Times and counts of warm-up; `str` gives the start-up line."""
 
     elapsed_s: float  # from the first program's start to the last one's end
-    program_s: Mapping[str, float]  # of each program, tracing included
+    program_s: Mapping[str, float]  # per program, tracing included
     num_cache_hits: int  # programs read from disk instead of compiled
-    num_untraced: int  # of these: found by what they are made from, so not even traced
+    num_untraced: int  # of these: found without tracing
 
     def __str__(self) -> str:
         slowest = max(self.program_s, key=lambda name: self.program_s[name])
@@ -78,10 +78,10 @@ class CompileReport:
 
 
 class Compiling:
-    """Programs on their way to the device, on threads of their own, while others load weights.
+    """Compiles programs on background threads, while the caller loads the weights.
 
-    As many compile at once as there are processors: XLA works outside Python's lock. A program in
-    the store is loaded instead; one in JAX's persistent cache is traced and read, but not stored.
+    One thread per processor: XLA releases Python's lock. A program in the store is loaded instead;
+    one in JAX's persistent cache is traced and read, but not stored.
     """
 
     def __init__(
@@ -94,15 +94,15 @@ class Compiling:
         """Starts compiling, in the order given.
 
         Args:
-          programs: with distinct names.
-          store: where programs of earlier starts are, and where these are put.
-          on_done: called with a program's name as it is finished, for a progress bar.
+          programs: the programs, with distinct names.
+          store: programs of earlier starts; new ones are saved to it.
+          on_done: called with the name of each finished program, for a progress bar.
         """
         self._store, self._on_done = store, on_done
         self._start_s = self._end_s = time.perf_counter()
         self._program_s: dict[str, float] = {}
         self._loaded: set[str] = set()  # programs from the store
-        self._untraced: set[str] = set()  # of these
+        self._untraced: set[str] = set()  # of these, found without tracing
         self._has_left = False
         self._num_hits_of: dict[int, int] = {}  # thread -> programs that JAX read from its cache
         self._listening = ExitStack()
@@ -112,7 +112,7 @@ class Compiling:
         self._futures = {p.name: self._pool.submit(self._build, p) for p in programs}
 
     def result(self) -> tuple[dict[str, jax.stages.Compiled], CompileReport]:
-        """Waits for all of them; raises what the first that failed in their order raised."""
+        """Waits for all programs; raises the error of the first one, in order, that failed."""
         compiled = {name: future.result() for name, future in self._futures.items()}
         return compiled, CompileReport(
             elapsed_s=self._end_s - self._start_s,
@@ -125,7 +125,7 @@ class Compiling:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        """Begins no further program; one in XLA's hands runs to its end unseen."""
+        """Starts no further program; compilations in progress end in the background."""
         self._has_left = True
         self._pool.shutdown(wait=False, cancel_futures=True)
         self._listening.close()
@@ -157,24 +157,24 @@ class Compiling:
         num_hits_before = self._num_hits_of[threading.get_ident()]
         with store.alone():
             compiled = program.compile(lowered)
-        # XLA for CPUs takes a program that was read apart without complaint, but not all of it.
+        # XLA for CPUs serializes a program that was read without an error, but incompletely.
         was_read = self._num_hits_of[threading.get_ident()] > num_hits_before
-        if not was_read and not self._has_left:  # then nobody listens any more
+        if not was_read and not self._has_left:  # after leaving, hits are not counted
             store.save(described, text, compiled)
         return compiled
 
     def _listen(self, event: str, **_: Any) -> None:
-        # JAX tells an event on the thread where it happens; other engines may start beside this.
+        # JAX reports an event on its own thread; other engines may start at the same time.
         thread = threading.get_ident()
         if event == _CACHE_HIT_EVENT and thread in self._num_hits_of:
             self._num_hits_of[thread] += 1
 
 
 class CompileGuard:
-    """Counts compilations that happen inside its `watch`, which should be none.
+    """Counts compilations inside `watch`; there should be none.
 
-    Everything a user can ask for arrives as array contents, so a compilation while serving
-    is a bug of ours: `action` "warn" says so, "error" raises.
+    Every request reaches the device as array contents, so a compilation while serving is a bug in
+    jinfer: `action` "warn" warns, "error" raises.
     """
 
     def __init__(self, action: str) -> None:
@@ -192,7 +192,7 @@ class CompileGuard:
 
     @contextmanager
     def watch(self) -> Iterator[None]:
-        """Compilations on this thread inside the block are late."""
+        """Counts compilations on this thread inside the block as late."""
         before = self.num_late
         self._watching.on = True
         try:

@@ -1,4 +1,4 @@
-"""Checks of each argument of the engine, before anything is read."""
+"""Range and type checks of the engine's arguments, before any file is read."""
 
 import math
 from collections.abc import Callable
@@ -14,10 +14,10 @@ Check = Callable[[str, Any], None]
 
 
 def check_config(config: EngineConfig) -> None:
-    """Refuses what no model and no device could make sense of, before anything is read.
+    """Checks every argument against limits that hold for all models and devices.
 
     Raises:
-      ValueError: naming the argument, its value and what it may be.
+      ValueError: an argument is invalid; the message names it, its value and the limits.
     """
     for name, check in _CHECKS.items():
         check(name, getattr(config, name))
@@ -103,7 +103,7 @@ _CHECKS: dict[str, Check] = {
     "gpu_memory_utilization": _share,
     "seed": _integer(0, 2**32 - 1, or_none=False),
     "generation_config": _one_of("auto", "vllm"),
-    # Each is a column of every step's output; a whole vocabulary would drown the transfer.
+    # Each adds a column to every step's output; a whole vocabulary takes too long to transfer.
     "max_logprobs": _integer(0, 100, or_none=False),
     "layer_loop": _one_of("scan", "unrolled", or_none=True),
     "attention": _one_of(*ATTENTION, or_none=True),
@@ -112,5 +112,5 @@ _CHECKS: dict[str, Check] = {
     "progress": _flag,
 }
 
-# Every argument has its check, or the module does not import.
+# Without a check for every argument, the import fails.
 assert [field.name for field in fields(EngineConfig)] == list(_CHECKS), "arguments without a check"

@@ -1,4 +1,4 @@
-"""Chips by name: what their makers say of them."""
+"""Chips by name, with the figures their makers publish."""
 
 import math
 import re
@@ -9,11 +9,11 @@ from dataclasses import dataclass
 class Chip:
     """Public figures of one chip: memory, its bandwidth, and dense 16-bit matrix arithmetic.
 
-    What a maker prints is reached by nothing; a bound from it is a bound and no estimate.
+    No program reaches these figures, so times computed from them are lower bounds, not estimates.
     """
 
     platform: str  # "tpu" | "gpu"
-    topology: str  # TPU: a slice of the chip's kind, of `num_chips` chips; GPU: its architecture
+    topology: str  # TPU: a slice of `num_chips` chips; GPU: the architecture
     memory_gb: float
     bandwidth_gb_s: float
     tflops: float
@@ -23,16 +23,16 @@ class Chip:
     def ridge_tokens(self) -> int:
         """The smallest step whose arithmetic takes as long as reading the weights.
 
-        A parameter of 16 bits is 2 bytes to read, and 2 operations (multiply, add) for each token:
-        2 * P * T / flops_per_s = 2 * P / bytes_per_s, so T = flops_per_s / bytes_per_s. Below it
-        more tokens cost next to nothing, above it each costs its arithmetic.
+        A 16-bit parameter takes 2 bytes to read, and 2 operations (multiply, add) per token:
+        2 * P * T / flops_per_s = 2 * P / bytes_per_s, so T = flops_per_s / bytes_per_s. Below T,
+        another token costs next to nothing; above T, it costs its arithmetic.
 
         Source: Williams et al., Roofline, doi:10.1145/1498765.1498785.
         """
         return math.ceil(self.tflops * 1e3 / self.bandwidth_gb_s)
 
     def bound_s(self, num_bytes: float, num_flops: float, share: float = 1.0) -> float:
-        """The least time on `share` of a chip: some show up as two devices."""
+        """The least time on a fraction `share` of a chip: JAX shows some chips as two devices."""
         bytes_per_s, flops_per_s = self.bandwidth_gb_s * 1e9, self.tflops * 1e12
         return max(num_bytes / bytes_per_s, num_flops / flops_per_s) / share
 
@@ -58,8 +58,8 @@ def _gpu(architecture: str, memory_gb: float, bandwidth_gb_s: float, tflops: flo
     )
 
 
-# Google Cloud's "System architecture" page of each TPU, and NVIDIA's data sheets (SXM where there
-# is one, without sparsity).
+# Sources: Google Cloud's "System architecture" page of each TPU; NVIDIA's data sheets (the SXM
+# version if there is one, without sparsity).
 CHIPS = {
     "v4": _tpu("v4:2x2x1", 32, 1228, 275),
     "v5e": _tpu("v5e:2x2", 16, 819, 197),
@@ -74,7 +74,7 @@ CHIPS = {
     "b200": _gpu("10.0", 180, 8000, 2250),
 }
 
-# What `jax.Device.device_kind` says of each, in lower case; of two that match the first counts.
+# Patterns of `jax.Device.device_kind` in lower case; the first match counts.
 _KINDS = (
     (r"tpu v4$", "v4"),
     (r"tpu v5 ?(lite|e)", "v5e"),
@@ -86,10 +86,10 @@ _KINDS = (
 
 
 def chip_of(device_kind: str) -> Chip | None:
-    """The chip that JAX calls so; None where the table has none.
+    """The chip with this name in JAX; None if it is not in the table.
 
     Args:
-      device_kind: as `jax.Device.device_kind` says, e.g. "TPU v6 lite", "NVIDIA H200".
+      device_kind: a `jax.Device.device_kind`, e.g. "TPU v6 lite", "NVIDIA H200".
     """
     for pattern, name in _KINDS:
         if re.search(pattern, device_kind.lower()):

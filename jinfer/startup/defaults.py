@@ -1,4 +1,4 @@
-"""What `None` in an EngineConfig becomes, by platform and chip."""
+"""Values for the fields of EngineConfig that are None, by platform and chip."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jinfer.config import EngineConfig
 from jinfer.startup.chips import chip_of
 
-# Every spelling of a dtype and what it means; None = the platform's own.
+# Spelling -> dtype; None = the platform's default.
 DTYPES = {
     "auto": None,
     "float32": "float32",
@@ -24,39 +24,39 @@ KV_DTYPES = {
     "fp8": "float8_e4m3fn",
     "fp8_e4m3": "float8_e4m3fn",
 }
-# Tokens per page where pages hold 8 bits: their scales then fill whole rows of a TPU's lanes, and
-# on a GPU the 128 bytes that a copy to shared memory lands on.
+# Tokens per page of 8-bit KV caches. The scales of a page then fill whole rows of a TPU's lanes,
+# and on a GPU the 128 bytes to which a copy to shared memory is aligned.
 _8_BIT_PAGE_SIZE = {"tpu": 128, "gpu": 64}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlatformDefaults:
-    """What `None` in an EngineConfig becomes, by platform."""
+    """Values for the fields of EngineConfig that are None, on one platform."""
 
     dtype: str
     max_slots: int
-    max_step_tokens: int  # of a chip that the table of jinfer.startup.chips does not have
+    max_step_tokens: int  # for chips that are not in jinfer.startup.chips
     page_size: int
     max_decode_steps: int
     layer_loop: str
-    bucket_growth: int  # ratio of neighbouring step sizes
-    row_growth: int  # the same of decode programs
-    few_rows: int  # of the smallest decode program but that of one row
-    step_cost_tokens: int  # a step takes as long as its tokens and so many more
-    memory_share: float  # of the free memory that the pool may take beside the user's share
+    bucket_growth: int  # ratio of neighbouring token buckets
+    row_growth: int  # ratio of neighbouring decode buckets
+    few_rows: int  # the smallest decode bucket above one row
+    step_cost_tokens: int  # fixed cost of a step, in tokens
+    memory_share: float  # of free memory; the user's fraction is multiplied by it
 
 
-# CPU: XLA runs bfloat16 five to eight times slower than float32 there, other programs need the
-# memory too, and compiling costs seconds a program, so there are fewer; but a padding row of a
-# decode costs as much as a real one, and so the row counts are closer. TPU: page tables live in
-# scalar memory, so pages are larger; scanned layers compile fast and fuse; the kernel passes over
-# padding rows, so there is no decode program of 8. GPU: a scan copies each layer's weights before
-# use, so it is unrolled.
-# A step's own cost is the time to read the weights, in tokens: measured on a CPU; the ridge of the
-# chip where it is known.
-# Tokens of a step on a CPU: measured, 125M float32 parameters on two cores of a Zen 5: steps of 64,
+# CPU: XLA runs bfloat16 five to eight times slower than float32. Other processes need the memory
+# too. Compiling a program takes seconds, so there are fewer token buckets. A padding row of a
+# decode costs as much as a real one, so decode buckets are closer together.
+# TPU: page tables live in scalar memory, so pages are larger. Scanned layers compile fast and fuse.
+# The kernel skips padding rows, so there is no decode bucket of 8.
+# GPU: a scan copies each layer's weights before use, so layers are unrolled.
+# step_cost_tokens: the time to read the weights, measured on a CPU; known chips use their
+# `ridge_tokens` instead.
+# max_step_tokens on a CPU: measured, 125M float32 parameters on two cores of a Zen 5: steps of 64,
 # 128, 256 and 512 tokens computed 666, 833, 946 and 999 tokens per second of processor time. On
-# chips that are not in the table: more than any of the table needs.
+# chips that are not in the table: more than any chip in the table needs.
 DEFAULTS = {
     "cpu": PlatformDefaults(
         dtype="float32",
@@ -101,7 +101,7 @@ DEFAULTS = {
 
 
 def platform_of(device: jax.Device) -> str:
-    """ "cpu", "gpu" or "tpu"; anything else is refused."""
+    """Returns "cpu", "gpu" or "tpu"; raises NotImplementedError for other platforms."""
     platform = "gpu" if device.platform in ("gpu", "cuda", "rocm") else device.platform
     if platform not in DEFAULTS:
         raise NotImplementedError(
@@ -117,16 +117,16 @@ def resolve_dtype(config: EngineConfig, platform: str) -> str:
 
 
 def resolve_layer_loop(config: EngineConfig, platform: str) -> str:
-    """How the layers are driven: "scan" or "unrolled"."""
+    """The loop over layers: "scan" or "unrolled"."""
     return config.layer_loop or DEFAULTS[platform].layer_loop
 
 
 def default_step_tokens(platform: str, device_kind: str, max_slots: int) -> int:
-    """The token budget of a step where the user names none: the smallest that fills the chip.
+    """The default token budget of a step: the smallest that keeps the chip's arithmetic busy.
 
-    A chip's arithmetic is busy from `Chip.ridge_tokens` on. So that a prompt gets that much of a
-    step in which all other slots decode, a token for each of them comes on top; then up to the
-    next power of two, of which the step sizes are made.
+    A chip is busy from `Chip.ridge_tokens` on. One token per slot is added, so that a prompt still
+    gets `ridge_tokens` while all other slots decode. The sum is rounded up to a power of two, from
+    which the token buckets are derived.
 
     Args:
       platform: "cpu", "gpu" or "tpu".
@@ -140,7 +140,7 @@ def default_step_tokens(platform: str, device_kind: str, max_slots: int) -> int:
 
 
 def default_page_size(platform: str, kv_dtype: str) -> int:
-    """Tokens per page where the user names none."""
+    """The default number of tokens per page."""
     page_size = DEFAULTS[platform].page_size
     is_8_bit = jnp.dtype(kv_dtype).itemsize == 1
     return _8_BIT_PAGE_SIZE.get(platform, page_size) if is_8_bit else page_size

@@ -1,4 +1,4 @@
-"""From an EngineConfig to everything an engine needs: weights, pool, slots, programs."""
+"""Start-up: loads and allocates the weights, pool, slots and programs of an engine."""
 
 import math
 import sys
@@ -55,36 +55,36 @@ Compiled = dict[str, jax.stages.Compiled]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StartReport:
-    """What start-up did, in figures."""
+    """Times and counts of start-up."""
 
     weights_s: float  # reading or making them
-    weights: LoadReport | None  # None of random ones
+    weights: LoadReport | None  # None for random weights
     programs: CompileReport
 
 
 @dataclass(kw_only=True)
 class Loaded:
-    """What start-up made; `runner` is the engine's to close."""
+    """The results of start-up; the engine closes `runner`."""
 
     model: ModelConfig
     defaults: GenerationDefaults
     tokenizer: Tokenizer | None
     plan: EnginePlan
     runner: ModelRunner
-    min_restored_pages: int | None  # fewer are computed sooner than fetched; None: always sooner
+    min_restored_pages: int | None  # recompute fewer than this; None: always recompute
     report: StartReport
 
 
 def load(config: EngineConfig, devices: Sequence[jax.Device] | None = None) -> Loaded:
-    """Decides the plan, then reads the weights while every program compiles, and fills the device.
+    """Decides the plan, reads the weights while the programs compile, and fills the device.
 
     Args:
-      config: what the user asks.
-      devices: those of this replica; None = the first of all.
+      config: the user's arguments.
+      devices: the devices of this replica; None = the first of `jax.devices()`.
 
     Raises:
-      CheckpointError: the folder is not a model's, or is damaged.
-      ValueError: an argument is out of range, or the KV cache has no room.
+      CheckpointError: the folder holds no model, or is damaged.
+      ValueError: an argument is out of range, or the KV cache does not fit.
       NotImplementedError: the architecture or the platform is not supported.
     """
     check_config(config)
@@ -98,7 +98,7 @@ def load(config: EngineConfig, devices: Sequence[jax.Device] | None = None) -> L
     tokenizer = None
     if not config.skip_tokenizer_init:
         tokenizer = load_tokenizer(_folder_of(config.tokenizer) if config.tokenizer else folder)
-    # Devices are touched last: what the files show to be wrong is told at once.
+    # Touch devices last, so that errors in the files show at once.
     platform = platform_of(jax.devices()[0])
     check_host_tier(config, platform)
     placement = Placement(make_mesh(devices or jax.devices(), config.tensor_parallel_size))
@@ -109,8 +109,8 @@ def load(config: EngineConfig, devices: Sequence[jax.Device] | None = None) -> L
         say(line)
     if config.load_format != "dummy":
         if config.load_format == "safetensors":
-            open_checkpoint(folder)  # refuses a folder of another kind
-        open_checked(folder, model)  # refused now, not after minutes of compiling
+            open_checkpoint(folder)  # raises if the folder has no safetensors
+        open_checked(folder, model)  # raises now, not after minutes of compiling
     state = state_shapes(plan, padded, placement)
     programs = step_programs(plan, model, state, placement)
     pages = slots = runner = None
@@ -123,7 +123,7 @@ def load(config: EngineConfig, devices: Sequence[jax.Device] | None = None) -> L
             weights_s = time.perf_counter() - start_s
             compiled, made = compiling.result()
             say(made)
-            _require_same_plan(gather("plan", repr(plan)))  # and all are here, for collectives
+            _require_same_plan(gather("plan", repr(plan)))  # also a barrier before collectives
             pages, slots = allocate_pages(state.pages), allocate_slots(plan, state.slots)
             runner = ModelRunner(
                 params=params,
@@ -146,7 +146,7 @@ def load(config: EngineConfig, devices: Sequence[jax.Device] | None = None) -> L
                 report=StartReport(weights_s=weights_s, weights=weights, programs=made),
             )
         except BaseException:
-            # A notebook keeps the traceback, and that what it can see.
+            # A notebook keeps the traceback, which keeps these arrays alive.
             free_arrays(params, pages, slots)
             if runner is not None:
                 runner.close()
@@ -154,15 +154,15 @@ def load(config: EngineConfig, devices: Sequence[jax.Device] | None = None) -> L
 
 
 def break_even_pages(plan: EnginePlan, runner: ModelRunner) -> int | None:
-    """Measures both ways to get a page: computing its tokens, and fetching it from the host.
+    """Measures both ways to get a page: compute its tokens, or fetch it from the host.
 
-    Computing is timed as the largest step, of padding only: its matrix products do not care.
-    Fetching is timed as one dispatch of as many pages as it moves at most, and taken to cost as
-    much for fewer, so a few pages are fetched only where that surely wins.
+    Computing is timed with the largest step, all padding: its matrix products take as long.
+    Fetching is timed with a dispatch of `PAGES_PER_MOVE` pages. Fewer pages count as taking just
+    as long, so a few pages are fetched only if that is surely faster.
 
     Returns:
-      The fewest pages worth one dispatch; None if even a full one takes longer than computing as
-      many pages.
+      The fewest pages worth one dispatch; None if fetching `PAGES_PER_MOVE` pages takes longer
+      than computing them.
     """
     size = plan.max_step_tokens
     batch = BucketShape.of(size, plan).empty()
@@ -198,7 +198,7 @@ def _require_same_plan(plans: Sequence[str]) -> None:
 def _room_beside_weights(
     config: EngineConfig, padded: ModelConfig, platform: str, free_bytes: int
 ) -> int:
-    """What each device has left; weights are cut over them evenly."""
+    """Bytes left on each device after its shard of the weights."""
     dtype = resolve_dtype(config, platform)
     shard = chip_shard(padded, config.tensor_parallel_size)
     weight_bytes = shard.num_parameters * jnp.dtype(dtype).itemsize
@@ -219,8 +219,8 @@ def _plan_for(
     placement: Placement,
     platform: str,
 ) -> EnginePlan:
-    """What the devices have room for; refused where the attention does not serve it."""
-    # What is measured here may be more elsewhere, or less; the plan has to be the same.
+    """The plan that fits the devices; raises if the attention does not support it."""
+    # Processes measure different amounts, but all need the same plan: take the least.
     free_bytes = min(map(int, gather("free bytes", str(free_bytes_each(placement.local_devices)))))
     plan = resolve_plan(
         config,
@@ -291,7 +291,7 @@ def _compiling(
     programs: Sequence[Program], devices: Sequence[jax.Device], progress: bool
 ) -> Iterator[Compiling]:
     store = open_store(devices)
-    # None: a bar on a terminal, nothing in a file or a pipe.
+    # For tqdm, None means: a bar on a terminal, nothing in a file or a pipe.
     disable = None if progress else True
     with (
         tqdm(total=len(programs), desc="compiling", disable=disable, leave=False) as bar,

@@ -1,4 +1,4 @@
-"""How much memory the devices and the host have free, and what a step needs of it."""
+"""Free memory of the devices and the host, and the scratch memory of a step."""
 
 import os
 from collections.abc import Sequence
@@ -13,10 +13,10 @@ _PINNED_LIMIT = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"  # XLA reads it when it firs
 
 
 def check_host_tier(config: EngineConfig, platform: str) -> None:
-    """Refuses a host tier that the machine has no room for, or that XLA would not pin.
+    """Checks that the host tier fits into free memory and below XLA's limit for pinned memory.
 
     Raises:
-      ValueError: naming the limit, and how to raise it where that can be.
+      ValueError: it does not fit; the message names the limit and, if possible, how to raise it.
     """
     asked_gib = config.kv_offloading_size or 0
     free_gib = free_host_bytes() / 2**30
@@ -35,13 +35,13 @@ def check_host_tier(config: EngineConfig, platform: str) -> None:
 
 
 def free_bytes_each(devices: Sequence[jax.Device]) -> int:
-    """Memory that is free on each of these devices now; those of a CPU share one memory."""
+    """Bytes that are free on each of these devices; CPU devices divide the host's memory."""
     free_bytes = min(map(free_device_bytes, devices))
     return free_bytes // (len(devices) if devices[0].platform == "cpu" else 1)
 
 
 def free_device_bytes(device: jax.Device) -> int:
-    """Memory that nobody holds on the device now; on CPU, the machine's available memory."""
+    """Bytes that are free on the device; on CPU, the machine's available memory."""
     stats: dict[str, Any] | None = device.memory_stats()
     if stats and "bytes_limit" in stats:
         return stats["bytes_limit"] - stats["bytes_in_use"]
@@ -49,23 +49,23 @@ def free_device_bytes(device: jax.Device) -> int:
 
 
 def free_host_bytes() -> int:
-    """The machine's available memory."""
+    """Bytes of memory that the machine has available."""
     meminfo = Path("/proc/meminfo")
     if meminfo.exists():
         fields = dict(line.split(":") for line in meminfo.read_text().splitlines())
         return int(fields["MemAvailable"].split()[0]) * 1024
-    # No portable way to ask what is available (macOS): half of what is installed.
+    # No portable call reports available memory (macOS): take half of the installed memory.
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
 def _pinned_limit_gib() -> int:
-    """XLA's own rule: what the environment says, or 16 where it is taken at once, else 64."""
+    """XLA's rule: the environment variable if set, else 16 if preallocated, else 64."""
     preallocated = os.environ.get("XLA_PJRT_GPU_HOST_MEMORY_PREALLOCATE", "").lower()
     return int(os.environ.get(_PINNED_LIMIT) or (16 if preallocated in ("1", "true") else 64))
 
 
 def scratch_bytes(model: ModelConfig, max_slots: int, max_step_tokens: int) -> int:
-    """Room for a step's activations: float32 logits with the sampler's copies, and the layers'."""
+    """Bytes for a step's float32 logits, the sampler's copies of them, and layer activations."""
     logits = 6 * max_slots * model.vocab_size * 4
     slots = 3 * max_slots * model.vocab_size * 4
     hidden = 4 * max_step_tokens * (model.hidden_size + 2 * model.intermediate_size) * 4

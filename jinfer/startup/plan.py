@@ -1,4 +1,4 @@
-"""From an EngineConfig to an EnginePlan: everything that the user left open is decided here."""
+"""From an EngineConfig to an EnginePlan: decides everything that the user left open."""
 
 from jinfer.config import EngineConfig, EnginePlan, ModelConfig
 from jinfer.parallel.model_shards import chip_shard, padded_model
@@ -29,15 +29,15 @@ def resolve_plan(
     """Decides everything that the user left open.
 
     Args:
-      config: what the user asks.
-      model: what the checkpoint fixes.
+      config: the user's arguments.
+      model: the checkpoint's configuration.
       platform: "cpu", "gpu" or "tpu".
       free_bytes: memory of each device that is free once the weights are in place.
       device_kind: the chip, as `jax.Device.device_kind` names it.
 
     Raises:
-      ValueError: an argument is out of its range, the model cannot be cut evenly, or the KV cache
-        has no room.
+      ValueError: an argument is out of range, the model cannot be sharded evenly, or the KV cache
+        does not fit.
     """
     defaults = DEFAULTS[platform]
     dtype = resolve_dtype(config, platform)
@@ -56,7 +56,7 @@ def resolve_plan(
     one_page_bytes = page_bytes(shard, page_size=page_size, dtype=kv_dtype, head_dim=kv_head_dim)
     memory_share = config.gpu_memory_utilization * defaults.memory_share
     reserved_bytes = scratch_bytes(shard, max_slots, max_step_tokens)
-    if config.kv_offloading_size:  # pages on their way, of two plans in both directions
+    if config.kv_offloading_size:  # buffers of two plans' moves, in both directions
         reserved_bytes += 4 * GROUPS_AT_ONCE * PAGES_PER_MOVE * one_page_bytes
     room_bytes = max(0, int(free_bytes * memory_share) - reserved_bytes)
     room_tokens = (room_bytes // one_page_bytes - 1) * page_size
@@ -105,7 +105,7 @@ def resolve_plan(
 
 
 def _weight_layout(device_kind: str, dtype: str) -> str:
-    """See jinfer/weights/layout.py; other dtypes and chips are multiplied as they lie."""
+    """See jinfer/weights/layout.py; other dtypes and chips use the default layout."""
     return "16x128" if device_kind == "TPU7x" and dtype == "bfloat16" else "default"
 
 
@@ -118,7 +118,7 @@ def _context(config: EngineConfig, model: ModelConfig, room_tokens: int) -> int:
             "Lower it."
         )
     if asked is None and config.num_pages is None and room_tokens >= 2:
-        return min(model.max_position_embeddings, room_tokens)  # what fits, where nothing was asked
+        return min(model.max_position_embeddings, room_tokens)  # as much as fits
     return asked or model.max_position_embeddings
 
 

@@ -1,4 +1,4 @@
-"""The programs of one engine: which functions are compiled, for which shapes, under which names."""
+"""The programs of one engine: the functions to compile, their shapes and their names."""
 
 from collections.abc import Callable
 from functools import partial
@@ -42,7 +42,7 @@ from jinfer.weights.load import param_shapes
 
 
 class State(NamedTuple):
-    """What every step takes, as shapes with their places."""
+    """The arguments of every step, as shapes with shardings."""
 
     params: Params
     pages: Any
@@ -50,7 +50,7 @@ class State(NamedTuple):
 
 
 def state_shapes(plan: EnginePlan, padded: ModelConfig, placement: Placement) -> State:
-    """The weights, the pool and the slots that the plan asks for."""
+    """Shapes of the weights, the pool and the slots for a plan."""
     hold = hold_as(plan.weight_layout, placement.sharding)
     params = param_shapes(padded, dtype=plan.dtype, layer_loop=plan.layer_loop, hold=hold)
     pages = pages_shape(
@@ -66,7 +66,7 @@ def state_shapes(plan: EnginePlan, padded: ModelConfig, placement: Placement) ->
 
 
 def allocate_slots(plan: EnginePlan, shapes: Any) -> SlotState:
-    """Slots in which nothing runs, where the shapes say."""
+    """Allocates empty slots, with the shardings of `shapes`."""
     where = jax.tree.map(lambda leaf: leaf.sharding, shapes)
     return jax.jit(partial(_empty_slots, plan), out_shardings=where)()
 
@@ -80,22 +80,22 @@ def _empty_slots(plan: EnginePlan) -> SlotState:
 def step_programs(
     plan: EnginePlan, model: ModelConfig, state: State, placement: Placement
 ) -> list[Program]:
-    """One program per token and per row bucket, the writers of slots, moves of pages.
+    """One program per token bucket and decode bucket, plus those that write slots and move pages.
 
     Args:
-      plan: what was decided.
-      model: as the checkpoint has it.
-      state: shapes of what every step takes.
-      placement: of whatever else a program takes.
+      plan: the engine's plan.
+      model: the checkpoint's configuration, without padding.
+      state: shapes of the arguments of every step.
+      placement: the mesh, for all other arguments.
     """
     options = dict(
         decoder=Decoder(model, placement.shards),
         paged_attention=ATTENTION[plan.attention],
         max_logprobs=plan.max_logprobs,
-        # On TPU and GPU a float32 matmul is computed in fewer bits unless told otherwise.
+        # By default, TPUs and GPUs compute float32 matmuls with fewer bits.
         precision="highest" if plan.dtype == "float32" else "default",
     )
-    # The largest take longest to compile, so they go first.
+    # The largest compile longest, so they start first.
     steps = {
         step_name(size): (partial(run_step, **options), BucketShape.of(size, plan))
         for size in reversed(plan.token_buckets)
@@ -132,7 +132,7 @@ def _program(
     results: Any,
     **settings: Any,
 ) -> Program:
-    # A simulated kernel calls Python, which no file can keep.
+    # A simulated kernel calls Python, so its program cannot be stored in a file.
     is_simulated = plan.attention.endswith("_interpret")
     bound = None if is_simulated else bound_text(function)
     return Program(
@@ -177,7 +177,7 @@ def _move_programs(
     copy = made(COPY_PAGES, copy_pages, (pages, page_J, page_J), results=pages, donate=(0,))
     if not plan.num_host_pages:
         return [copy]
-    # A page without the axis of pages begins with "LK", whichever part of the pool it is of.
+    # Without its page axis, every array of the pool begins with the axes "LK".
     contents = jax.tree.map(
         lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=placement.sharding("LK")),
         jax.eval_shape(gather_pages, pages, page_J),
