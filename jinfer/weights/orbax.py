@@ -26,6 +26,8 @@ from jinfer.weights.safetensors import INDEX_FILE, SINGLE_FILE
 ORBAX_FOLDER = "orbax"
 # Chunks are not cached; their locations are.
 CONTEXT = {"cache_pool": {"total_bytes_limit": 0}, "cache_pool#ocdbt": {"total_bytes_limit": 1e8}}
+# Names in folders that were converted before 30 November 2026 -> names since then.
+_RENAMED = {"unembed_VD": "lm_head_VD"}
 DRIVERS = {".zarray": "zarr", "zarr.json": "zarr3"}  # an array's metadata file -> driver
 
 
@@ -126,7 +128,10 @@ def open_orbax(folder: Path) -> dict[str, OrbaxArray]:
         raise _damaged(place, _reason(error)) from None
     if not stores:
         raise _damaged(place, "it has no arrays")
-    return {name: OrbaxArray(path=place, name=name, store=store) for name, store in stores.items()}
+    return {
+        _RENAMED.get(name, name): OrbaxArray(path=place, name=name, store=store)
+        for name, store in stores.items()
+    }
 
 
 def import_tensorstore() -> Any:

@@ -161,6 +161,15 @@ def test_what_orbax_saved_on_one_mesh_is_restored_on_another(tmp_path, saved_on)
         assert_equal(load(folder, **on), load(source, **on))
 
 
+def test_a_folder_from_before_lm_head_had_its_name(source, tmp_path) -> None:
+    params = load(source, joined=False)
+    params["unembed_VD"] = params.pop("lm_head_VD")
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "old" / ORBAX_FOLDER, params)
+    shutil.copy(source / "config.json", tmp_path / "old")
+    assert_equal(load(tmp_path / "old"), load(source))
+
+
 def test_orbax_restores_it_by_itself(converted, source) -> None:
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     want = load(source, hold=lambda path, axes: sharding, joined=False)
