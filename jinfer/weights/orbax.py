@@ -129,7 +129,7 @@ def open_orbax(folder: Path) -> dict[str, OrbaxArray]:
     if not stores:
         raise _damaged(place, "it has no arrays")
     return {
-        _RENAMED.get(name, name): OrbaxArray(path=place, name=name, store=store)
+        _RENAMED[name] if name in _RENAMED else name: OrbaxArray(path=place, name=name, store=store)
         for name, store in stores.items()
     }
 
