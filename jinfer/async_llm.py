@@ -6,9 +6,13 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Unpack
 from uuid import uuid4
 
+from jinfer.arguments.engine_args import EngineArgs, keywords_of
+from jinfer.arguments.keywords import ChatKeywords, EngineKeywords, full_signature
+from jinfer.arguments.vllm_methods import missing_attribute, require_absent
+from jinfer.engine.load_line import LoadLine
 from jinfer.engine.metrics import MetricsSnapshot
 from jinfer.engine.running import Request
 from jinfer.errors import RequestError, shown
@@ -26,15 +30,29 @@ class AsyncLLM:
     early, or cancelling its task, ends the request.
     """
 
-    def __init__(self, model: str | Path = DEFAULT_MODEL, **engine_args: Any) -> None:
+    __signature__ = full_signature()
+
+    def __init__(
+        self, model: str | Path = DEFAULT_MODEL, **engine_args: Unpack[EngineKeywords]
+    ) -> None:
         self._llm = LLM(model, **engine_args)
         self._wake = threading.Condition()
-        self._commands: deque[Callable[[], None]] = deque()  # for the engine's thread to run
+        self._commands: deque[Callable[[], object]] = deque()  # for the engine's thread to run
         self._streams: dict[str, _Stream] = {}  # used by the engine's thread only
         self._failure: BaseException | None = None
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="jinfer-engine", daemon=True)
         self._thread.start()
+
+    @classmethod
+    def from_engine_args(cls, engine_args: EngineArgs) -> "AsyncLLM":
+        """The same as `AsyncLLM(**vars(engine_args))`."""
+        return cls(**keywords_of(engine_args))
+
+    if not TYPE_CHECKING:  # type checkers shall still find misspelt attributes
+
+        def __getattr__(self, name: str) -> Any:
+            raise missing_attribute("AsyncLLM", name)
 
     async def __aenter__(self) -> "AsyncLLM":
         return self
@@ -50,12 +68,27 @@ class AsyncLLM:
         self._thread.join()
         self._llm.close()
 
+    def shutdown(self) -> None:
+        """The same as `close`, under vLLM's name."""
+        self.close()
+
+    def get_tokenizer(self) -> Any:
+        """As `LLM.get_tokenizer`."""
+        return self._llm.get_tokenizer()
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """As `LLM.get_default_sampling_params`."""
+        return self._llm.get_default_sampling_params()
+
     async def generate(
         self,
         prompt: Any,
         sampling_params: SamplingParams | None = None,
         request_id: str | None = None,
         priority: int = 0,
+        *,
+        lora_request: None = None,
+        **absent: None,
     ) -> AsyncIterator[RequestOutput]:
         """Yields the output so far whenever it grew; the last one is finished.
 
@@ -67,11 +100,14 @@ class AsyncLLM:
           sampling_params: None = the checkpoint's defaults.
           request_id: unique among unfinished requests; None = a random one.
           priority: a waiting request with a lower value starts first.
+          lora_request: None; here for scripts from vLLM.
+          **absent: further keywords of vLLM's `generate`, None too.
 
         Raises:
           RequestError: the prompt or a parameter is not supported.
           RuntimeError: the engine is closed or failed.
         """
+        require_absent(lora_request=lora_request, **absent)
         unit = as_prompt(prompt)
         async for output in self._answer(lambda: unit, sampling_params, request_id, priority):
             yield output
@@ -82,15 +118,18 @@ class AsyncLLM:
         sampling_params: SamplingParams | None = None,
         *,
         request_id: str | None = None,
-        **template_args: Any,
+        priority: int = 0,
+        lora_request: None = None,
+        **template_args: Unpack[ChatKeywords],
     ) -> AsyncIterator[RequestOutput]:
         """As `generate`, for one conversation; `template_args` as in `LLM.chat`."""
+        require_absent(lora_request=lora_request)
         check_template_args(template_args)
 
         def render() -> Prompt:
             return self._llm.render(messages, **template_args)
 
-        async for output in self._answer(render, sampling_params, request_id):
+        async for output in self._answer(render, sampling_params, request_id, priority):
             yield output
 
     def abort(self, request_id: str | Iterable[str]) -> "_Nothing":
@@ -161,7 +200,7 @@ class AsyncLLM:
             if not finished:
                 self._submit(lambda: self._leave(request_id, stream))
 
-    def _submit(self, command: Callable[[], None]) -> bool:
+    def _submit(self, command: Callable[[], object]) -> bool:
         """Gives a command to the engine's thread; False if the thread has ended."""
         with self._wake:
             if self._closing:
@@ -172,10 +211,12 @@ class AsyncLLM:
 
     def _run(self) -> None:
         engine = self._llm.engine
+        load_line = LoadLine(engine)
         try:
             while self._take_commands():
                 for request in engine.step():
                     self._tell(request)
+                load_line.stepped()
         except BaseException as error:  # raised for every caller, here and after `_submit`
             self._failure = error
         with self._wake:

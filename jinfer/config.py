@@ -1,5 +1,6 @@
 """Three configurations: of the model (checkpoint), of the engine (user), and the engine's plan."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -97,33 +98,60 @@ class EngineConfig:
     Names are vLLM's where vLLM has one, so that its scripts run unchanged.
     """
 
-    model: str | Path  # a Hugging Face folder, or a hub name such as "org/name"
-    tokenizer: str | Path | None = None  # a folder; None = the model's own
-    skip_tokenizer_init: bool = False  # True: prompts must be token ids
-    load_format: str = "auto"  # "auto" reads safetensors; "dummy" makes random weights
-    dtype: str = "auto"  # "auto": float32 on CPU, else bfloat16; "float32" | "bfloat16" | "float16"
-    kv_cache_dtype: str = "auto"  # of KV pages; "auto": as dtype; "int8" | "fp8" = "fp8_e4m3"
+    model: str | Path  # a Hugging Face folder, a hub name "org/name", or a shipped model
+    revision: str | None = None  # branch, tag or commit of the model on the hub; None = "main"
+    tokenizer: str | Path | None = None  # a folder or a hub name; None = the model's own
+    # the same for the tokenizer; None = `revision`, if the tokenizer is the model's own
+    tokenizer_revision: str | None = None
+    # a file, the template itself, or the name of one of the checkpoint's; None = the checkpoint's
+    chat_template: str | Path | None = None
+    download_dir: str | Path | None = None  # folder for downloads; None = the hub's cache
+    # access token for the hub; None or True = the one of `hf auth login`, False = none
+    hf_token: str | bool | None = field(default=None, repr=False)
+    skip_tokenizer_init: bool = False  # True: no tokenizer; prompts must be token ids
+    # "auto" and "safetensors" read the checkpoint; "dummy" makes random weights
+    load_format: str = "auto"
+    # of weights and activations: "float32", "bfloat16", "float16"; "auto": float32 on a CPU, else
+    # bfloat16
+    dtype: str = "auto"
+    # of the KV cache: "int8", "fp8" = "fp8_e4m3"; "auto": as dtype
+    kv_cache_dtype: str = "auto"
     tensor_parallel_size: int = 1  # chips that share one model
     data_parallel_size: int = 1  # replicas of the model, each on chips of its own
-    max_model_len: int | None = None  # tokens of prompt and output together
+    # tokens of prompt and output together; None = as much of the trained context as fits
+    max_model_len: int | None = None
     max_num_seqs: int | None = None  # slots: sequences that run at the same time
-    max_num_batched_tokens: int | None = None  # token budget of one step
+    max_num_batched_tokens: int | None = None  # most tokens of one step
     max_decode_steps: int | None = None  # most decode steps of one dispatch
-    long_prefill_token_threshold: int | None = None  # longest prefill chunk; None = the budget
-    ttft_target_ms: float | None = None  # goal, arrival to first token; see schedule/pace.py
-    tpot_target_ms: float | None = None  # goal, mean time between a request's tokens
-    enable_prefix_caching: bool = True  # compute a common prefix once
+    # most tokens of one prompt in one step; None = max_num_batched_tokens
+    long_prefill_token_threshold: int | None = None
+    ttft_target_ms: float | None = None  # goal: milliseconds from arrival to the first token
+    tpot_target_ms: float | None = None  # goal: mean milliseconds between a request's tokens
+    enable_prefix_caching: bool = True  # compute a common prefix of prompts once
     kv_offloading_size: float | None = None  # GiB of host memory for evicted KV pages
-    page_size: int | None = None  # tokens per KV page
-    num_pages: int | None = None  # KV pages in the pool, with the null page
+    page_size: int | None = None  # tokens per page of the KV cache
+    num_pages: int | None = None  # pages of the KV cache; None = what fits into memory
     gpu_memory_utilization: float = 0.9  # fraction of the device's free memory to use
-    seed: int = 0  # for requests without a seed
-    generation_config: str = "auto"  # "auto": sampling defaults of the checkpoint; "vllm": none
-    max_logprobs: int = 20  # limit on a request's `logprobs` and `prompt_logprobs`
-    layer_loop: str | None = None  # "scan" | "unrolled"
+    # of the KV cache on each chip; gpu_memory_utilization then does not count
+    kv_cache_memory_bytes: int | None = None
+    seed: int = 0  # for requests without a seed, and for dummy weights
+    # defaults of SamplingParams: "auto" = the checkpoint's, "vllm" = none, or the folder of a
+    # generation_config.json
+    generation_config: str | Path = "auto"
+    # keys that win over those of generation_config.json, such as {"temperature": 0.7}
+    override_generation_config: Mapping[str, Any] | None = None
+    max_logprobs: int = 20  # limit on a request's `logprobs` and `prompt_logprobs`; at most 100
+    # how the layers are compiled: "scan" = one after another in a loop, "unrolled"
+    layer_loop: str | None = None
     attention: str | None = None  # name of a paged-attention implementation
-    compilation_cache: str | Path | None = None  # folder; None = the user's cache directory
-    late_compile: str = "warn"  # compiling after warm-up: "warn" | "error"
+    # folder for compiled programs; None = the user's cache directory
+    compilation_cache: str | Path | None = None
+    # when a program is compiled after start-up: "warn" | "error"
+    late_compile: str = "warn"
+    # start sooner: compile with less effort, for slower steps; None = only on a CPU, for models
+    # of less than 20 million parameters
+    enforce_eager: bool | None = None
+    disable_log_stats: bool = False  # no line about the load every 10 seconds
     progress: bool = True  # progress bars and start-up lines
 
 
@@ -154,6 +182,7 @@ class EnginePlan:
     layer_loop: str
     weight_layout: str  # "default" | "16x128": tiling of weight matrices in memory
     attention: str
+    quick_compile: bool  # with less effort, for slower programs
 
     @property
     def kv_capacity(self) -> int:

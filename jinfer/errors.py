@@ -13,6 +13,10 @@ class RequestError(ValueError):
     """One request cannot be served; the others are unaffected."""
 
 
+class NaNLogitsError(RequestError):
+    """The model's logits are NaN, so no token can be sampled."""
+
+
 class CheckpointError(ValueError):
     """A model folder lacks a file or tensor, has one too many, or is damaged."""
 

@@ -2,32 +2,34 @@
 
 import inspect
 import itertools
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Unpack
 
-import numpy as np
-from tqdm import tqdm
-
-from jinfer.arguments.vllm import translated
-from jinfer.config import EngineConfig
+from jinfer.arguments.chat_template import read_chat_template
+from jinfer.arguments.engine_args import EngineArgs, keywords_of
+from jinfer.arguments.keywords import ChatKeywords, EngineKeywords, full_signature
+from jinfer.arguments.vllm import engine_config
+from jinfer.arguments.vllm_methods import missing_attribute, require_absent
 from jinfer.engine.callers import Callers
 from jinfer.engine.engine import Engine
 from jinfer.engine.metrics import MetricsSnapshot
+from jinfer.engine.progress_line import ProgressLine, UseTqdm
 from jinfer.engine.replicas import Replicas
 from jinfer.engine.running import Request
 from jinfer.errors import RequestError, shown, unknown_keyword
-from jinfer.request.chat import ChatRenderer, choose_template
-from jinfer.request.output import RequestMetrics, RequestOutput, new_since
+from jinfer.request.apply_template import apply_template
+from jinfer.request.chat import ChatRenderer
+from jinfer.request.output import RequestOutput, new_since
 from jinfer.request.params import SamplingParams, priorities_for
-from jinfer.request.prompt import Prompt, as_prompt, checked_salt, split_prompts
+from jinfer.request.prompt import Prompt, as_prompt, checked_salt
+from jinfer.request.units import are_conversations, caught, params_for, prompt_units
 from jinfer.shipped import DEFAULT_MODEL
 
 Params = SamplingParams | Sequence[SamplingParams] | None
 Message = Mapping[str, Any]
-
-_NUMBERS = (int, float, np.generic)
+Priority = int | Sequence[int] | None
 
 
 class LLM:
@@ -37,26 +39,81 @@ class LLM:
     `close()` frees the device, so that another model can be loaded in the same process.
 
     Args:
-      model: a Hugging Face folder, a hub name "org/name", or the name of a shipped model.
-      **engine_args: fields of `jinfer.config.EngineConfig`, such as `max_model_len`,
-        `max_num_seqs`, `dtype`, `load_format`, `seed`; and arguments of vLLM whose value is what
-        jinfer does anyway (see `jinfer.arguments.vllm`).
+      model: a Hugging Face folder, a hub name "org/name", or a shipped model.
+      revision: branch, tag or commit of the model on the hub; None = "main".
+      tokenizer: a folder or a hub name; None = the model's own.
+      tokenizer_revision: the same for the tokenizer; None = `revision`, if the tokenizer is the
+        model's own.
+      chat_template: a file, the template itself, or the name of one of the checkpoint's; None = the
+        checkpoint's.
+      download_dir: folder for downloads; None = the hub's cache.
+      hf_token: access token for the hub; None or True = the one of `hf auth login`, False = none.
+      skip_tokenizer_init: True: no tokenizer; prompts must be token ids.
+      load_format: "auto" and "safetensors" read the checkpoint; "dummy" makes random weights.
+      dtype: of weights and activations: "float32", "bfloat16", "float16"; "auto": float32 on a CPU,
+        else bfloat16.
+      kv_cache_dtype: of the KV cache: "int8", "fp8" = "fp8_e4m3"; "auto": as dtype.
+      tensor_parallel_size: chips that share one model.
+      data_parallel_size: replicas of the model, each on chips of its own.
+      max_model_len: tokens of prompt and output together; None = as much of the trained context as
+        fits.
+      max_num_seqs: slots: sequences that run at the same time.
+      max_num_batched_tokens: most tokens of one step.
+      max_decode_steps: most decode steps of one dispatch.
+      long_prefill_token_threshold: most tokens of one prompt in one step; None =
+        max_num_batched_tokens.
+      ttft_target_ms: goal: milliseconds from arrival to the first token.
+      tpot_target_ms: goal: mean milliseconds between a request's tokens.
+      enable_prefix_caching: compute a common prefix of prompts once.
+      kv_offloading_size: GiB of host memory for evicted KV pages.
+      page_size: tokens per page of the KV cache.
+      num_pages: pages of the KV cache; None = what fits into memory.
+      gpu_memory_utilization: fraction of the device's free memory to use.
+      kv_cache_memory_bytes: of the KV cache on each chip; gpu_memory_utilization then does not
+        count.
+      seed: for requests without a seed, and for dummy weights.
+      generation_config: defaults of SamplingParams: "auto" = the checkpoint's, "vllm" = none, or
+        the folder of a generation_config.json.
+      override_generation_config: keys that win over those of generation_config.json, such as
+        {"temperature": 0.7}.
+      max_logprobs: limit on a request's `logprobs` and `prompt_logprobs`; at most 100.
+      layer_loop: how the layers are compiled: "scan" = one after another in a loop, "unrolled".
+      attention: name of a paged-attention implementation.
+      compilation_cache: folder for compiled programs; None = the user's cache directory.
+      late_compile: when a program is compiled after start-up: "warn" | "error".
+      enforce_eager: start sooner: compile with less effort, for slower steps; None = only on a CPU,
+        for models of less than 20 million parameters.
+      disable_log_stats: no line about the load every 10 seconds.
+      progress: progress bars and start-up lines.
+      Further keywords may be arguments of vLLM, renamed or with values that describe what jinfer
+        does anyway; `docs/from_vllm.md` lists all of them.
 
     Raises:
       CheckpointError: the folder holds no model, or is damaged.
       ValueError: an argument is out of range, or there is no room for the KV cache.
       NotImplementedError: jinfer does not support the architecture, or a value of a vLLM
         argument.
-      TypeError: an argument has no such name.
+      TypeError: an argument has no such name. The message names every such argument.
     """
 
-    def __init__(self, model: str | Path = DEFAULT_MODEL, **engine_args: Any) -> None:
-        config = engine_config(model, engine_args)
+    __signature__ = full_signature()
+
+    def __init__(
+        self, model: str | Path = DEFAULT_MODEL, **engine_args: Unpack[EngineKeywords]
+    ) -> None:
+        of_requests = [field.name for field in fields(SamplingParams)]
+        config = engine_config(model, engine_args, of_requests=of_requests)
+        self._chat_template = read_chat_template(config.chat_template)
         # Several replicas have the interface of one engine.
         self.engine = Engine(config) if config.data_parallel_size == 1 else Replicas(config)
         self._callers = Callers(self.engine)
         self._renderer = ChatRenderer()
         self._ids = itertools.count()
+
+    @classmethod
+    def from_engine_args(cls, engine_args: EngineArgs) -> "LLM":
+        """The same as `LLM(**vars(engine_args))`."""
+        return cls(**keywords_of(engine_args))
 
     def __enter__(self) -> "LLM":
         return self
@@ -64,16 +121,25 @@ class LLM:
     def __exit__(self, *exc_info: object) -> None:
         self.close()
 
+    def __repr__(self) -> str:
+        return f"LLM(model={str(self.engine.config.model)!r})"
+
+    if not TYPE_CHECKING:  # type checkers shall still find misspelt attributes
+
+        def __getattr__(self, name: str) -> Any:
+            raise missing_attribute("LLM", name)
+
     def close(self) -> None:
         """Frees the device memory. Idempotent; the object cannot be used afterwards."""
         self._renderer.close()
         with self._callers.changing():
             self.engine.close()
 
-    def reset_prefix_cache(self) -> None:
-        """Clears the prefix cache, so that the next prompts are computed whole."""
+    def reset_prefix_cache(self) -> bool:
+        """Clears the prefix cache, so that the next prompts are computed whole; returns True."""
         with self._callers.changing():
             self.engine.reset_prefix_cache()
+        return True
 
     def metrics(self) -> MetricsSnapshot:
         """Running and waiting requests now, counts and times since the start; cheap, always on."""
@@ -87,6 +153,11 @@ class LLM:
         """The tokenizer, or None under skip_tokenizer_init."""
         return self.engine.tokenizer
 
+    def get_world_size(self, include_dp: bool = True) -> int:
+        """The number of chips in use: of all replicas, or of one without `include_dp`."""
+        config = self.engine.config
+        return config.tensor_parallel_size * (config.data_parallel_size if include_dp else 1)
+
     def get_default_sampling_params(self) -> SamplingParams:
         """The defaults from the checkpoint's generation_config.json; used if none are given."""
         return SamplingParams.from_defaults(self.engine.defaults.sampling)
@@ -95,10 +166,13 @@ class LLM:
         self,
         prompts: Any,
         sampling_params: Params = None,
+        use_tqdm: UseTqdm = True,
+        lora_request: None = None,
+        priority: Priority = None,
         *,
-        use_tqdm: bool = True,
-        priority: Sequence[int] | None = None,
         on_error: str = "raise",
+        tokenization_kwargs: None = None,
+        mm_processor_kwargs: None = None,
     ) -> list[RequestOutput]:
         """Answers prompts; returns one output per prompt, in the order of the prompts.
 
@@ -106,27 +180,39 @@ class LLM:
           prompts: text, a list of token ids, {"prompt": ...} or {"prompt_token_ids": ...}, or a
             list of those.
           sampling_params: one for all, or a list with one per prompt; None = the checkpoint's.
-          use_tqdm: shows progress with input and output tokens per second.
-          priority: one integer per prompt; lower numbers start earlier and are preempted later.
-            None = all equal. No prompt waits forever, whatever its priority.
+          use_tqdm: shows progress with input and output tokens per second; or a function that
+            makes the bar, in place of `tqdm.tqdm`.
+          lora_request: None; here for scripts from vLLM, as are the last two.
+          priority: one integer for all, or one per prompt; lower numbers start earlier and are
+            preempted later. None = all equal. No prompt waits forever, whatever its priority.
           on_error: "raise": a prompt that cannot be served raises before any work is done.
             "return": its output has an `error` with the reason, and the others are answered.
+          tokenization_kwargs: None.
+          mm_processor_kwargs: None.
 
         Raises:
           RequestError: with "raise", for the first prompt that cannot be served.
           RuntimeError: the LLM was closed, or its device failed.
         """
-        units = _units(prompts, on_error)
+        require_absent(
+            lora_request=lora_request,
+            tokenization_kwargs=tokenization_kwargs,
+            mm_processor_kwargs=mm_processor_kwargs,
+        )
+        units = prompt_units(prompts, on_error)
         return self._generate(units, sampling_params, use_tqdm, on_error, priority)
 
     def chat(
         self,
         messages: Sequence[Message] | Sequence[Sequence[Message]],
         sampling_params: Params = None,
+        use_tqdm: UseTqdm = True,
+        lora_request: None = None,
+        priority: Priority = None,
         *,
-        use_tqdm: bool = True,
         on_error: str = "raise",
-        **template_args: Any,
+        tokenization_kwargs: None = None,
+        **template_args: Unpack[ChatKeywords],
     ) -> list[RequestOutput]:
         """Answers conversations, rendered with the checkpoint's chat template.
 
@@ -134,17 +220,27 @@ class LLM:
           messages: one conversation, a list of {"role": ..., "content": ...}, or a list of them.
           sampling_params: as in `generate`.
           use_tqdm: as in `generate`.
+          lora_request: as in `generate`.
+          priority: as in `generate`.
           on_error: as in `generate`.
+          tokenization_kwargs: as in `generate`.
           **template_args: `chat_template` (source or name), `add_generation_prompt` (default True),
-            `continue_final_message`, `tools`, `documents`, `chat_template_kwargs`; and
-            `cache_salt`, which keeps the cached prefixes of one tenant apart.
+            `continue_final_message`, `chat_template_content_format`, `tools`, `documents`,
+            `chat_template_kwargs`; and `cache_salt`, which keeps the cached prefixes of one tenant
+            apart. Parts of the chat that the template ignores are logged as a warning, once.
         """
+        require_absent(lora_request=lora_request, tokenization_kwargs=tokenization_kwargs)
         check_template_args(template_args)
-        conversations = messages if _are_conversations(messages) else [messages]
+        many = are_conversations(messages)
         units: list[Any] = [
-            _caught(lambda c=c: self.render(c, **template_args), on_error) for c in conversations
+            caught(
+                lambda one=one: self.render(one, **template_args),
+                on_error,
+                place=f"conversation {index}" if many else "",
+            )
+            for index, one in enumerate(messages if many else [messages])
         ]
-        return self._generate(units, sampling_params, use_tqdm, on_error)
+        return self._generate(units, sampling_params, use_tqdm, on_error, priority)
 
     def stream(
         self, prompt: Any, sampling_params: SamplingParams | None = None
@@ -173,7 +269,7 @@ class LLM:
         self, prompts: Any, sampling_params: Params = None, *, on_error: str = "raise"
     ) -> Generator[tuple[int, RequestOutput], None, None]:
         """Answers prompts; yields (index in `prompts`, output) in the order they finish."""
-        outcomes = self._prepare_all(_units(prompts, on_error), sampling_params, on_error)
+        outcomes = self._prepare_all(prompt_units(prompts, on_error), sampling_params, on_error)
         places = {o: i for i, o in enumerate(outcomes) if isinstance(o, Request)}
         for place, outcome in enumerate(outcomes):
             if isinstance(outcome, RequestOutput):
@@ -189,14 +285,14 @@ class LLM:
         self,
         units: Sequence[Any],
         params: Params,
-        use_tqdm: bool,
+        use_tqdm: UseTqdm,
         on_error: str,
-        priority: Sequence[int] | None = None,
+        priority: Priority = None,
     ) -> list[RequestOutput]:
         outcomes = self._prepare_all(units, params, on_error, priority)
         requests = [outcome for outcome in outcomes if isinstance(outcome, Request)]
-        shown = use_tqdm and self.engine.config.progress
-        with _ProgressLine(len(requests), shown) as line, self._callers.running(requests) as steps:
+        shown = use_tqdm if self.engine.config.progress else False
+        with ProgressLine(len(requests), shown) as line, self._callers.running(requests) as steps:
             for advanced in steps:
                 line.update(advanced)
         for request in requests:
@@ -208,11 +304,13 @@ class LLM:
         messages: Any,
         *,
         chat_template: str | None = None,
+        chat_template_content_format: str = "auto",
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         tools: Any = None,
         documents: Any = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        mm_processor_kwargs: Mapping[str, Any] | None = None,
         cache_salt: str = "",
     ) -> Prompt:
         """Renders one conversation to a prompt, as `chat` does.
@@ -227,24 +325,23 @@ class LLM:
                 "chat needs a tokenizer; got skip_tokenizer_init=True. "
                 "Render the chat yourself and pass prompt_token_ids to generate()."
             )
-        if chat_template is None or (isinstance(chat_template, str) and "{" not in chat_template):
-            chat_template = choose_template(
-                tokenizer.chat_templates, name=chat_template, tools=tools
-            )
-        if not isinstance(chat_template_kwargs, Mapping | None):
+        if mm_processor_kwargs:
             raise RequestError(
-                f"chat_template_kwargs must be a dict; got {shown(chat_template_kwargs)}. "
-                'Pass such as {"enable_thinking": False}.'
+                "mm_processor_kwargs is for images and sound, and these models read text only; "
+                f"got {shown(mm_processor_kwargs)}. Leave it out."
             )
-        named = {"bos_token": "", "eos_token": "", **tokenizer.template_variables}
-        text = self._renderer.render(
-            chat_template,
+        text = apply_template(
+            self._renderer,
+            tokenizer.chat_templates,
+            tokenizer.template_variables,
             messages,
-            add_generation_prompt=add_generation_prompt and not continue_final_message,
+            chat_template=self._chat_template if chat_template is None else chat_template,
+            chat_template_content_format=chat_template_content_format,
+            add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
             tools=tools,
             documents=documents,
-            variables={**named, **(chat_template_kwargs or {})},
+            chat_template_kwargs=chat_template_kwargs,
         )
         # The template writes the special tokens itself.
         token_ids = tuple(tokenizer.encode(text, add_special_tokens=False))
@@ -277,66 +374,29 @@ class LLM:
         units: Sequence[Any],
         params: Params,
         on_error: str,
-        priority: Sequence[int] | None = None,
+        priority: Priority = None,
     ) -> list[Request | RequestOutput]:
         if on_error not in ("raise", "return"):
             raise ValueError(f"on_error must be 'raise' or 'return'; got {on_error=}. Choose one.")
-        each = zip(_params_for(units, params), priorities_for(len(units), priority), strict=True)
+        priority = [priority] * len(units) if type(priority) is int else priority
+        each = zip(
+            params_for(len(units), params), priorities_for(len(units), priority), strict=True
+        )
         return [
             unit
             if isinstance(unit, RequestOutput)
-            else _caught(lambda u=unit, p=p, r=r: self.prepare(u, p, priority=r), on_error, unit)
-            for unit, (p, r) in zip(units, each, strict=True)
+            else caught(
+                lambda u=unit, p=p, r=r: self.prepare(u, p, priority=r),
+                on_error,
+                unit,
+                place=f"prompt {index}" if len(units) > 1 else "",
+            )
+            for index, (unit, (p, r)) in enumerate(zip(units, each, strict=True))
         ]
 
     def _raise_failure(self, request: Request, on_error: str = "raise") -> None:
         if request.error is not None and on_error == "raise":
             raise request.error
-
-
-class _ProgressLine:
-    """`Processed prompts: 12/40, input 350 tok/s, output 410 tok/s`."""
-
-    def __init__(self, num_requests: int, shown: bool) -> None:
-        self._bar = tqdm(
-            total=num_requests,
-            desc="Processed prompts",
-            disable=not shown or num_requests == 0,
-            dynamic_ncols=True,
-            postfix="input 0 tok/s, output 0 tok/s",
-        )
-        self._num_input = self._num_output = 0
-
-    def __enter__(self) -> "_ProgressLine":
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self._bar.close()
-
-    def update(self, advanced: Iterable[Request]) -> None:
-        """Counts the requests that finished in this step."""
-        finished = [request for request in advanced if request.finished]
-        if not finished or self._bar.disable:
-            return
-        self._num_input += sum(len(request.prompt_ids) for request in finished)
-        self._num_output += sum(request.metrics.num_output_tokens for request in finished)
-        elapsed_s = max(self._bar.format_dict["elapsed"], 1e-9)
-        self._bar.set_postfix_str(
-            f"input {self._num_input / elapsed_s:,.0f} tok/s, "
-            f"output {self._num_output / elapsed_s:,.0f} tok/s",
-            refresh=False,
-        )
-        self._bar.update(len(finished))
-
-
-def engine_config(model: str | Path, engine_args: Mapping[str, Any]) -> EngineConfig:
-    """An EngineConfig from keyword arguments; an unknown name raises, with the nearest name."""
-    engine_args = translated(engine_args)
-    known = [field.name for field in fields(EngineConfig)]
-    for name in engine_args:
-        if name not in known:
-            raise unknown_keyword("LLM", name, known)
-    return EngineConfig(model=model, **engine_args)
 
 
 def check_template_args(template_args: Mapping[str, Any]) -> None:
@@ -346,56 +406,3 @@ def check_template_args(template_args: Mapping[str, Any]) -> None:
     for name in template_args:
         if name not in known:
             raise unknown_keyword("chat", name, known)
-
-
-def _units(prompts: Any, on_error: str) -> list[Prompt | RequestOutput]:
-    """Each prompt as a `Prompt`; with "return", an invalid one as an output with its error."""
-    try:
-        return list(split_prompts(prompts)[0])
-    except RequestError:
-        if on_error == "raise":
-            raise
-    # A flat list of numbers is one invalid prompt; any other list is many prompts.
-    many = isinstance(prompts, list | tuple) and not all(isinstance(p, _NUMBERS) for p in prompts)
-    each = prompts if many else [prompts]
-    return [_caught(lambda p=p: as_prompt(p), on_error) for p in each]
-
-
-def _are_conversations(messages: Any) -> bool:
-    """Whether `messages` is a list of conversations, not one conversation."""
-    listed = isinstance(messages, Sequence) and not isinstance(messages, str | bytes)
-    return listed and not any(isinstance(message, Mapping) for message in messages)
-
-
-def _params_for(units: Sequence[Any], params: Params) -> Sequence[SamplingParams | None]:
-    if params is None or isinstance(params, SamplingParams):
-        return [params] * len(units)
-    if not isinstance(params, Sequence) or not all(isinstance(p, SamplingParams) for p in params):
-        raise RequestError(
-            "sampling_params must be SamplingParams or a list of them; "
-            f"got {type(params).__name__}. Build them with jinfer.SamplingParams(...)."
-        )
-    if len(params) != len(units):
-        raise RequestError(
-            "a list of sampling_params needs one entry per prompt; "
-            f"got {len(params)} for {len(units)} prompts. Pass one SamplingParams for all."
-        )
-    return params
-
-
-def _caught(make: Any, on_error: str, prompt: Prompt | None = None) -> Any:
-    """Returns `make()`; with on_error="return", its error becomes an output."""
-    try:
-        return make()
-    except RequestError as error:
-        if on_error == "raise":
-            raise
-        return RequestOutput(
-            request_id="",
-            prompt=None if prompt is None else prompt.text,
-            prompt_token_ids=() if prompt is None else prompt.token_ids or (),
-            outputs=[],
-            finished=True,
-            metrics=RequestMetrics(),
-            error=error,
-        )

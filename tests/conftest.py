@@ -1,5 +1,6 @@
 """Settings of the whole suite. The environment is set before JAX is imported."""
 
+import gc
 import os
 from contextlib import nullcontext
 
@@ -38,9 +39,10 @@ for _module in (_wrapargs, _wrapreturn):
     assert hasattr(_module, "catch_warnings"), f"beartype changed: {_module=}"
     _module.catch_warnings = lambda record: nullcontext([])
 
-import jinfer.startup.load  # noqa: E402 - after the hook
+import kept_programs  # noqa: E402 - after the hook
 
-# Disable the program store: tests replace parts of the traced code, and other tests would load the
-# stored result. Nor does a loaded program check shapes. tests/compile/test_program_store.py
-# restores the store.
-jinfer.startup.load.open_store = lambda devices: None
+kept_programs.install()
+
+# Whatever was imported until here stays; the garbage collector need not look at it again.
+gc.collect()
+gc.freeze()

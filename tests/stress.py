@@ -32,6 +32,7 @@ MAX_MODEL_LEN = 96
 # tokens differ by up to 8e-6, so among many times as many a few differ by more than this.
 LOGPROB_ERROR = 1e-5
 STOPS = ["the", ".", "and "]
+BAD_WORDS = ("he", "in", "as", "o")  # words that the model would write often
 
 
 def stress_engine(**changes: Any) -> Engine:
@@ -91,6 +92,7 @@ def random_workload(seed: int, num_jobs: int = 10) -> list[Job]:
             seed=seed * 100 + number,
             n=rng.choice((1, 1, 1, 2, 3)),
             stop=STOPS[: rng.choice((0, 0, 0, 0, 1, 3))],
+            bad_words=BAD_WORDS if number % 4 == 1 else (),
             frequency_penalty=rng.choice((0.0, 0.4)),
             logprobs=0,
             prompt_logprobs=rng.choice((None, None, None, 1)),

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from jinfer import LLM, AsyncLLM, RequestError, RequestOutputKind, SamplingParams
+from jinfer import LLM, AsyncEngineArgs, AsyncLLM, RequestError, RequestOutputKind, SamplingParams
 from jinfer.async_llm import _Stream
 from jinfer.engine.engine import Engine
 from jinfer.engine.running import Completion
@@ -212,6 +212,21 @@ async def test_chats_at_the_same_time(llm: AsyncLLM) -> None:
     assert all(len(ids_of(output)) == 5 for output in outputs)
 
 
+async def test_arguments_of_vllm(llm: AsyncLLM, wanted: Any) -> None:
+    output = await run(llm, 3, priority=2, lora_request=None, trace_headers=None)
+    assert ids_of(output) == wanted[3]
+    adapter: Any = "an adapter"
+    with pytest.raises(NotImplementedError, match="lora_request must be None"):
+        _ = [output async for output in llm.generate("x", lora_request=adapter)]
+    chat = llm.chat([{"role": "user", "content": "x"}], priority=1, lora_request=adapter)
+    with pytest.raises(NotImplementedError, match="lora_request must be None"):
+        _ = [output async for output in chat]
+    with pytest.raises(TypeError, match="generate has no parameter of this name; got 'lora'"):
+        _ = [output async for output in llm.generate("x", lora=None)]
+    assert llm.get_tokenizer() is llm._llm.engine.tokenizer
+    assert llm.get_default_sampling_params() == llm._llm.get_default_sampling_params()
+
+
 def test_a_loop_that_is_gone_does_not_stop_the_engine(module_llm: AsyncLLM, wanted: Any) -> None:
     for _ in range(3):  # every asyncio.run has a loop of its own
         output = asyncio.run(run(module_llm, 1))
@@ -238,6 +253,13 @@ async def test_a_reset_forgets_prefixes_between_two_steps() -> None:
         assert hits == [0, 32, 0]
     with pytest.raises(RuntimeError, match="the engine must be running; got: it was closed"):
         llm.reset_prefix_cache()
+
+
+def test_it_is_made_from_engine_args(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    monkeypatch.setattr(AsyncLLM, "__init__", lambda self, **keywords: made.append(keywords))
+    AsyncLLM.from_engine_args(AsyncEngineArgs("m", block_size=8))  # pyright: ignore
+    assert made[0]["page_size"] == 8 and made[0]["model"] == "m"
 
 
 async def test_close_with_requests_running() -> None:

@@ -64,10 +64,18 @@ def test_flags_win_over_the_file(tmp_path: Path) -> None:
     assert parse(["generate", "Hi", "--config", str(path), "--model", "fable"]).model == "fable"
 
 
+def test_keys_may_have_dashes_and_names_of_vllm(tmp_path: Path) -> None:
+    path = tmp_path / "engine.yaml"
+    path.write_text("max-num-seqs: 8\nblock-size: 32\ntrust_remote_code: true\n")
+    assert read_config(path) == {"max_num_seqs": 8, "page_size": 32}
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("max_num_seq: 4", r"keys must be arguments of the engine; got 'max_num_seq' in .*See"),
+        ("max_num_seq: 4", r"must hold arguments of the engine; got .*Did you mean max_num_seqs"),
+        ("quantization: awq\nxyz: 1", r"(?s)2 arguments .*'xyz'.*quantization='awq'"),
+        ("max-num-seqs: 4\nmax_num_seqs: 4", "a key may be there once, with dashes or under"),
         ("- 4", "must be a mapping of arguments; got list in .*Write lines such as"),
         ("", "must be a mapping of arguments; got NoneType"),
         ("model: [", "must be YAML; got .*Correct it"),

@@ -14,7 +14,7 @@ from jinfer.config import EngineConfig
 ROOT = Path(__file__).resolve().parents[1]
 # A part of the package imports itself and earlier layers, never its neighbours in a layer.
 LAYERS = (
-    {"axes", "config", "errors", "shipped"},
+    {"axes", "config", "errors", "log", "shipped"},
     {"arguments", "request", "parallel", "hosts", "compile"},
     {"models", "schedule"},
     {"sampling", "weights"},
@@ -22,9 +22,10 @@ LAYERS = (
     {"runner"},
     {"startup"},
     {"engine"},
-    {"llm"},
+    {"llm", "inputs", "outputs", "sampling_params"},
     {"async_llm", "batch", "bench"},
     {"cli"},
+    {"__main__"},
 )
 LAYER_OF = {part: depth for depth, layer in enumerate(LAYERS) for part in layer}
 

@@ -22,7 +22,7 @@ KV_DTYPES = {"int8": "int8", "fp8": "float8_e4m3fn"}
 @pytest.fixture(scope="module", params=["int8", "fp8"])
 def engine(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     folder = write_llama_checkpoint(tmp_path_factory.mktemp("llama"), seed=3)
-    sizes = {"max_num_seqs": 8, "max_num_batched_tokens": 32, "page_size": 8}
+    sizes = {"max_num_seqs": 8, "max_num_batched_tokens": 8, "page_size": 8}
     engine = make_engine(folder, kv_cache_dtype=request.param, **sizes)
     yield engine
     engine.close()
@@ -33,8 +33,8 @@ def scored(kv_cache_dtype: str) -> np.ndarray:
     """Logprobs of a text of 120 tokens under a shipped model, [119]."""
     folder = SHIPPED["shipped_draft"]
     text = (list(shipped_prompt_ids(folder)) * 8)[:120]
-    sizes = {"max_num_seqs": 1, "max_num_batched_tokens": 64, "max_model_len": 128}
-    engine = make_engine(folder, kv_cache_dtype=kv_cache_dtype, max_decode_steps=1, **sizes)
+    sizes = {"max_num_seqs": 1, "max_num_batched_tokens": 8, "max_model_len": 128}
+    engine = make_engine(folder, kv_cache_dtype=kv_cache_dtype, **sizes)
     [output] = run_jobs(engine, [(text, SamplingParams(max_tokens=1, prompt_logprobs=0))])
     engine.close()
     assert output.prompt_logprobs is not None

@@ -48,7 +48,7 @@ def hugging_face_greedy(folder: Path, prompt_ids: list[int]) -> tuple[list[int],
 
 
 def check(folder: Path, prompt_ids: list[int]) -> None:
-    engine = make_engine(folder, max_num_seqs=1, max_model_len=128)
+    engine = make_engine(folder, max_num_seqs=1, max_num_batched_tokens=8, max_model_len=128)
     params = SamplingParams(
         temperature=0.0, max_tokens=NUM_GREEDY_TOKENS, ignore_eos=True, logprobs=0
     )

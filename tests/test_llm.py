@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+import io
 import os
 import signal
 import threading
@@ -12,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tqdm import tqdm
 
 import jinfer.engine.engine
 from jinfer import LLM, RequestError, RequestOutputKind, SamplingParams
@@ -127,6 +129,68 @@ def test_the_progress_line_counts_tokens(
     assert "Processed prompts: 100%" in line and "3/3" in line
     assert "input 0 tok/s" not in line and "output 0 tok/s" not in line
     assert "tok/s, output " in line
+
+
+# -- as scripts of vLLM call it
+
+
+def test_arguments_of_vllm_that_ask_for_nothing_change_nothing(llm: LLM) -> None:
+    want = llm.generate(PROMPTS[:2], GREEDY)
+    got = llm.generate(PROMPTS[:2], GREEDY, False, None, 3, tokenization_kwargs=None)
+    assert list(map(ids_of, got)) == list(map(ids_of, want))
+    messages = [{"role": "user", "content": "A fox."}]
+    chats = llm.chat(messages, GREEDY, False, None, [1], chat_template_content_format="auto")
+    assert ids_of(chats[0]) == ids_of(llm.chat(messages, GREEDY)[0])
+
+
+def test_arguments_of_vllm_that_ask_for_more_are_refused(llm: LLM) -> None:
+    adapter: Any = "an adapter"
+    with pytest.raises(NotImplementedError, match="lora_request must be None; got .* LoRA"):
+        llm.generate(PROMPTS, GREEDY, lora_request=adapter)
+    with pytest.raises(NotImplementedError, match="lora_request must be None; got .* LoRA"):
+        llm.chat([{"role": "user", "content": "x"}], GREEDY, lora_request=[None, adapter])
+
+
+def test_a_function_may_make_the_bar(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llm.engine, "config", dataclasses.replace(llm.engine.config, progress=True))
+    bars = []
+
+    def make(**keywords: Any) -> Any:
+        bars.append(tqdm(**{**keywords, "file": io.StringIO()}))
+        return bars[0]
+
+    llm.generate(PROMPTS, GREEDY, use_tqdm=make)
+    assert [(bar.n, bar.total) for bar in bars] == [(3, 3)]
+
+
+def test_small_methods_of_vllm(llm: LLM) -> None:
+    assert repr(llm) == "LLM(model='fable')"
+    assert llm.get_world_size() == llm.get_world_size(include_dp=False) == 1
+    assert llm.reset_prefix_cache() is True
+    assert llm.get_default_sampling_params() == SamplingParams.from_defaults(
+        llm.engine.defaults.sampling
+    )
+    assert not hasattr(llm, "beam_search")
+
+
+def test_a_bad_prompt_or_chat_of_many_is_named_by_its_index(llm: LLM) -> None:
+    too_long = [5] * 200
+    with pytest.raises(RequestError, match="^prompt 1: .*max_model_len"):
+        llm.generate([[5, 6], too_long, [7]], GREEDY)
+    with pytest.raises(RequestError, match="^a prompt .*max_model_len"):
+        llm.generate(too_long, GREEDY)
+    good = [{"role": "user", "content": "x"}]
+    with pytest.raises(RequestError, match=r"^conversation 2: messages\[0\] must be a dict"):
+        llm.chat([good, good, ["x"]], GREEDY)  # pyright: ignore[reportArgumentType]
+
+
+def test_the_engines_template_is_the_default_of_chats(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(llm, "_chat_template", "The {{ messages[0].content }}")
+    messages = [{"role": "user", "content": "fox"}]
+    assert llm.render(messages).text == "The fox"
+    assert llm.render(messages, chat_template="A {{ messages[0].content }}").text == "A fox"
 
 
 # -- streams
@@ -428,6 +492,50 @@ def test_allowed_ids_bias_and_bad_words_are_honoured(llm: LLM) -> None:
     assert ids_of(biased) == [99] * 3
     assert ids_of(free)[1] not in ids_of(banned)
     assert ids_of(two)[:1] == ids_of(free)[:1] and ids_of(two)[1] != ids_of(free)[1]
+
+
+# Spellings by single letters: the tokenizer's own are longer, so none of these is banned at first.
+LETTERS, FOUND = "adegn", ["ad", "nag", "ee"]
+
+
+def letters_run(llm: LLM, **params: Any) -> SamplingParams:
+    ids = [llm.get_tokenizer().token_id(letter) for letter in LETTERS]
+    common = {"temperature": 1.0, "max_tokens": 40, "ignore_eos": True, "logprobs": 1}
+    return SamplingParams(seed=4, allowed_token_ids=ids, **common, **params)
+
+
+def test_a_bad_word_does_not_appear_however_it_is_spelled(llm: LLM) -> None:
+    free, banned = (
+        llm.generate(PROMPTS[1], letters_run(llm, n=3, bad_words=words))[0].outputs
+        for words in ([], FOUND)
+    )
+    for before, after in zip(free, banned, strict=True):
+        start = min(end for word in FOUND if (end := before.text.find(word)) >= 0)
+        assert after.text[: start + 1] == before.text[: start + 1]  # the same up to there
+        assert not any(word in after.text for word in FOUND)
+        assert len(after.token_ids) == len(after.logprobs) == len(after.text) == 40
+    assert len({one.text for one in banned}) == 3
+
+
+def test_bad_words_are_kept_in_a_crowd_and_in_a_stream(llm: LLM) -> None:
+    params = letters_run(llm, bad_words=FOUND)
+    [alone] = llm.generate(PROMPTS[1], params)
+    crowd = llm.generate([PROMPTS[1]] + PROMPTS * 5, [params] + [GREEDY, params, GREEDY] * 5)
+    assert ids_of(crowd[0]) == ids_of(crowd[2]) == ids_of(alone)
+    assert text_of(crowd[1]) == text_of(llm.generate(PROMPTS[0], GREEDY)[0])
+    texts = [text_of(output) for output in llm.stream(PROMPTS[1], params)]
+    assert texts[-1] == text_of(alone)
+    assert all(one == texts[-1][: len(one)] for one in texts)
+
+
+def test_bad_words_that_leave_no_way_to_go_on_end_their_request(llm: LLM) -> None:
+    params = letters_run(llm, bad_words=["ll"]).replace(
+        allowed_token_ids=[llm.get_tokenizer().token_id("l")]
+    )
+    refused, other = llm.generate(PROMPTS[:2], [params, GREEDY], on_error="return")
+    assert isinstance(refused.error, RequestError) and text_of(refused) == "l"
+    assert "ends no bad word" in str(refused.error)
+    assert other.error is None and text_of(other) == text_of(llm.generate(PROMPTS[1], GREEDY)[0])
 
 
 # -- failures, interruptions and the end

@@ -1,19 +1,20 @@
 """Engine configurations in files: YAML, one key per argument of the engine."""
 
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from jinfer.config import EngineConfig
+from jinfer.arguments.vllm import translated
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
     """Reads a YAML file of engine arguments, as keywords of `LLM`; examples are in `configs/`.
 
+    Keys may have dashes for underscores, and may be names of vLLM.
+
     Raises:
-      ValueError: the file is missing, is not a YAML mapping, or has an unknown key.
+      ValueError: the file is missing, is not a YAML mapping, or has keys that `LLM` refuses.
     """
     path = Path(path)
     try:
@@ -31,14 +32,15 @@ def read_config(path: str | Path) -> dict[str, Any]:
             f"a configuration must be a mapping of arguments; got {type(asked).__name__} in "
             f"{str(path)!r}. Write lines such as max_num_seqs: 64."
         )
-    known = {field.name for field in fields(EngineConfig)}
-    for name in asked:
-        if name not in known:
-            raise ValueError(
-                f"a configuration's keys must be arguments of the engine; got {name!r} in "
-                f"{str(path)!r}. See `jinfer generate --help`."
-            )
-    return asked
+    named = [str(name).replace("-", "_") for name in asked]
+    try:
+        if len(set(named)) < len(named):
+            raise TypeError("a key may be there once, with dashes or underscores. Remove one.")
+        return translated(dict(zip(named, asked.values(), strict=True)))
+    except (TypeError, NotImplementedError) as error:
+        raise ValueError(
+            f"a configuration must hold arguments of the engine; got {str(path)!r}: {error}"
+        ) from None
 
 
 def _one_line(error: Exception) -> str:

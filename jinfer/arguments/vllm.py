@@ -1,67 +1,111 @@
-"""vLLM's engine arguments that jinfer names differently or does not let you choose.
+"""vLLM's engine arguments as jinfer's: translated, accepted where they agree, or refused.
 
-Renamed arguments are translated. Of the others, only the value that matches jinfer's behaviour is
-accepted; any other value is an error that says why. None is ignored.
+The tables are in `vllm_table.py` (vLLM 0.33) and `vllm_older.py`. Of an argument that jinfer does
+not let you choose, only the values that describe what it does are accepted; any other value is an
+error that says why. None is ignored.
 """
 
-from collections.abc import Mapping
+import difflib
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
-_RENAMED = {
-    "block_size": "page_size",
-    "num_gpu_blocks_override": "num_pages",
-    "num_scheduler_steps": "max_decode_steps",
-}
+from jinfer.arguments.vllm_older import OLDER
+from jinfer.arguments.vllm_rows import Row, equal
+from jinfer.arguments.vllm_table import TABLE
+from jinfer.config import EngineConfig
 
-_NO_PIPELINE = "jinfer has tensor parallelism only; use tensor_parallel_size."
-_NO_EXECUTOR = "One process runs all chips of its host; see README for several hosts."
-_NO_OFFLOAD = "Weights stay on the device."
-_NO_SWAP = "KV pages go to host memory with kv_offloading_size."
-_NO_REVISION = "jinfer reads the hub's main revision; download another and pass its folder."
-# Argument -> the values that match jinfer's behaviour, and what it does.
-_SETTLED: dict[str, tuple[tuple[Any, ...], str]] = {
-    "pipeline_parallel_size": ((1,), _NO_PIPELINE),
-    "distributed_executor_backend": ((None, "uni"), _NO_EXECUTOR),
-    "enable_chunked_prefill": ((None, True), "Long prompts always come in chunks."),
-    "enforce_eager": ((None, False), "Every step is compiled at start-up."),
-    "trust_remote_code": ((False, True), "No code of a checkpoint is ever run."),
-    "tokenizer_mode": (("auto", "hf"), "The folder's files decide."),
-    "quantization": ((None,), "Weights are floating point."),
-    "swap_space": ((0,), _NO_SWAP),
-    "kv_offloading_backend": (("native",), _NO_SWAP),
-    "scheduling_policy": (("fcfs", "priority"), "Priorities always count; the default is 0."),
-    "cpu_offload_gb": ((0,), _NO_OFFLOAD),
-    "enable_lora": ((None, False), "LoRA adapters are not supported yet."),
-    "speculative_config": ((None,), "There is no speculative decoding yet."),
-    "revision": ((None, "main"), _NO_REVISION),
-    "tokenizer_revision": ((None, "main"), _NO_REVISION),
-    "disable_log_stats": ((True,), "Metrics come with every output and are not logged."),
+_ROWS = {**TABLE, **OLDER}
+_OWN = [field.name for field in fields(EngineConfig)]
+# vLLM's spellings of a value, by jinfer's argument.
+_SPELLINGS: Mapping[str, tuple[tuple[Any, Any], ...]] = {
+    "max_model_len": ((-1, None), ("auto", None)),
+    "long_prefill_token_threshold": ((0, None),),
+    "enable_prefix_caching": ((None, True),),
+    "seed": ((None, 0),),
+    "generation_config": ((None, "auto"),),
 }
 
 
-def translated(engine_args: Mapping[str, Any]) -> dict[str, Any]:
-    """The same arguments under jinfer's names; unknown names stay.
+def engine_config(
+    model: str | Path, engine_args: Mapping[str, Any], *, of_requests: Collection[str] = ()
+) -> EngineConfig:
+    """An EngineConfig from keywords under jinfer's names or vLLM's; raises as `translated`."""
+    return EngineConfig(model=model, **translated(engine_args, of_requests=of_requests))
+
+
+def translated(
+    engine_args: Mapping[str, Any], *, of_requests: Collection[str] = ()
+) -> dict[str, Any]:
+    """The same arguments under jinfer's names, without those that say what it does anyway.
+
+    Args:
+      engine_args: keywords under jinfer's names or vLLM's.
+      of_requests: names that belong to SamplingParams, for a hint.
 
     Raises:
-      NotImplementedError: jinfer supports no other value of this argument.
-      TypeError: an argument is given under both names.
+      TypeError: a name is unknown, or given twice. The message tells all problems, also those of
+        the next kind.
+      NotImplementedError: jinfer supports other values of these arguments only.
     """
     kept: dict[str, Any] = {}
+    wrong: list[str] = []
+    refused: list[str] = []
     for name, value in engine_args.items():
-        if name in _SETTLED:
-            _check_settled(name, value)
-            continue
-        own = _RENAMED.get(name, name)
-        if own != name and own in engine_args:
-            raise TypeError(f"{name} is called {own} in jinfer; got both. Pass {own} only.")
-        kept[own] = value
+        row = _ROWS.get(name)
+        own = name if name in _OWN else row.own if row else None
+        if own is not None and own != name and own in engine_args:
+            wrong.append(f"{name} is called {own} in jinfer; got both. Pass {own} only.")
+        elif own is not None:
+            kept[own] = _spelled(own, value)
+        elif row is None:
+            wrong.append(_unknown(name, of_requests))
+        elif not _accepted(row, value):
+            refused.append(_refusal(name, row, value))
+    if wrong or refused:
+        kind = TypeError if wrong else NotImplementedError
+        raise kind(_told([*wrong, *refused]))
     return kept
 
 
-def _check_settled(name: str, value: Any) -> None:
-    accepted, reason = _SETTLED[name]
-    if value not in accepted:
-        listed = " or ".join(map(repr, accepted))
-        raise NotImplementedError(
-            f"{name} must be {listed}; got {name}={value!r}. {reason} Leave it out."
-        )
+def _accepted(row: Row, value: Any) -> bool:
+    return row.any_value or any(equal(value, accepted) for accepted in row.accepts)
+
+
+def _spelled(own: str, value: Any) -> Any:
+    if own == "dtype" and not isinstance(value, str):
+        return _dtype_name(value)
+    for theirs, ours in _SPELLINGS.get(own, ()):
+        if type(value) is type(theirs) and value == theirs:
+            return ours
+    return value
+
+
+def _dtype_name(value: Any) -> Any:
+    """The name of a dtype of torch, numpy or JAX; any other value as it is, to be refused later."""
+    name = str(getattr(value, "name", getattr(value, "__name__", value)))
+    name = name.removeprefix("torch.")
+    return name if name in ("float32", "bfloat16", "float16") else value
+
+
+def _refusal(name: str, row: Row, value: Any) -> str:
+    listed = " or ".join(map(repr, (one for one in row.accepts if one is not None))) or "None"
+    return f"{name} must be {listed}; got {name}={value!r:.60}. {row.note} Leave it out."
+
+
+def _unknown(name: str, of_requests: Iterable[str]) -> str:
+    if name in of_requests:
+        hint = f"It is a parameter of a request: pass SamplingParams({name}=...) to generate()."
+    else:
+        taken = {*_OWN, *(one for one, row in _ROWS.items() if row.own)}
+        near = difflib.get_close_matches(name, sorted(taken), n=1, cutoff=0.8)
+        hint = f"Did you mean {near[0]}?" if near else "See help(jinfer.LLM)."
+    return f"LLM has no argument of this name; got {name!r}. {hint}"
+
+
+def _told(problems: list[str]) -> str:
+    if len(problems) == 1:
+        return problems[0]
+    listed = "\n".join(f"  - {problem}" for problem in problems)
+    return f"{len(problems)} arguments of LLM must be changed:\n{listed}"

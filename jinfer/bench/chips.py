@@ -40,9 +40,15 @@ def chip_named(name: str) -> Chip:
 def default_target() -> str | None:
     """A chip whose compiler is installed, for machines without an accelerator; else None."""
     for module, name in (("libtpu", "v6e"), ("jax_plugins.xla_cuda13", "h200")):
-        if find_spec(module) is not None:
+        if _is_installed(module):
             return name
     return None
+
+
+def _is_installed(module: str) -> bool:
+    package, _, inner = module.partition(".")
+    # `find_spec` of an inner module imports the package, so that must be there.
+    return find_spec(package) is not None and (not inner or find_spec(module) is not None)
 
 
 def describe(name: str) -> tuple[Any, float]:

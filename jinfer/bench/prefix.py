@@ -22,10 +22,11 @@ from typing import Any
 import numpy as np
 
 from jinfer.bench.models import SHAPE_125M
-from jinfer.engine.engine import Engine, make_scheduler
+from jinfer.engine.engine import Engine
 from jinfer.engine.pacing import Pacing
 from jinfer.llm import LLM
 from jinfer.request.params import SamplingParams
+from jinfer.schedule.make import make_scheduler
 from jinfer.schedule.scheduler import Scheduler
 
 ONE_TOKEN = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True)

@@ -3,13 +3,14 @@
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import reduce
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
 
 from jinfer.bench.ceilings import Ceilings
 from jinfer.bench.goals import Goals
-from jinfer.bench.runner import Recording
+from jinfer.bench.runner import Recording, Served
 from jinfer.bench.table import amount, figure, percent, table
 
 Recorded = list[tuple[Recording, Ceilings]]  # each run, and the ceilings measured beside it
@@ -21,6 +22,7 @@ class Spread:
 
     mean: float
     median: float
+    p90: float
     p99: float
 
     @classmethod
@@ -28,8 +30,8 @@ class Spread:
         """None without values; percentiles are interpolated between two values."""
         if not values:
             return None
-        median, p99 = np.percentile(values, (50, 99)).tolist()
-        return cls(mean=float(np.mean(values)), median=median, p99=p99)
+        median, p90, p99 = np.percentile(values, (50, 90, 99)).tolist()
+        return cls(mean=float(np.mean(values)), median=median, p90=p90, p99=p99)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,6 +74,7 @@ class Report:
     num_cached_tokens: int
     num_steps: int
     num_good: int  # requests that met all goals
+    max_concurrency: int  # most requests at the same time, waiting ones included
     goals: Goals
     roofline: Roofline
 
@@ -146,16 +149,25 @@ def make_report(
         num_cached_tokens=sum(r.num_cached_tokens for r in recordings),
         num_steps=len(steps),
         num_good=sum(map(goals.met_by, served)),
+        max_concurrency=max(most_at_once(r.served) for r in recordings),
         goals=goals,
         roofline=roofline,
     )
+
+
+def most_at_once(served: Sequence[Served]) -> int:
+    """The most requests that were sent and not yet answered, at any time."""
+    changes = [(one.arrived_s, 1) for one in served]
+    changes += [(one.arrived_s + one.e2e_s, -1) for one in served]
+    # At the same moment, an answer comes before the request that takes its place.
+    return max(accumulate(change for _, change in sorted(changes)), default=0)
 
 
 def report_text(report: Report) -> str:
     """The tables, for 100 columns."""
     rates, r = report.rates(), report.roofline
     times = [
-        (name, *(figure(value * 1e3) for value in (spread.mean, spread.median, spread.p99)))
+        (name, *(figure(value * 1e3) for value in asdict(spread).values()))
         for name, spread in report.spreads.items()
         if spread is not None
     ]
@@ -168,8 +180,9 @@ def report_text(report: Report) -> str:
         ("device busy", percent(report.device_busy), "of the elapsed time"),
         ("waited for host", percent(report.device_waited), "of the time with requests"),
         ("padding waste", percent(report.padding_waste), "of the token places computed"),
-        ("KV waste", percent(report.kv_waste), "of the cells allocated and not filled"),
+        ("KV waste", percent(report.kv_waste), "of the KV cache allocated, but not filled"),
         ("late compiles", str(report.num_late_compiles), "after warm-up; must be 0"),
+        ("concurrency", f"{report.max_concurrency:,}", "requests at most, waiting ones included"),
         ("preemptions", str(report.num_preemptions), ""),
         ("from prefix cache", f"{report.num_cached_tokens:,}", "prompt tokens"),
     ]
@@ -192,7 +205,7 @@ def report_text(report: Report) -> str:
         f"{percent(r.read_share)} reached\n"
         f"at best: {r.ceilings}"
     )
-    header = ("ms", "mean", "median", "p99")
+    header = ("ms", "mean", "median", "p90", "p99")
     gaps = report.spreads["ITL"]
     bursts = "" if gaps is None or gaps.median else "tokens of one dispatch come together: ITL 0\n"
     return f"{speed}\n\n{table(header, times)}\n{bursts}\n{shares}\n\n{roofline}\n"

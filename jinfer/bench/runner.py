@@ -24,7 +24,9 @@ class Served:
     """The times of one request, in seconds since its arrival; a token counts once on the host."""
 
     num_input_tokens: int
-    arrived_s: float  # of `time.monotonic()`, as planned by the workload
+    # Of `time.monotonic()`: as planned by the workload, or when it found a place among the most
+    # concurrent requests.
+    arrived_s: float
     queue_s: float = 0.0
     token_s: list[float] = field(default_factory=list)
 
@@ -73,13 +75,17 @@ def require_one_replica(data_parallel_size: int) -> None:
         )
 
 
-def run_jobs(llm: LLM, jobs: Sequence[Job], *, streams: bool) -> Recording:
+def run_jobs(
+    llm: LLM, jobs: Sequence[Job], *, streams: bool, max_concurrency: int | None = None
+) -> Recording:
     """Adds each job at its arrival and steps the engine until all jobs are answered.
 
     Args:
       llm: without other requests.
       jobs: with arrivals after the start.
       streams: deliver tokens one by one, as a server does.
+      max_concurrency: a job waits outside the engine while so many are unanswered, and its times
+        count from its end of waiting; None = no limit.
     """
     engine = llm.engine
     require_one_replica(engine.config.data_parallel_size)
@@ -94,7 +100,7 @@ def run_jobs(llm: LLM, jobs: Sequence[Job], *, streams: bool) -> Recording:
     log = DeviceLog(costs)
     before, num_late = engine.metrics(), engine.num_late_compiles
     engine.observer = log
-    loop = _Loop(llm, jobs, streams)
+    loop = _Loop(llm, jobs, streams, max_concurrency)
     try:
         loop.run()
     finally:
@@ -121,8 +127,11 @@ class _Loop:
 
     _ids = count()
 
-    def __init__(self, llm: LLM, jobs: Sequence[Job], streams: bool) -> None:
+    def __init__(
+        self, llm: LLM, jobs: Sequence[Job], streams: bool, max_concurrency: int | None
+    ) -> None:
         self._llm, self._streams = llm, streams
+        self._max_concurrency = max_concurrency or len(jobs)
         self._engine = llm.engine
         self._waiting = deque(sorted(jobs, key=lambda job: job.arrival_s))
         self._live: dict[Request, Served] = {}
@@ -130,6 +139,7 @@ class _Loop:
         self.without_work: list[Span] = []
         self.num_allocated = self.num_unfilled = 0  # cells of the pool, sums over steps
         self.start_s = self.end_s = 0.0
+        self._is_held = False  # whether a due job waits for a place
 
     def run(self) -> None:
         self.start_s = time.monotonic()
@@ -146,6 +156,9 @@ class _Loop:
     def _send_due(self) -> None:
         now = time.monotonic()
         while self._waiting and self.start_s + self._waiting[0].arrival_s <= now:
+            if len(self._live) >= self._max_concurrency:
+                self._is_held = True
+                return
             job = self._waiting.popleft()
             params = SamplingParams(
                 temperature=0.0, max_tokens=job.num_output_tokens, ignore_eos=True
@@ -154,7 +167,10 @@ class _Loop:
             request = self._llm.prepare(prompt, params, f"bench-{next(self._ids)}")
             request.streams = self._streams
             self._engine.add(request)
-            self._live[request] = Served(len(job.prompt_ids), self.start_s + job.arrival_s)
+            # The first job that was held back, and those behind it, arrive when a place is free.
+            arrived_s = now if self._is_held else self.start_s + job.arrival_s
+            self._live[request] = Served(len(job.prompt_ids), arrived_s)
+        self._is_held = False
 
     def _sleep(self) -> None:
         begun_s = time.monotonic()

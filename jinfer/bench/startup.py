@@ -10,6 +10,13 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from jinfer.bench.table import figure, table
+from jinfer.compile.names import (
+    COPY_PAGES,
+    GATHER_PAGES,
+    RESTORE_COUNTS,
+    SCATTER_PAGES,
+    WRITE_SLOTS,
+)
 
 Figures = dict[str, Any]  # printed by one_start, plus `total_s`
 
@@ -54,14 +61,31 @@ def _last_line(text: str) -> str:
 
 _ROWS = (
     ("import jinfer and JAX", "import_s"),
-    ("engine, all that it does", "engine_s"),
-    ("  of it weights", "weights_s"),
-    ("  beside them programs", "programs_s"),
+    ("LLM(...), all in all", "engine_s"),
+    ("  loading the weights", "weights_s"),
+    ("  beside that, getting programs", "programs_s"),
 )
 _ROWS_BELOW = (
     ("first token", "first_token_s"),
     ("process, from start to end", "total_s"),
 )
+_SAID = {
+    WRITE_SLOTS: "starting sequences",
+    RESTORE_COUNTS: "restarting a sequence with penalties",
+    COPY_PAGES: "copying KV pages",
+    GATHER_PAGES: "KV pages to the host",
+    SCATTER_PAGES: "KV pages from the host",
+}
+
+
+def program_said(name: str) -> str:
+    """A program's name for a reader who has not seen the code."""
+    kind, *rest = name.split()
+    if kind == "step":
+        return f"prompts, up to {rest[1]} tokens at once"
+    if kind == "decode":
+        return f"output, {'one' if rest[1] == '1' else f'up to {rest[1]}'} at once"
+    return _SAID[name]
 
 
 def startup_text(figures: Mapping[str, Figures]) -> str:
@@ -76,7 +100,10 @@ def startup_text(figures: Mapping[str, Figures]) -> str:
 
     rows = [seconds(said, key) for said, key in _ROWS]
     rows += [
-        row(f"    {name}", lambda each, name=name: _seconds(each["program_s"].get(name)))
+        row(
+            f"    {program_said(name)}",
+            lambda each, name=name: _seconds(each["program_s"].get(name)),
+        )
         for name in columns[0]["program_s"]
     ]
     rows += [seconds(said, key) for said, key in _ROWS_BELOW]

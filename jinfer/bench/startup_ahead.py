@@ -14,6 +14,7 @@ import jax
 from jax.experimental.compilation_cache import compilation_cache
 
 from jinfer.bench.chips import chip_named, describe, memory_of
+from jinfer.bench.startup import program_said
 from jinfer.bench.table import figure, table
 from jinfer.compile.program_store import ProgramStore, open_store
 from jinfer.compile.programs import Program
@@ -64,7 +65,7 @@ def measure_ahead(
     """
     check_config(config)
     device, share = describe(target)
-    chip, model = chip_named(target), read_model_config(folder)
+    chip, model = chip_named(target), read_model_config(folder, weights=False)
     padded = padded_model(model, 1)
     itemsize = jax.numpy.dtype(resolve_dtype(config, chip.platform)).itemsize
     plan = resolve_plan(
@@ -147,7 +148,7 @@ def ahead_text(figures: Mapping[str, Ahead]) -> str:
     cold, warm = figures["cold"], figures["warm"]
     lines = [
         (
-            name,
+            program_said(name),
             f"{cold.program_s[name]:.1f}",
             f"{warm.program_s[name]:.2f}",
             figure(cold.temp_bytes[name] / 1e6),
@@ -155,7 +156,7 @@ def ahead_text(figures: Mapping[str, Ahead]) -> str:
         for name in cold.program_s
     ]
     lines += [
-        ("all together", f"{cold.elapsed_s:.1f}", f"{warm.elapsed_s:.2f}", ""),
-        ("on the processors", f"{cold.processor_s:.1f}", f"{warm.processor_s:.2f}", ""),
+        ("all, side by side", f"{cold.elapsed_s:.1f}", f"{warm.elapsed_s:.2f}", ""),
+        ("processor time", f"{cold.processor_s:.1f}", f"{warm.processor_s:.2f}", ""),
     ]
     return table(("seconds", "cold", "warm", "temporary MB"), lines)

@@ -50,7 +50,7 @@ def read_trace(path: str | Path, num_jobs: int, scale: float) -> tuple[Lengths, 
     """
     lengths, moments = [], []
     try:
-        with open(path, newline="", encoding="utf-8") as file:
+        with open(path, newline="", encoding="utf-8-sig") as file:
             for row in csv.DictReader(file):
                 if len(lengths) == num_jobs:
                     break
@@ -73,7 +73,10 @@ def _scaled(num_tokens: str, scale: float) -> int:
 
 
 def poisson_arrivals(num_jobs: int, rate: float, rng: np.random.Generator) -> list[float]:
-    """Arrivals in seconds after the start, the first at 0; on average `rate` per second."""
+    """Arrivals in seconds after the start, the first at 0; on average `rate` per second.
+
+    An infinite rate: all at 0.
+    """
     gaps = rng.exponential(1 / rate, num_jobs)
     gaps[:1] = 0
     return np.cumsum(gaps).tolist()

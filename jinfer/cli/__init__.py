@@ -1,17 +1,16 @@
 """The command line: `jinfer generate`, `jinfer chat`, `jinfer info`, `jinfer convert`,
 `jinfer bench`."""
 
+import gc
 import os
 import signal
 import sys
 import warnings
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from jinfer.cli.arguments import parse, processes_args
+from jinfer.cli.interrupt import INTERRUPTED, ends_at_once
 
-# Exit status of a program that a signal ended, as shells report it.
-INTERRUPTED = 128 + signal.SIGINT
 PIPE_CLOSED = 141  # 128 + SIGPIPE, which not every platform has
 
 
@@ -26,14 +25,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         when process 0 has ended.
     """
     try:
-        args = parse(argv)
+        with ends_at_once():
+            args, command = _chosen(argv)
         with warnings.catch_warnings():
             warnings.showwarning = _tell_warning
             _join_hosts(args)
-            status = _command(args.command)(args)
+            status = command(args)
         sys.stdout.flush()
         return status
     except KeyboardInterrupt:
+        if argv is None:  # the process ends now; a second Ctrl-C would only add a traceback
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            gc.freeze()  # or Python takes seconds to search what the system frees anyway
         print("\njinfer: interrupted", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
@@ -47,8 +50,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise
 
 
+def _chosen(argv: Sequence[str] | None) -> tuple[Namespace, Callable[[Namespace], int]]:
+    from jinfer.cli.arguments import parse  # late: inside the block that Ctrl-C ends
+
+    args = parse(argv)
+    return args, _command(args.command)
+
+
 def _join_hosts(args: Namespace) -> None:
     """Connects to the other hosts, if flags ask for it; returns in process 0 only."""
+    from jinfer.cli.arguments import processes_args
+
     given = processes_args(args)
     if not given:
         return

@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import json
 from collections.abc import Sequence
 from dataclasses import fields
 from functools import partial
@@ -10,6 +11,7 @@ from typing import Any, NoReturn
 from jinfer import __version__
 from jinfer.arguments.config_file import read_config
 from jinfer.cli.bench_arguments import add_bench
+from jinfer.cli.flag_defaults import MAX_TOKENS, default_of
 from jinfer.config import EngineConfig
 from jinfer.request.params import SamplingParams
 from jinfer.shipped import DEFAULT_MODEL
@@ -19,23 +21,35 @@ Completes each prompt. The text of a single prompt is streamed; results of sever
 the order of the prompts, each as soon as possible.
 
 Prompts come from the command line, from --file, or from standard input ("-", or no prompt at
-all): one per line; a line that begins with { is JSON, {"prompt": ...} or
-{"prompt_token_ids": [...]}. Text goes to standard output, everything else to standard error.
+all): one per line. A line that begins with { is JSON: {"prompt": ...}, {"prompt_token_ids": [...]}
+or {"messages": [...]}, with an "id" of yours, and parameters of sampling for this line, such as
+{"prompt": "The king", "id": 7, "temperature": 0.5, "max_tokens": 20}. Messages are rendered with
+the model's chat template; with --chat, so is each text, as one message.
+
+Text goes to standard output, everything else to standard error. With --n above 1, [2] stands
+before the second output, and [3.2] before that of the third prompt.
 """
 _CHAT = """\
 A conversation; the model needs a chat template.
 
-Ctrl-C stops an answer, not the program. /reset forgets the conversation, /help lists the
-commands, /quit or Ctrl-D ends.
+Each line is a message. A line that ends in a backslash goes on in the next one; lines between two
+\"\"\" are one message, and so are pasted lines, where the terminal marks a paste.
+
+Ctrl-C stops an answer, not the program. /reset forgets the conversation, /last N all but its last
+N turns; /help lists the commands, /quit or Ctrl-D ends.
 """
 _INFO = "Describes a model folder without reading its weights."
 _CONVERT = """\
 Converts the weights of a model folder to an Orbax checkpoint, from which each host reads only its
 own shards. The folder's other files are copied.
 """
+_ENGINE = """\
+`generate` with up to 8 outputs, `chat` and `bench latency` choose smaller --max-num-seqs and
+--max-num-batched-tokens, which start sooner.
+"""
 _JSON = (
-    "one line of JSON per prompt: prompt, text, token_ids, finish_reason, metrics, and "
-    "logprobs if asked for; with --n above 1, a list of outputs"
+    "one line of JSON per prompt: id, prompt, text, token_ids, finish_reason, metrics, and "
+    "logprobs if asked for; with --n above 1, a list of outputs; error, if it has no answer"
 )
 
 
@@ -51,12 +65,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
     Raises:
       ValueError: an argument is unknown or has a wrong value.
-      SystemExit: after --help and --version.
+      SystemExit: after --help and --version, and after the help that stands for a missing command.
     """
     parser, commands = _parsers()
     args, unknown = parser.parse_known_args(argv)
+    words = (args.command, getattr(args, "benchmark", None))
+    command = commands.get(" ".join(filter(None, words)), parser)
     if unknown:
-        command = commands[" ".join(filter(None, (args.command, getattr(args, "benchmark", ""))))]
         if not unknown[0].startswith("-"):
             raise ValueError(
                 f"{command.prog} takes no such word; got {unknown[0]}. See `{command.prog} --help`."
@@ -64,6 +79,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         near = difflib.get_close_matches(unknown[0].split("=")[0], command._option_string_actions)
         hint = f"Did you mean {near[0]}?" if near else f"See `{command.prog} --help`."
         raise ValueError(f"there is no such flag; got {unknown[0]}. {hint}")
+    if args.command is None or words == ("bench", None):
+        command.print_help()
+        command.exit()
     if "config" in args:
         for name, value in read_config(args.config).items():
             place = "engine_seed" if name == "seed" else name
@@ -112,9 +130,7 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"jinfer {__version__}")
-    subparsers = parser.add_subparsers(
-        dest="command", required=True, metavar="COMMAND", title="commands"
-    )
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
     described = {
         "generate": ("complete prompts", "jinfer generate [flags] [PROMPT ...]", _GENERATE),
         "chat": ("talk with a model in the terminal", "jinfer chat [flags]", _CHAT),
@@ -147,21 +163,24 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
 
 def _add_generate(parser: _Parser) -> None:
     parser.add_argument("prompts", nargs="*", metavar="PROMPT", help='text; "-" = standard input')
-    parser.add_argument("--file", metavar="FILE", help="read prompts from a file")
+    parser.add_argument("--file", metavar="FILE", help="read prompts from it; default: none")
     parser.add_argument("--json", action="store_true", help=_JSON)
+    parser.add_argument(
+        "--chat", action="store_true", help="each text is a message; applies the chat template"
+    )
     _add_model(parser)
     report = partial(_add, parser.add_argument_group("output"))
     report("n", type=int, metavar="N", help="outputs per prompt")
     report("logprobs", type=int, metavar="N", help="top tokens to report per output token")
     report("prompt_logprobs", type=int, metavar="N", help="the same per prompt token")
     report("detokenize", off=True, help="token ids only")
-    _add_common(parser)
+    _add_common(parser, MAX_TOKENS["generate"])
 
 
 def _add_chat(parser: _Parser) -> None:
-    parser.add_argument("--system", metavar="TEXT", help="the system message")
+    parser.add_argument("--system", metavar="TEXT", help="the system message; default: none")
     _add_model(parser)
-    _add_common(parser)
+    _add_common(parser, MAX_TOKENS["chat"])
 
 
 def _add_info(parser: _Parser) -> None:
@@ -193,13 +212,15 @@ def _add_model(parser: _Parser) -> None:
         metavar="MODEL",
         help=f"a folder, a hub name org/name, or a shipped model (default: {DEFAULT_MODEL})",
     )
-    parser.add_argument("--profile", metavar="FOLDER", help="write a trace for jax.profiler")
+    parser.add_argument(
+        "--profile", metavar="FOLDER", help="write a trace for jax.profiler; default: none"
+    )
     parser.add_argument("-q", "--quiet", action="store_true", help="only text and errors")
 
 
-def _add_common(parser: _Parser) -> None:
+def _add_common(parser: _Parser, max_tokens: int) -> None:
     _add_sampling(parser)
-    _add_stopping(parser)
+    _add_stopping(parser, max_tokens)
     _add_engine(parser)
 
 
@@ -207,7 +228,8 @@ def _add_sampling(parser: _Parser) -> None:
     add = partial(
         _add,
         parser.add_argument_group(
-            "sampling", "Applied in this order. Defaults are the model's own."
+            "sampling",
+            "Applied in this order. A default in the model's generation_config.json comes first.",
         ),
     )
     number, count = {"type": float, "metavar": "X"}, {"type": int, "metavar": "N"}
@@ -230,9 +252,12 @@ def _add_sampling(parser: _Parser) -> None:
     add("seed", **count, help="for every prompt; the same seed gives the same text")
 
 
-def _add_stopping(parser: _Parser) -> None:
+def _add_stopping(parser: _Parser, max_tokens: int) -> None:
     add = partial(_add, parser.add_argument_group("stopping"))
-    add("max_tokens", type=int, metavar="N", help="most output tokens")
+    said = (
+        f"most output tokens, up to the end of the context; default: the model's, or {max_tokens}"
+    )
+    add("max_tokens", type=int, metavar="N", help=said)
     add("min_tokens", type=int, metavar="N", help="fewest output tokens")
     add("stop", metavar="TEXT", action="append", help="end at this text (repeatable)")
     add("stop_token_ids", **_IDS, help="end at these tokens")
@@ -242,9 +267,7 @@ def _add_stopping(parser: _Parser) -> None:
 
 
 def _add_engine(parser: _Parser) -> None:
-    add = partial(
-        _add, parser.add_argument_group("engine", "Defaults depend on the model and the hardware.")
-    )
+    add = partial(_add, parser.add_argument_group("engine", _ENGINE))
     count = {"type": int, "metavar": "N"}
     add("config", metavar="FILE", help="YAML file of arguments; the command line wins")
     add("tensor_parallel_size", **count, help="chips that share one model")
@@ -267,18 +290,31 @@ def _add_engine(parser: _Parser) -> None:
     add("page_size", **count, help="tokens per page of the KV cache")
     add("num_pages", **count, help="pages of the KV cache")
     add("gpu_memory_utilization", type=float, metavar="X", help="fraction of free memory to use")
+    add("kv_cache_memory_bytes", **count, help="size of the KV cache on each chip")
     add("dtype", metavar="NAME", help="auto, float32, bfloat16 or float16")
     add("kv_cache_dtype", metavar="NAME", help="auto, int8 or fp8")
     add("load_format", metavar="NAME", help="auto, safetensors or dummy (random weights)")
+    add("revision", metavar="NAME", help="branch, tag or commit of the model on the hub")
     add("tokenizer", metavar="MODEL", help="the tokenizer's folder, if not the model's")
+    add("tokenizer_revision", metavar="NAME", help="the same for the tokenizer")
+    add("chat_template", metavar="FILE", help="a chat template, or the name of one of the model's")
+    add("download_dir", metavar="FOLDER", help="where to store downloads from the hub")
+    add("hf_token", metavar="TOKEN", help="access token for the hub; better: `hf auth login`")
     add("skip_tokenizer_init", action="store_true", help="token ids in, token ids out")
     add("generation_config", metavar="NAME", help="defaults: auto = the model's; vllm = none")
+    add("override_generation_config", type=_json, metavar="JSON", help="defaults that win over it")
     add("engine_seed", **count, help="for prompts without --seed, and for dummy weights")
     add("max_logprobs", **count, help="limit on --logprobs and --prompt-logprobs")
     add("layer_loop", metavar="NAME", help="scan or unrolled")
     add("attention", metavar="NAME", help="implementation of paged attention")
     add("compilation_cache", metavar="FOLDER", help="where to store compiled programs")
     add("late_compile", metavar="NAME", help="compiling after start-up: warn or error")
+    add(
+        "enforce_eager",
+        action=argparse.BooleanOptionalAction,
+        help="start sooner, with slower steps; by default for small models on a CPU",
+    )
+    add("disable_log_stats", action="store_true", help="no line about the load every 10 s")
     add = partial(
         _add,
         parser.add_argument_group("several hosts", "Run the command on each; process 0 prints."),
@@ -295,11 +331,14 @@ def _add_engine(parser: _Parser) -> None:
 def _add(group: Any, name: str, *, off: bool = False, **settings: Any) -> None:
     """Adds a flag named like its field; without it the namespace lacks the field.
 
-    With `off` the flag is "--no-..." and sets the field to False.
+    With `off` the flag is "--no-..." and sets the field to False. The help of a flag with a value
+    ends with its default.
     """
     flag = f"--{'no-' if off else ''}{name.replace('_', '-')}"
     if off:
         settings["action"] = "store_false"
+    elif settings.get("action") != "store_true" and "default: " not in settings["help"]:
+        settings["help"] += f"; default: {default_of(name)}"
     group.add_argument(flag, dest=name, default=argparse.SUPPRESS, **settings)
 
 
@@ -309,6 +348,15 @@ def _ids(text: str) -> list[int]:
     except ValueError:
         raise argparse.ArgumentTypeError(
             f"token ids are integers separated by commas; got {text!r}. Write them as 5,17"
+        ) from None
+
+
+def _json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"this must be JSON; got {text!r}. Write such as '{{\"temperature\": 0.7}}'"
         ) from None
 
 

@@ -1,11 +1,12 @@
 """`jinfer bench`: speed, and the hardware's limit."""
 
 import importlib
-import json
 import os
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
+
+from jinfer.cli.json_text import json_text
 
 
 def bench(args: Namespace) -> int:
@@ -21,7 +22,8 @@ def bench(args: Namespace) -> int:
     module = importlib.import_module(f"jinfer.cli.bench_{home}")
     figures: dict[str, Any] = module.run(args)
     if args.json is not None:
-        Path(args.json).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+        text = json_text(figures, encoding="utf-8", indent=1)
+        Path(args.json).write_text(text + "\n", encoding="utf-8")
     return 1 if figures.get("wrong") else 0
 
 

@@ -29,7 +29,7 @@ the same prompts: its generate and its continuous batching, or the one you name.
 """
 _SERVE = """\
 Latencies that users of a service see. Requests arrive at random times, --rate per second on
-average, or as in a trace; tokens are streamed one by one.
+average, or as in a trace, at most --max-concurrency at once; tokens are streamed one by one.
 """
 _STARTUP = """\
 Time from the command to the first token, in new processes: cold, with an empty compilation cache,
@@ -56,9 +56,7 @@ def add_bench(parser: Any, formatter: Any, add_engine: Callable[[Any], None]) ->
       add_engine: adds the engine's flags to a parser.
     """
     parser.description = _BENCH
-    subparsers = parser.add_subparsers(
-        dest="benchmark", required=True, metavar="BENCHMARK", title="benchmarks"
-    )
+    subparsers = parser.add_subparsers(dest="benchmark", metavar="BENCHMARK", title="benchmarks")
     described: dict[str, tuple[str, str, Callable[[Any], None]]] = {
         "latency": ("one batch, alone", _LATENCY, _add_latency),
         "throughput": ("many requests at once", _THROUGHPUT, _add_throughput),
@@ -86,11 +84,15 @@ def add_bench(parser: Any, formatter: Any, add_engine: Callable[[Any], None]) ->
 
 def _add_report(parser: Any, *, plots: bool, profiles: bool) -> None:
     add = partial(_flag, parser.add_argument_group("report"))
-    add("json", metavar="FILE", help="write every figure to this file")
+    add("json", metavar="FILE", help="write every figure to this file; default: none")
     if plots:
-        add("plot", metavar="FILE", help="plot times and rates (needs matplotlib)")
+        add("plot", metavar="FILE", help="plot times and rates (needs matplotlib); default: none")
     if profiles:
-        add("profile", metavar="FOLDER", help="write a trace for jax.profiler's viewers")
+        add(
+            "profile",
+            metavar="FOLDER",
+            help="write a trace for jax.profiler's viewers; default: none",
+        )
 
 
 def _add_model(parser: Any) -> None:
@@ -127,11 +129,17 @@ def _add_workload(parser: Any) -> None:
         metavar="NAME",
         help="fixed lengths (default), sharegpt (log-normal, its means), trace, shared-prefix",
     )
-    add("num-prompts", **count, nargs="+", default=[64], help="requests; one run for each N")
+    add(
+        "num-prompts",
+        **count,
+        nargs="+",
+        default=[64],
+        help="requests; one run for each N; default: 64",
+    )
     add("input-tokens", **count, help="for fixed and shared-prefix; default: 128")
     add("output-tokens", **count, help="for fixed and shared-prefix; default: 128")
     add("shared-tokens", **count, help="for shared-prefix: common to all prompts; default: 96")
-    add("trace", metavar="FILE", help="a CSV of the Azure LLM inference traces")
+    add("trace", metavar="FILE", help="a CSV of the Azure LLM inference traces; default: none")
     add("scale", metavar="X", type=float, help="factor on the trace's lengths; default: 1")
     add("seed", metavar="N", type=int, default=0, help="for lengths, prompts, arrivals; default: 0")
 
@@ -144,15 +152,27 @@ def _add_throughput(parser: Any) -> None:
         nargs="*",
         choices=COMPARED_WAYS,
         metavar="WAY",
-        help="also run transformers (needs torch): generate, continuous-batching; default: both",
+        help="also run transformers (needs torch): generate, continuous-batching, or both if no "
+        "way is named; default: jinfer alone",
     )
     add("repeats", metavar="N", type=_positive, help="turns of --compare; default: 3")
 
 
 def _add_serve(parser: Any) -> None:
     _add_workload(parser)
-    said = "requests per second; default: 1, or the trace's times"
+    said = (
+        "requests per second, inf = all at the start; default: the trace's times, "
+        "inf with --max-concurrency, else 1"
+    )
     _flag(parser, "rate", metavar="X", type=float, help=said)
+    _flag(
+        parser,
+        "max-concurrency",
+        metavar="N",
+        type=_positive,
+        help="most unanswered requests; others wait, and their times count from the end of "
+        "waiting; default: no limit",
+    )
     _flag(
         parser,
         "goodput",
@@ -164,7 +184,7 @@ def _add_serve(parser: Any) -> None:
 
 def _add_startup(parser: Any) -> None:
     _add_model(parser)
-    said = "only compile for v6e, h200, ...; the chip need not be present"
+    said = "only compile for v6e, h200, ..., which need not be present; default: start here"
     _flag(parser, "target", metavar="CHIP", help=said)
 
 
@@ -175,7 +195,7 @@ def _add_kernels(parser: Any) -> None:
         metavar="NAME",
         nargs="+",
         default=[],
-        help='only these; patterns such as "decode_16*" (quoted) match several',
+        help='only these; patterns such as "decode_16*" (quoted) match several; default: all',
     )
     add(
         "implementation",
@@ -184,7 +204,8 @@ def _add_kernels(parser: Any) -> None:
         default=[],
         help="only these; default: all of the platform",
     )
-    add("target", metavar="CHIP", nargs="+", default=[], help="only compile, for v6e, h200, ...")
+    said = "only compile, for v6e, h200, ...; default: time here, if there is an accelerator"
+    add("target", metavar="CHIP", nargs="+", default=[], help=said)
     add("dtype", metavar="NAME", help="of activations; default: float32 on CPU, else bfloat16")
     add("page-size", metavar="N", type=_positive, help="tokens per page; default: 64 on TPU, or 16")
     add("repeats", metavar="N", type=_positive, default=5, help="loops per median; default: 5")

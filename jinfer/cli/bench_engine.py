@@ -136,8 +136,8 @@ def _check_workload(args: Namespace) -> None:
         )
     if args.benchmark == "throughput":
         check_compare(args)
-    if args.benchmark == "serve" and args.rate is not None and not 0 < args.rate < math.inf:
-        raise ValueError(f"--rate must be above 0 and finite; got {args.rate}. Pass another.")
+    if args.benchmark == "serve" and args.rate is not None and not args.rate > 0:
+        raise ValueError(f"--rate must be above 0; got {args.rate}. Pass another.")
     if args.plot is not None and len(args.num_prompts) > 1:
         raise ValueError(
             f"--plot draws one run; got --num-prompts {' '.join(map(str, args.num_prompts))}. "
@@ -216,10 +216,13 @@ def _workload(
     if args.benchmark == "throughput":
         arrivals = None
     elif arrivals is None or args.rate is not None:
-        rate = args.rate or 1.0
-        arrivals, when = poisson_arrivals(len(lengths), rate, rng), f"{rate:g} a second"
+        rate = args.rate or (math.inf if args.max_concurrency else 1.0)
+        arrivals = poisson_arrivals(len(lengths), rate, rng)
+        when = "all at the start" if math.isinf(rate) else f"{rate:g} a second"
     else:
         when = "as in the trace"
+    if limit := getattr(args, "max_concurrency", None):
+        when += f", {limit:,} at most at once"
     lengths, num_cut = fitted(lengths, max_len)
     jobs = make_jobs(
         lengths,
@@ -267,6 +270,7 @@ def _record(
     is recorded with the faster of the ceilings measured before and after it.
     """
     streams = args.benchmark == "serve" or getattr(args, "stream", False)
+    most = getattr(args, "max_concurrency", None)
     first, *others = batches
     run_jobs(llm, first if others else [replace(first[0], arrival_s=0.0)], streams=streams)
     llm.reset_prefix_cache()
@@ -277,7 +281,7 @@ def _record(
     recordings, measured = [], [between()]
     with profiled(args.profile):
         for batch in batches:
-            recordings.append(run_jobs(llm, batch, streams=streams))
+            recordings.append(run_jobs(llm, batch, streams=streams, max_concurrency=most))
             measured.append(between())
     if args.profile:
         measured[-1] = measure()
@@ -289,7 +293,7 @@ def _model_line(args: Namespace, llm: LLM) -> str:
     plan, model = llm.engine.plan, llm.engine.model
     return (
         f"{args.model}, {model.num_parameters / 1e6:,.1f} million parameters, {plan.dtype}, "
-        f"{plan.attention} attention, {counted(plan.max_slots, 'slot')}, "
+        f"{plan.attention} attention, {counted(plan.max_slots, 'sequence')} at once, "
         f"steps of up to {counted(plan.max_step_tokens, 'token')}"
     )
 
@@ -301,6 +305,11 @@ def _told(args: Namespace, llm: LLM) -> dict[str, Any]:
         "model": args.model,
         **versions(),
         **devices(),
-        "arguments": vars(args),
+        "arguments": {**vars(args), **_hidden(args)},
         "plan": asdict(llm.engine.plan),
     }
+
+
+def _hidden(args: Namespace) -> dict[str, str]:
+    """What a report must not hold, in place of the access token of the hub."""
+    return {"hf_token": "given"} if getattr(args, "hf_token", None) else {}

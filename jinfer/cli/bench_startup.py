@@ -10,7 +10,7 @@ from jinfer.bench.models import model_arguments
 from jinfer.bench.startup import measure_startup, startup_text
 from jinfer.bench.startup_ahead import ahead_text, measure_ahead
 from jinfer.cli.arguments import engine_args
-from jinfer.cli.screen import note, show
+from jinfer.cli.screen import counted, note, show
 from jinfer.config import EngineConfig
 from jinfer.shipped import find_shipped
 from jinfer.weights.hub import resolve_model
@@ -40,7 +40,7 @@ def _ahead(args: Namespace, say: Callable[[str], object]) -> dict[str, Any]:
         config = EngineConfig(**{**keywords, **engine_args(args)})
         plan, figures = measure_ahead(args.target, config, folder, say)
     show(f"{machine_line(with_device=False)}\n{args.model} for {args.target}: ")
-    show(f"{plan.max_slots} slots, {plan.attention} attention, {plan.layer_loop} layers\n\n")
+    show(f"{counted(plan.max_slots, 'sequence')} at once, {plan.attention} attention\n\n")
     show(f"{ahead_text(figures)}\n{_NOTES}")
     told = {name: asdict(each) for name, each in figures.items()}
     return {
@@ -53,6 +53,6 @@ def _ahead(args: Namespace, say: Callable[[str], object]) -> dict[str, Any]:
 
 
 _NOTES = """
-cold: traced, compiled and stored, one program per processor at a time. warm: found in the cache by
-its inputs, read, checked and unpacked; loading is not included, because it needs the chip.
+cold: compiled and stored, one program per processor at a time. warm: found in the cache, read,
+checked and unpacked; loading is not included, because it needs the chip.
 """

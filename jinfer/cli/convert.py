@@ -8,6 +8,7 @@ import jax
 from tqdm import tqdm
 
 from jinfer.cli.screen import binary_size, counted, note
+from jinfer.errors import CheckpointError
 from jinfer.shipped import find_shipped
 from jinfer.weights.convert import convert as convert_folder
 from jinfer.weights.hub import resolve_model
@@ -15,6 +16,7 @@ from jinfer.weights.hub import resolve_model
 
 def convert(args: Namespace) -> int:
     """Writes the folder; returns 0."""
+    _require_local(args.target)
     jax.config.update("jax_platforms", "cpu")  # from files to files: no accelerator needed
     source = find_shipped(args.model) or resolve_model(args.model)
     target = Path(args.target).expanduser()
@@ -31,3 +33,12 @@ def convert(args: Namespace) -> int:
             f"in {elapsed_s:.1f} s to {target}"
         )
     return 0
+
+
+def _require_local(target: str) -> None:
+    """Refuses URLs: `Path` would make local folders of their parts."""
+    if "://" in target:
+        raise CheckpointError(
+            f"a conversion writes a local folder; got the URL {target!r}. Convert to a local "
+            "folder, then copy that, for example with `gcloud storage cp --recursive`."
+        )

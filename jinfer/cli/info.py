@@ -1,10 +1,10 @@
 """`jinfer info`: a description of a model folder."""
 
-import json
 from argparse import Namespace
 from dataclasses import asdict
 from pathlib import Path
 
+from jinfer.cli.json_text import json_text
 from jinfer.cli.screen import binary_size, counted, show
 from jinfer.shipped import find_shipped
 from jinfer.weights.describe import ModelDescription, describe
@@ -16,7 +16,7 @@ def info(args: Namespace) -> int:
     folder = find_shipped(args.model) or resolve_model(args.model)
     description = describe(folder)
     if args.json:
-        show(json.dumps({"model": str(args.model), **asdict(description)}) + "\n")
+        show(json_text({"model": str(args.model), **asdict(description)}) + "\n")
         return 0
     lines = {"model": args.model, **_lines(folder, description)}
     for name, said in lines.items():

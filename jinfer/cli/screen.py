@@ -9,7 +9,12 @@ _CONTROLS = {code: None for code in (*range(32), *range(127, 160)) if chr(code) 
 
 
 def show(text: str, *, dim: bool = False) -> None:
-    """Writes to standard output and flushes; a terminal gets no control characters."""
+    """Writes to standard output and flushes; a terminal gets no control characters.
+
+    A character that the output's encoding lacks is written as its escape, such as \\u20ac.
+    """
+    encoding = sys.stdout.encoding or "utf-8"
+    text = text.encode(encoding, "backslashreplace").decode(encoding)
     if sys.stdout.isatty():
         text = text.translate(_CONTROLS)
         if dim and text and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb":

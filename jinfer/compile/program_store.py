@@ -36,6 +36,7 @@ _NAME, _PROGRAM, _UNFINISHED = ".name", ".program", ".unfinished"
 
 # Limits of the folder: seconds since a file was last used, and total bytes.
 _KEPT_S = 30 * 24 * 3600
+_UNFINISHED_S = 3600  # a process that was killed left it
 _KEPT_BYTES = 4 << 30
 
 
@@ -206,6 +207,8 @@ def open_store(devices: Sequence[Any]) -> ProgramStore | None:
 def remove_unused(folder: Path) -> None:
     """Removes files not used for 30 days, then the least recently used beyond 4 GiB.
 
+    Of files that were never finished, removes those an hour old.
+
     Ignores files that cannot be removed, or that another process has removed.
     """
     found = []
@@ -217,7 +220,8 @@ def remove_unused(folder: Path) -> None:
     num_bytes = 0
     for stat, path in found:
         num_bytes += stat.st_size
-        if stat.st_mtime < time.time() - _KEPT_S or num_bytes > _KEPT_BYTES:
+        kept_s = _UNFINISHED_S if path.suffix == _UNFINISHED else _KEPT_S
+        if stat.st_mtime < time.time() - kept_s or num_bytes > _KEPT_BYTES:
             with contextlib.suppress(OSError):
                 path.unlink(missing_ok=True)
 

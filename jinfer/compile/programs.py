@@ -5,7 +5,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 
+from jinfer.compile.background import Background
 from jinfer.compile.compiler_options import Options
 from jinfer.compile.program_key import lowered_text, shapes_text
 from jinfer.compile.program_store import ProgramStore
@@ -68,12 +69,16 @@ class CompileReport:
     num_cache_hits: int  # programs read from disk instead of compiled
     num_untraced: int  # of these: found without tracing
 
+    @property
+    def slowest(self) -> str:
+        """The name of the program that took longest."""
+        return max(self.program_s, key=lambda name: self.program_s[name])
+
     def __str__(self) -> str:
-        slowest = max(self.program_s, key=lambda name: self.program_s[name])
+        num_compiled = len(self.program_s) - self.num_cache_hits
         return (
-            f"{len(self.program_s)} programs in {self.elapsed_s:.1f} s, "
-            f"{self.num_cache_hits} from the cache, {self.num_untraced} untraced; "
-            f"longest: {slowest}, {self.program_s[slowest]:.1f} s"
+            f"ready: {num_compiled} programs compiled and {self.num_cache_hits} from the cache, "
+            f"in {self.elapsed_s:.1f} s"
         )
 
 
@@ -108,12 +113,12 @@ class Compiling:
         self._listening = ExitStack()
         self._listening.callback(jax.monitoring.unregister_event_listener, self._listen)
         jax.monitoring.register_event_listener(self._listen)
-        self._pool = ThreadPoolExecutor(max_workers=os.cpu_count())
-        self._futures = {p.name: self._pool.submit(self._build, p) for p in programs}
+        builds = {program.name: partial(self._build, program) for program in programs}
+        self._background = Background(builds, num_threads=os.cpu_count() or 1)
 
     def result(self) -> tuple[dict[str, jax.stages.Compiled], CompileReport]:
         """Waits for all programs; raises the error of the first one, in order, that failed."""
-        compiled = {name: future.result() for name, future in self._futures.items()}
+        compiled = {name: future.result() for name, future in self._background.futures.items()}
         return compiled, CompileReport(
             elapsed_s=self._end_s - self._start_s,
             program_s=self._program_s,
@@ -127,7 +132,7 @@ class Compiling:
     def __exit__(self, *exc_info: object) -> None:
         """Starts no further program; compilations in progress end in the background."""
         self._has_left = True
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._background.stop()
         self._listening.close()
 
     def _build(self, program: Program) -> jax.stages.Compiled:
@@ -142,12 +147,12 @@ class Compiling:
     def _load_or_compile(self, program: Program) -> jax.stages.Compiled:
         store, described = self._store, program.description
         if store is None or described is None:
-            return program.compile()
+            return program.compile(self._lower(program))
         if (compiled := store.load(described)) is not None:
             self._loaded.add(program.name)
             self._untraced.add(program.name)
             return compiled
-        lowered = program.lower()
+        lowered = self._lower(program)
         text = program.lowered_text(lowered)
         if text is None:
             return program.compile(lowered)
@@ -162,6 +167,12 @@ class Compiling:
         if not was_read and not self._has_left:  # after leaving, hits are not counted
             store.save(described, text, compiled)
         return compiled
+
+    def _lower(self, program: Program) -> jax.stages.Lowered:
+        lowered = program.lower()
+        if self._has_left:  # nobody waits for the longer part
+            raise CancelledError
+        return lowered
 
     def _listen(self, event: str, **_: Any) -> None:
         # JAX reports an event on its own thread; other engines may start at the same time.

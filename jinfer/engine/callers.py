@@ -6,6 +6,7 @@ from contextlib import contextmanager
 
 from jinfer.engine.engine import Engine
 from jinfer.engine.interrupt import deferred
+from jinfer.engine.load_line import LoadLine
 from jinfer.engine.replicas import Replicas
 from jinfer.engine.running import Request
 
@@ -20,6 +21,7 @@ class Callers:
 
     def __init__(self, engine: Engine | Replicas) -> None:
         self._engine = engine
+        self._load_line = LoadLine(engine)
         self._is_changing = False  # whether the engine is changing now
         self._left: deque[str] = deque()  # ids of abandoned requests
 
@@ -62,6 +64,8 @@ class Callers:
         request that finished in another caller's step is yielded once all before it are finished.
         """
         left = OrderedDict.fromkeys(requests)
+        # A caller who prints a text as it comes wants no line in the middle of it.
+        tells_load = not all(request.streams for request in requests)
         while left:
             oldest = next(iter(left))
             if oldest.finished:
@@ -69,6 +73,8 @@ class Callers:
             else:
                 with deferred(), self.changing():
                     advanced = self._engine.step()
+                if tells_load:
+                    self._load_line.stepped()
             mine = [request for request in advanced if request in left]
             for request in mine:
                 if request.finished:

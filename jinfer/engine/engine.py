@@ -10,13 +10,13 @@ from jax import Device
 
 from jinfer.compile.names import decode_name, step_name
 from jinfer.compile.programs import CompileGuard
-from jinfer.config import EngineConfig, EnginePlan
+from jinfer.config import EngineConfig
 from jinfer.engine.dispatched import Dispatched, Observer
 from jinfer.engine.metrics import EngineMetrics, Load, MetricsSnapshot
 from jinfer.engine.multi_host import load_everywhere
 from jinfer.engine.pacing import Pacing
 from jinfer.engine.running import Completion, Request
-from jinfer.errors import RequestError
+from jinfer.errors import NaNLogitsError, RequestError
 from jinfer.request.params import SamplingParams, check_priority
 from jinfer.request.prompt import Prompt, check_prompt_ids
 from jinfer.request.seeds import Seeds
@@ -25,10 +25,9 @@ from jinfer.request.tokenizer import encode_prompt
 from jinfer.runner.model_runner import free_arrays
 from jinfer.sampling.admission import check_row, sampling_row
 from jinfer.schedule.capacity import bucket_for
-from jinfer.schedule.pace import Pace
+from jinfer.schedule.make import make_scheduler
 from jinfer.schedule.plan import Chunk
 from jinfer.schedule.prefix_cache import root_key
-from jinfer.schedule.scheduler import Scheduler
 from jinfer.schedule.sequence import Status, TokenSequence
 from jinfer.step.batch import StepOutput
 from jinfer.step.pack import BucketShape, DecodeShape, pack, pack_decode
@@ -156,6 +155,7 @@ class Engine:
             prompt_ids=prompt_ids,
             params=params,
             eos_token_ids=self.defaults.eos_token_ids,
+            vocab_size=self.model.vocab_size,
             max_model_len=self.plan.max_model_len,
             tokenizer=self.tokenizer,
             priority=priority,
@@ -164,7 +164,7 @@ class Engine:
             ),
         )
         request.metrics.arrival_time = arrival_time
-        check_row(request.params, request.stop_ids, request.bad_words, self.model.vocab_size)
+        self._check_row(request.completions[0])
         num_room = self.plan.max_model_len - len(prompt_ids)
         if params.min_tokens > num_room:
             raise RequestError(
@@ -329,7 +329,7 @@ class Engine:
             sequence,
             seed=request.seed,
             stop_ids=request.stop_ids,
-            bad_words=request.bad_words,
+            bad_words=self._completions[sequence].bad_words.spellings,
             vocab_size=self.plan.vocab_size,
         )
 
@@ -373,7 +373,7 @@ class Engine:
             return  # it ended while this was in flight
         self._publish(completion, chunk, logits_rows, output, now)
         request = completion.request
-        if chunk.samples or request.finished:
+        if (chunk.samples and completion.sequence is chunk.sequence) or request.finished:
             advanced[request.request_id] = request
 
     def _publish(
@@ -386,12 +386,16 @@ class Engine:
     ) -> None:
         request = completion.request
         try:
-            completion.append(chunk, logits_rows, output, now)
+            if not completion.append(chunk, logits_rows, output, now):
+                self._restart(completion)
+                return
         except Exception as error:  # an error in one request ends only that request
             request.fail(error)
             for other in request.completions:
                 self._release(other)
             self._retire(request)
+            if isinstance(error, NaNLogitsError):  # perhaps of one moment: keep none for others
+                self.scheduler.forget_prefixes()
             return
         if chunk.samples:
             self._count_token(completion, now)
@@ -399,6 +403,18 @@ class Engine:
             self._release(completion)
         if request.finished:
             self._retire(request)
+
+    def _restart(self, completion: Completion) -> None:
+        """Queues a completion again, to sample another token in place of one taken back."""
+        self._check_row(completion)
+        self._release(completion)
+        completion.sequence = completion.sequence.restarted()
+        self._completions[completion.sequence] = completion
+        self.scheduler.add(completion.sequence)
+
+    def _check_row(self, completion: Completion) -> None:
+        request, words = completion.request, completion.bad_words.spellings
+        check_row(request.params, request.stop_ids, words, self.model.vocab_size)
 
     def _count_token(self, completion: Completion, now: float) -> None:
         metrics, before = completion.request.metrics, completion.last_token_time
@@ -422,24 +438,6 @@ class Engine:
             )
             self._num_streams -= request.streams
             self._num_with_stop_strings -= bool(request.params.stop)
-
-
-def make_scheduler(
-    plan: EnginePlan, pace: Pace, *, prefix_caching: bool, min_restored_pages: int | None = None
-) -> Scheduler:
-    """Makes the scheduler of a plan; `min_restored_pages` None = no pages in host memory."""
-    return Scheduler(
-        max_slots=plan.max_slots,
-        max_step_tokens=plan.max_step_tokens,
-        page_size=plan.page_size,
-        num_pages=plan.num_pages,
-        max_model_len=plan.max_model_len,
-        max_chunk_tokens=plan.max_chunk_tokens,
-        prefix_caching=prefix_caching,
-        num_host_pages=plan.num_host_pages if min_restored_pages else 0,
-        min_restored_pages=min_restored_pages or 1,
-        pace=pace,
-    )
 
 
 _CLOSED = "it was closed"

@@ -3,12 +3,14 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
-from jinfer.errors import RequestError, without_frames
+from jinfer.errors import NaNLogitsError, without_frames
+from jinfer.request.bad_words import BadWords
 from jinfer.request.detokenizer import Detokenizer
 from jinfer.request.output import CompletionOutput, Logprob, RequestMetrics, RequestOutput
-from jinfer.request.params import RequestOutputKind, SamplingParams
+from jinfer.request.params import ALL_TOKENS, RequestOutputKind, SamplingParams
 from jinfer.request.stop import Finish, StopChecker
 from jinfer.request.tokenizer import Tokenizer
+from jinfer.sampling.sampler import NAN_TOKEN
 from jinfer.schedule.plan import Chunk
 from jinfer.schedule.sequence import TokenSequence
 from jinfer.step.batch import StepOutput
@@ -27,6 +29,7 @@ class Request:
         prompt_ids: Sequence[int],
         params: SamplingParams,
         eos_token_ids: Sequence[int],
+        vocab_size: int,
         max_model_len: int,
         tokenizer: Tokenizer | None,
         priority: int = 0,
@@ -39,10 +42,8 @@ class Request:
         self.tokenizer = tokenizer
         self.priority = priority
         self.seed = params.seed  # None until the engine draws one
-        own_eos_ids = () if params.ignore_eos else eos_token_ids
-        self.stop_ids = tuple(dict.fromkeys((*own_eos_ids, *params.stop_token_ids)))
-        self.eos_ids = frozenset(own_eos_ids)
-        self.bad_words = bad_word_ids(params.bad_words, tokenizer)
+        self.stop_reasons = stop_reasons(params, eos_token_ids, tokenizer, vocab_size)
+        self.stop_ids = tuple(self.stop_reasons)
         self.streams = False  # the caller reads each token as it comes
         self.metrics = RequestMetrics(num_prompt_tokens=len(prompt_ids))
         self.error: Exception | None = None
@@ -53,6 +54,7 @@ class Request:
         max_length = max_model_len
         if params.max_tokens is not None:
             max_length = min(max_model_len, len(prompt_ids) + params.max_tokens)
+        bad_words = BadWords(params.bad_words, tokenizer, vocab_size)
         self.completions = [
             Completion(
                 self,
@@ -66,6 +68,7 @@ class Request:
                     root_key=root_key,
                     priority=priority,
                 ),
+                bad_words.copy(),
             )
             for index in range(params.n)
         ]
@@ -125,10 +128,11 @@ class Request:
 class Completion:
     """One of a request's n outputs: its sequence, its text so far, and why it ended."""
 
-    def __init__(self, request: Request, sequence: TokenSequence) -> None:
+    def __init__(self, request: Request, sequence: TokenSequence, bad_words: BadWords) -> None:
         params = request.params
         self.request = request
         self.sequence = sequence
+        self.bad_words = bad_words
         self.finish: Finish | None = None
         self.stop_reason: int | str | None = None
         self.last_token_time: float | None = None  # of `time.monotonic()`, when it was read
@@ -149,20 +153,29 @@ class Completion:
             params.stop, include_stop_str_in_output=params.include_stop_str_in_output
         )
 
-    def append(self, chunk: Chunk, logits_rows: range, output: StepOutput, now: float) -> None:
+    def append(self, chunk: Chunk, logits_rows: range, output: StepOutput, now: float) -> bool:
         """Adds a step's results for this sequence; the scheduler has committed the token already.
+
+        Returns False if the token completed a bad word. It is no longer part of the sequence then,
+        and banned at this place: restart the sequence.
 
         Args:
           chunk: the tokens of this sequence that the step computed.
           logits_rows: the chunk's rows of `output`: scored prompt positions, then the sample.
           output: the step's output, on the host.
           now: `time.monotonic()` when it was read.
+
+        Raises:
+          NaNLogitsError: the logits of the token are NaN.
+          RequestError: the bad words leave no token.
         """
         num_scores = len(logits_rows) - chunk.samples
         if num_scores:
             self._append_scores(logits_rows[:num_scores], output)
         if not chunk.samples:
-            return
+            return True
+        if not self._stays():
+            return False
         metrics = self.request.metrics
         metrics.num_output_tokens += 1
         if metrics.first_token_time is None:
@@ -173,6 +186,23 @@ class Completion:
             self.logprobs.append(entry)
             self.cumulative_logprob += entry[token_id].logprob
         self._append_token(token_id)
+        return True
+
+    def _stays(self) -> bool:
+        """Whether the newest token may stay; else takes it back, and bans it here."""
+        token_ids = self.sequence.output_ids
+        if token_ids[-1] == NAN_TOKEN:
+            token_ids.pop()
+            raise NaNLogitsError(
+                "a model must yield numbers to sample a token; got none, the logits are NaN, after "
+                f"{self.sequence.num_tokens} tokens. Check the weights for NaN and damage; if they "
+                "are sound, use dtype='float32', which overflows last."
+            )
+        spelling = self.bad_words.completed(token_ids)
+        if spelling:
+            token_ids.pop()
+            self.bad_words.ban(spelling, len(token_ids))
+        return not spelling
 
     def abort(self) -> None:
         """Ends here; the output so far remains."""
@@ -192,8 +222,8 @@ class Completion:
     def _append_token(self, token_id: int) -> None:
         """Adds the token's text, then ends for the first reason: stop token, stop string, length.
 
-        As in vLLM: `stop_reason` is a stop token that the user named, never an end token. The
-        text includes either only with `include_stop_str_in_output`.
+        As in vLLM: `stop_reason` is what the user named, a stop token or string, never an end
+        token. The text includes it only with `include_stop_str_in_output`.
         """
         request, sequence = self.request, self.sequence
         params = request.params
@@ -203,7 +233,10 @@ class Completion:
             may_stop = not stops and len(sequence.output_ids) >= params.min_tokens
             stop_string = self._show(self._detokenizer.feed([token_id]), may_stop=may_stop)
         if stops:
-            self._end(Finish.STOP, None if token_id in request.eos_ids else token_id)
+            reason = request.stop_reasons[token_id]
+            self._end(Finish.STOP, reason)
+            if isinstance(reason, str) and params.include_stop_str_in_output:
+                self.text += reason  # the text of its token is hidden
         elif stop_string is not None:
             self._end(Finish.STOP, stop_string)
         elif sequence.num_tokens >= sequence.max_length:
@@ -239,7 +272,8 @@ class Completion:
         read = output.logprobs
         chosen_rank = int(read.rank_R[logits_row])
         entries = [(token_id, float(read.token_logprob_R[logits_row]), chosen_rank)]
-        for place in range(num_top or 0):
+        num_top = read.top_ids_RJ.shape[-1] if num_top == ALL_TOKENS else num_top or 0
+        for place in range(num_top):
             top_id = int(read.top_ids_RJ[logits_row, place])
             entries.append((top_id, float(read.top_logprobs_RJ[logits_row, place]), place + 1))
         tokenizer = self.request.tokenizer
@@ -250,26 +284,28 @@ class Completion:
         return found
 
 
-def bad_word_ids(words: Sequence[str], tokenizer: Tokenizer | None) -> tuple[tuple[int, ...], ...]:
-    """Returns the token ids of each bad word, at the start of a text and after a space.
+def stop_reasons(
+    params: SamplingParams,
+    eos_token_ids: Sequence[int],
+    tokenizer: Tokenizer | None,
+    vocab_size: int,
+) -> dict[int, int | str | None]:
+    """Returns the tokens that end the output, each with its `stop_reason`.
 
-    As in vLLM: the ids after a space count only if they are as many and the first one differs.
-
-    Raises:
-      RequestError: a word has no token.
+    End tokens of the checkpoint's configs and of the tokenizer have None, stop tokens of the user
+    their own id. A stop string that is exactly one special token matches no text if special tokens
+    are hidden, so its token stops instead.
     """
-    if tokenizer is None:
-        return ()
-    found: dict[tuple[int, ...], None] = {}
-    for word in words:
-        bare = tuple(tokenizer.encode(word.lstrip(), add_special_tokens=False))
-        spaced = tuple(tokenizer.encode(" " + word.lstrip(), add_special_tokens=False))
-        if not bare:
-            raise RequestError(
-                f"a bad word must be more than spaces; got {word!r}. "
-                "Ban a token with a logit_bias of -100."
-            )
-        found[bare] = None
-        if len(spaced) == len(bare) and spaced[0] != bare[0]:
-            found[spaced] = None
-    return tuple(found)
+    reasons: dict[int, int | str | None] = {}
+    if tokenizer is not None and params.skip_special_tokens:
+        for text in params.stop:
+            token_id = tokenizer.token_id(text)
+            if token_id in tokenizer.special_ids and token_id < vocab_size:
+                reasons[token_id] = text
+    reasons |= {token_id: token_id for token_id in params.stop_token_ids}
+    if not params.ignore_eos:
+        reasons |= dict.fromkeys(eos_token_ids)
+        own_id = None if tokenizer is None else tokenizer.eos_token_id
+        if own_id is not None and own_id < vocab_size:
+            reasons[own_id] = None
+    return reasons

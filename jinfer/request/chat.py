@@ -12,12 +12,14 @@ import subprocess
 import sys
 import threading
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from jinfer.errors import RequestError
+from jinfer.errors import RequestError, shown
+from jinfer.request.messages import check_messages, with_text_arguments
+from jinfer.request.unused import changed_jobs, warn_unused
 
 # The longest template found in a checkpoint has 20 thousand characters.
 MAX_TEMPLATE_CHARS = 1 << 18
@@ -45,6 +47,7 @@ class ChatRenderer:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._worker: _Worker | None = None
+        self._checked: set[tuple[int, str]] = set()  # a template's hash, and a part of a chat
 
     def __enter__(self) -> "ChatRenderer":
         return self
@@ -64,14 +67,17 @@ class ChatRenderer:
         *,
         add_generation_prompt: bool = False,
         continue_final_message: bool = False,
+        content_format: str = "auto",
         tools: Sequence[Mapping[str, Any]] | None = None,
         documents: Sequence[Mapping[str, Any]] | None = None,
         variables: Mapping[str, Any] | None = None,
+        special_tokens: Mapping[str, str] | None = None,
     ) -> str:
         """Returns the prompt, as Hugging Face's `apply_chat_template` does.
 
-        If the template cannot read content as a list of parts, their texts are first joined with
-        newlines.
+        Content as a list of parts reaches the template as a list if the template shows the texts of
+        such a list, and otherwise as one text, joined with newlines. Messages, tools, documents and
+        variables that do not change the prompt are logged as a warning, once for each template.
 
         Args:
           template: jinja2 source.
@@ -79,16 +85,18 @@ class ChatRenderer:
             {"type": "text", "text": ...}. The template may read further keys.
           add_generation_prompt: ends with the header of the assistant's turn.
           continue_final_message: ends inside the last message; the model continues it.
+          content_format: "string" or "openai" (lists) for all contents; "auto" decides for lists.
           tools: functions the model may call, as JSON schemas.
           documents: texts for retrieval, if the template supports them.
-          variables: further names the template may read, such as bos_token and enable_thinking.
+          variables: further names the template may read, such as enable_thinking.
+          special_tokens: the tokenizer's, by names such as bos_token.
 
         Raises:
           RequestError: messages are malformed, or the template refuses, fails or exceeds a limit.
         """
         _check_template(template)
-        variables = {
-            **(variables or {}),
+        _check_format(content_format)
+        options = {
             "tools": _as_dicts("tools", tools),
             "documents": _as_dicts("documents", documents),
             "add_generation_prompt": add_generation_prompt,
@@ -96,7 +104,8 @@ class ChatRenderer:
         job = {
             "template": template,
             "messages": check_messages(messages),
-            "variables": variables,
+            "variables": {**(special_tokens or {}), **(variables or {}), **options},
+            "content_format": content_format,
             "continue_final_message": continue_final_message,
             "max_chars": MAX_OUTPUT_CHARS,
             "max_cpu_s": MAX_CPU_S,
@@ -104,12 +113,46 @@ class ChatRenderer:
         }
         if continue_final_message:
             _check_continuable(job["messages"][-1], add_generation_prompt)
-        reply = self._ask(_as_json(job))
+        job, reply = self._rendered(job, messages)
         if "error" in reply:
             raise _explained(reply["error"], reply["details"])
+        unread = set(variables or ()) - set(reply["names"])
+        self._warn_of_unused(job, reply["text"], unread)
         return reply["text"]
 
-    def _ask(self, request: bytes) -> dict[str, str]:
+    def _rendered(
+        self, job: dict[str, Any], messages: Sequence[Mapping[str, Any]]
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Renders a job; if it fails, then with the tool calls' arguments as text, if they were.
+
+        Returns:
+          The job that was rendered, and the reply; the first reply if both fail.
+        """
+        reply = self._ask(_as_json(job))
+        if reply.get("error") not in ("failed", "raised"):
+            return job, reply
+        as_given = with_text_arguments(job["messages"], messages)
+        if as_given is None:
+            return job, reply
+        with_text = {**job, "messages": as_given}
+        second = self._ask(_as_json(with_text))
+        return (job, reply) if "error" in second else (with_text, second)
+
+    def _warn_of_unused(self, job: dict[str, Any], text: str, unread: Iterable[str]) -> None:
+        """Logs, once for each template, the parts of a job that do not change its text."""
+        template = hash(job["template"])
+        for what, changed in changed_jobs(job):
+            if (template, what) not in self._checked:
+                self._checked.add((template, what))
+                # Not `_as_json`: the check is a little larger, and must not meet the limit.
+                if self._ask(json.dumps(changed).encode()).get("text") == text:
+                    warn_unused(what)
+        for name in sorted(unread):
+            if (template, f"variable {name}") not in self._checked:
+                self._checked.add((template, f"variable {name}"))
+                warn_unused(f"the variable {name!r} (chat_template_kwargs)")
+
+    def _ask(self, request: bytes) -> dict[str, Any]:
         with self._lock:
             if self._worker is None:
                 self._worker = _Worker()
@@ -160,62 +203,6 @@ def choose_template(
     )
 
 
-def check_messages(messages: Any) -> list[dict[str, Any]]:
-    """Checks the messages; returns copies without None values.
-
-    Raises:
-      RequestError: a message is malformed; names it and the error.
-    """
-    if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Sequence):
-        raise RequestError(
-            f"messages must be a list of dicts; got {messages!r:.60}. "
-            'Pass [{"role": "user", "content": "..."}].'
-        )
-    if not messages:
-        raise RequestError("messages must hold at least one message; got none. Add one.")
-    return [_checked_message(i, message) for i, message in enumerate(messages)]
-
-
-def _checked_message(index: int, message: Any) -> dict[str, Any]:
-    where = f"messages[{index}]"
-    if not isinstance(message, Mapping):
-        raise RequestError(f"{where} must be a dict with role and content; got {message!r:.60}.")
-    # APIs write None for "absent"; templates test for presence.
-    kept = {key: value for key, value in message.items() if value is not None}
-    if not isinstance(kept.get("role"), str) or not kept["role"]:
-        raise RequestError(
-            f"{where} needs a role; got role={message.get('role')!r:.60}. "
-            'Use "system", "user", "assistant" or "tool".'
-        )
-    if "content" not in kept:
-        if "tool_calls" not in kept:
-            raise RequestError(f"{where} needs content; got only {sorted(kept)}. Add some text.")
-        return kept
-    content = kept["content"]
-    if isinstance(content, str):
-        return kept
-    if isinstance(content, Mapping) or not isinstance(content, Sequence):
-        raise RequestError(
-            f"{where} must have text as its content; got content={content!r:.60}. Pass a string."
-        )
-    kept["content"] = [_checked_part(f"{where} part {i}", part) for i, part in enumerate(content)]
-    return kept
-
-
-def _checked_part(where: str, part: Any) -> dict[str, Any]:
-    if isinstance(part, str):
-        return {"type": "text", "text": part}
-    if not isinstance(part, Mapping) or part.get("type") != "text":
-        kind = part.get("type") if isinstance(part, Mapping) else part
-        raise RequestError(
-            f'{where} must be of type "text"; got {kind!r:.60}. Leave other parts out: '
-            "these models read text only."
-        )
-    if not isinstance(part.get("text"), str):
-        raise RequestError(f"{where} needs text; got text={part.get('text')!r:.60}. Add it.")
-    return dict(part)
-
-
 def _check_continuable(message: Mapping[str, Any], add_generation_prompt: bool) -> None:
     if add_generation_prompt:
         raise RequestError(
@@ -236,6 +223,14 @@ def _check_template(template: Any) -> None:
         raise RequestError(
             f"a chat template has at most {MAX_TEMPLATE_CHARS} characters; got {len(template)}. "
             "Pass a shorter one."
+        )
+
+
+def _check_format(content_format: Any) -> None:
+    if content_format not in ("auto", "string", "openai"):
+        raise RequestError(
+            "chat_template_content_format must be 'auto', 'string' or 'openai'; "
+            f"got {shown(content_format)}. Leave it out, or choose one."
         )
 
 
@@ -319,7 +314,7 @@ class _Worker:
         self._line = Connection(ours.detach())
         self.stop = weakref.finalize(self, _end, self._process, self._line)
 
-    def ask(self, request: bytes) -> dict[str, str]:
+    def ask(self, request: bytes) -> dict[str, Any]:
         """Sends one request and returns the reply; a worker that dies is an error reply."""
         try:
             self._line.send_bytes(request)

@@ -10,6 +10,7 @@ Arguments: a socket's file descriptor, then the folders to import from.
 import datetime
 import functools
 import json
+import re
 import resource
 import signal
 import sys
@@ -18,12 +19,13 @@ from multiprocessing.connection import Connection
 if __name__ == "__main__":
     sys.path.extend(path for path in sys.argv[2:] if path not in sys.path)
 
-from jinja2 import Template, TemplateError, TemplateSyntaxError, nodes  # noqa: E402
+from jinja2 import Template, TemplateError, TemplateSyntaxError, meta, nodes  # noqa: E402
 from jinja2.ext import Extension, loopcontrols  # noqa: E402
 from jinja2.parser import Parser  # noqa: E402
 from jinja2.sandbox import ImmutableSandboxedEnvironment  # noqa: E402
 
 _END_OF_TEXT = "<<end of the message to continue>> "
+_MARKS = ("qzfirstqz", "qzsecondqz")  # texts of a probe, which no template writes itself
 
 
 class RefusedError(Exception):
@@ -75,40 +77,69 @@ def _environment() -> ImmutableSandboxedEnvironment:
 
 
 @functools.lru_cache(maxsize=8)
-def _compiled(source: str) -> tuple[Template, bool]:
-    """The template, and whether it reads content as a list of parts."""
+def _compiled(source: str) -> tuple[Template, list[str]]:
+    """The template, and the names that it can read."""
     env = _environment()
     tree = env.parse(source)
-    reads_parts = _reads_parts(tree)
-    return env.from_string(tree), reads_parts
+    names = sorted(meta.find_undeclared_variables(tree))
+    return env.from_string(tree), names
 
 
-def _reads_parts(tree: nodes.Template) -> bool:
-    """Whether a loop runs over a message's content, directly or through a variable."""
-    names = {
-        node.target.name
-        for node in tree.find_all(nodes.Assign)
-        if isinstance(node.target, nodes.Name) and _is_content(node.node, frozenset())
-    }
-    return any(_is_content(node.iter, names) for node in tree.find_all(nodes.For))
+@functools.lru_cache(maxsize=64)
+def _reads_parts(source: str, role: str) -> bool:
+    """Whether the template shows the texts of a role's content that is a list of parts.
+
+    Decided by rendering a small chat. A template that does not show such a message at all (it
+    refuses the role, for example) is taken to treat it as it treats a user's.
+    """
+    parts = [{"type": "text", "text": mark} for mark in _MARKS]
+    if _shows_marks(source, _probe(role, parts)):
+        return True
+    if role == "user" or _shows_marks(source, _probe(role, " ".join(_MARKS))):
+        return False
+    return _reads_parts(source, "user")
 
 
-def _is_content(node: nodes.Node | None, names: set[str] | frozenset[str]) -> bool:
-    while isinstance(node, nodes.Filter):
-        node = node.node
-    if isinstance(node, nodes.Name):
-        return node.name in names
-    if isinstance(node, nodes.Getattr):
-        return node.attr == "content"
-    if isinstance(node, nodes.Getitem):
-        return isinstance(node.arg, nodes.Const) and node.arg.value == "content"
-    return False
+def _shows_marks(source: str, messages: list[dict]) -> bool:
+    """Whether the rendered messages hold the marks as text, not as Python or JSON of a part."""
+    template, _ = _compiled(source)
+    try:
+        text = template.render(
+            messages=messages, tools=None, documents=None, bos_token="", eos_token=""
+        )
+    except Exception:  # a template is a program and can raise anything; it shows nothing then
+        return False
+    is_part = re.search(rf"""['"]text\\*['"]: *\\*['"]{_MARKS[0]}""", text)
+    return all(mark in text for mark in _MARKS) and is_part is None
 
 
-def _join_parts(messages: list[dict]) -> None:
-    for message in messages:
-        if isinstance(message.get("content"), list):
-            message["content"] = "\n".join(part["text"] for part in message["content"])
+def _probe(role: str, content: object) -> list[dict]:
+    """A short chat with one message of this role and content."""
+    question = {"role": "user", "content": "question"}
+    message = {"role": role, "content": content}
+    call = {"id": "call00000", "type": "function", "function": {"name": "f", "arguments": {}}}
+    match role:
+        case "user":
+            return [message]
+        case "system" | "developer":
+            return [message, question]
+        case "assistant":
+            return [question, message, question]
+        case _:  # the answer to a call of a tool
+            called = {"role": "assistant", "content": "", "tool_calls": [call]}
+            return [question, called, {**message, "tool_call_id": call["id"], "name": "f"}]
+
+
+def _set_contents(job: dict) -> None:
+    """Joins lists of parts, or makes texts into lists, as the job or the template wants it."""
+    wanted = job["content_format"]
+    for message in job["messages"]:
+        content = message.get("content")
+        if isinstance(content, str) and wanted == "openai":
+            message["content"] = [{"type": "text", "text": content}]
+        elif isinstance(content, list) and wanted != "openai":
+            if wanted == "string" or not _reads_parts(job["template"], message["role"]):
+                message["content"] = "\n".join(part["text"] for part in content)
 
 
 def _mark_end(message: dict) -> str:
@@ -134,11 +165,10 @@ def _cut_at_mark(text: str, continued: str) -> str:
 
 
 def render(job: dict) -> str:
-    """Renders one job: template, messages, variables, continue_final_message, max_chars."""
-    template, reads_parts = _compiled(job["template"])
+    """Renders one job, as `chat.py` makes it."""
+    template, _ = _compiled(job["template"])
+    _set_contents(job)
     messages = job["messages"]
-    if not reads_parts:
-        _join_parts(messages)
     continued = _mark_end(messages[-1]) if job["continue_final_message"] else None
     pieces, num_chars = [], 0
     for piece in template.generate(messages=messages, **job["variables"]):
@@ -150,10 +180,10 @@ def render(job: dict) -> str:
     return text if continued is None else _cut_at_mark(text, continued)
 
 
-def answer(job: dict) -> dict[str, str]:
-    """Returns the rendered text, or the kind and details of the failure."""
+def answer(job: dict) -> dict[str, object]:
+    """Returns the text and the names the template can read, or the failure's kind and details."""
     try:
-        return {"text": render(job)}
+        return {"text": render(job), "names": _compiled(job["template"])[1]}
     except RefusedError as refused:
         return {"error": refused.args[0], "details": refused.args[1]}
     except RaisedByTemplateError as error:

@@ -1,11 +1,12 @@
 """Converts token ids to text as they arrive; never splits a character."""
 
 import codecs
+import itertools
 from collections.abc import Iterable, Sequence
 
 from jinfer.request.tokenizer import Tokenizer
 
-# A character has at most 4 bytes, so an unfinished one spans at most 3 tokens.
+# A character has at most 4 bytes, so an unfinished one spans at most 3 tokens that have bytes.
 _UNFINISHED_TOKENS = 3
 
 
@@ -14,6 +15,10 @@ class Detokenizer:
 
     All pieces joined equal `tokenizer.decode` of all ids. With `prompt_ids` the pieces continue the
     prompt's text: " world" after "Hello" keeps its space, which it loses when decoded alone.
+
+    A prompt may end inside a character. The output has the character if its first tokens complete
+    it; otherwise the U+FFFD belongs to the prompt's text, and the output begins behind it. An
+    output that ends inside a character ends with U+FFFD.
 
     Args:
       tokenizer: the tokenizer of the ids.
@@ -35,8 +40,11 @@ class Detokenizer:
         self._strips_space = tokenizer.strips_first_space and not any(
             self._bytes_of(token_id) for token_id in prompt_ids
         )
-        for token_id in prompt_ids[-_UNFINISHED_TOKENS:]:
-            self._decoder.decode(self._bytes_of(token_id))
+        shown = (data for token_id in reversed(prompt_ids) if (data := self._bytes_of(token_id)))
+        for data in reversed(list(itertools.islice(shown, _UNFINISHED_TOKENS))):
+            self._decoder.decode(data)
+        # Whether the first character begins in the prompt.
+        self._begins_in_prompt = bool(self._decoder.getstate()[0])
 
     def feed(self, token_ids: Iterable[int]) -> str:
         """Returns the text completed by these tokens; empty while a character is unfinished."""
@@ -51,6 +59,9 @@ class Detokenizer:
 
     def _emit(self, data: bytes, *, final: bool) -> str:
         text = self._decoder.decode(data, final)
+        if text and self._begins_in_prompt:
+            self._begins_in_prompt = False
+            text = text.removeprefix("\N{REPLACEMENT CHARACTER}")
         if text and self._strips_space:
             self._strips_space = False
             return text.removeprefix(" ")

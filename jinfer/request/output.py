@@ -75,7 +75,8 @@ class CompletionOutput:
 
     Args:
       index: its number, 0 to n - 1.
-      text: without the stop string, unless `include_stop_str_in_output` is set.
+      text: without the stop string, unless `include_stop_str_in_output` is set. If the tokens end
+        inside a character, it ends with U+FFFD.
       token_ids: includes the token that ended it.
       cumulative_logprob: sum over token_ids; None unless logprobs were requested.
       logprobs: for each token, the reported tokens by id.

@@ -1,33 +1,17 @@
 """Parameters of one request: sampling, stopping and reporting, under vLLM's names."""
 
 import functools
-import numbers
-import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import FrozenInstanceError, dataclass, field, fields, replace
 from enum import Enum
 from typing import Any, TypeVar
 
 from jinfer.errors import RequestError, shown, unknown_keyword
-from jinfer.request.prompt import require_unicode
+from jinfer.request import param_checks as checks
+from jinfer.request.param_checks import MAX_COUNT
+from jinfer.request.vllm_params import settled
 
-# Each of the n completions takes a slot; more than a thousand is a typing error.
-MAX_N = 1024
-# Stop strings are searched in the text of every token: many or long ones cost time.
-MAX_STOP_STRINGS = 64
-MAX_STOP_CHARS = 1024
-# Stored in rows of fixed size on the device, one per slot, so no request recompiles a step.
-MAX_STOP_TOKEN_IDS = 64
-MAX_LOGIT_BIASES = 1024
-MAX_BAD_WORDS = 128  # also the limit on a slot's bad words of two or more tokens
-# The usual limit. To ban or force tokens, use bad_words or allowed_token_ids.
-MAX_ABS_LOGIT_BIAS = 100.0
-# Limits of the divisors of logits, far from the ends of float32 (1e-38 and 1e38).
-MIN_DIVISOR = 1e-5
-MAX_DIVISOR = 1e6
-# Counts are int32 on the device.
-MAX_COUNT = 2**31 - 1
-
+ALL_TOKENS = -1  # of `logprobs`: every token of the vocabulary
 _Class = TypeVar("_Class", bound=type)
 
 
@@ -39,23 +23,34 @@ class RequestOutputKind(Enum):
     FINAL_ONLY = 2  # one output, at the end, with everything
 
 
-def _refuse_unknown_keywords(cls: _Class) -> _Class:
-    """Makes the constructor name the nearest parameter when a keyword is misspelt."""
+def _with_advice(cls: _Class) -> _Class:
+    """Makes errors of the constructor and of assignment name the right thing to write.
+
+    The constructor also takes vLLM's other fields, and names the nearest for a misspelt one.
+    """
     known = {f.name for f in fields(cls)}
     init = cls.__init__
 
     @functools.wraps(init)
     def checked(self: Any, **keywords: Any) -> None:
+        keywords = settled(keywords)
         for name in keywords:
             if name not in known:
                 raise unknown_keyword(cls.__name__, name, known)
         init(self, **keywords)
 
+    def refuse(self: Any, name: str, value: Any) -> None:
+        raise FrozenInstanceError(
+            f"{cls.__name__} cannot be changed; got an assignment to {name}. "
+            f"Write params = params.replace({name}=...)."
+        )
+
     cls.__init__ = checked  # pyright: ignore[reportAttributeAccessIssue]
+    cls.__setattr__ = refuse  # pyright: ignore[reportAttributeAccessIssue]
     return cls
 
 
-@_refuse_unknown_keywords
+@_with_advice
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
     """Parameters of one request; names, meanings and defaults are vLLM's.
@@ -63,6 +58,8 @@ class SamplingParams:
     Differences: `max_tokens=None`, the default, means "until the model stops or the context ends"
     (vLLM's default is 16), and a temperature between 0 and 1e-5 is refused (vLLM raises everything
     below 0.01 to 0.01). Lists may be any iterable and become tuples; `stop` may be one string.
+    Further fields of vLLM are accepted at values that change nothing, such as their defaults (see
+    `jinfer.request.vllm_params`). To change a field, use `replace`.
 
     Order of the transforms: penalties, logit_bias, bad_words and allowed_token_ids, temperature,
     top_k, top_p, min_p, then sample.
@@ -77,14 +74,21 @@ class SamplingParams:
       top_p: in (0, 1]; 1 keeps every token.
       top_k: keeps this many of the likeliest tokens; 0 or -1 keeps all.
       min_p: in [0, 1]; drops tokens less likely than this fraction of the top probability.
-      seed: any integer of 64 bits; None lets the engine choose.
-      stop: strings that end the output.
+      seed: any integer of 64 bits; None or -1 lets the engine choose.
+      stop: strings that end the output. A string that is exactly one special token ends it also
+        where `skip_special_tokens` hides that token.
       stop_token_ids: tokens that end the output, besides the model's own end tokens.
-      bad_words: strings that may not be generated.
-      ignore_eos: does not stop at the model's own end tokens.
+      bad_words: words or phrases that the output may not contain, however they are cut into
+        tokens, at its start and after spaces, punctuation or other tokens. Case counts; spaces
+        before a word do not. A longer word within one token is not banned: "cat" allows the token
+        "concatenate", as in vLLM, but no token "cat", even if "s" would follow. "Longer" means a
+        letter with case, or a digit, on both sides of the word's edge.
+      ignore_eos: does not stop at the model's own end tokens: those of the checkpoint's configs,
+        and the tokenizer's.
       max_tokens: most output tokens; None = until the model stops or the context ends.
       min_tokens: fewest output tokens; end and stop tokens are forbidden before.
-      logprobs: top tokens to report at each output position, besides the sampled one.
+      logprobs: top tokens to report at each output position, besides the sampled one; -1 = all,
+        if the engine's max_logprobs is as large as the vocabulary.
       prompt_logprobs: the same at each prompt position.
       detokenize: False leaves the text of outputs empty.
       skip_special_tokens: leaves special tokens out of the text.
@@ -134,9 +138,18 @@ class SamplingParams:
         """The checkpoint's sampling defaults (generation_config.json) under the user's choices."""
         return cls(**{**defaults, **chosen})
 
+    @classmethod
+    def from_optional(cls, **chosen: Any) -> "SamplingParams":
+        """As the constructor, but None stands for the default of every field."""
+        return cls(**{name: value for name, value in chosen.items() if value is not None})
+
     def clone(self) -> "SamplingParams":
-        """Returns a copy, as in vLLM; `dataclasses.replace` returns one with changes."""
+        """Returns a copy, as in vLLM."""
         return replace(self)
+
+    def replace(self, **changes: Any) -> "SamplingParams":
+        """Returns a copy with some fields changed, checked as by the constructor."""
+        return replace(self, **changes)
 
     @property
     def greedy(self) -> bool:
@@ -166,10 +179,11 @@ class SamplingParams:
                     )
         for name in ("logprobs", "prompt_logprobs"):
             count = getattr(self, name)
-            if count is not None and count > max_logprobs:
+            all_of_them = f", all {vocab_size} tokens" if count == ALL_TOKENS else ""
+            if count is not None and (vocab_size if all_of_them else count) > max_logprobs:
                 raise RequestError(
-                    f"{name} must be at most max_logprobs={max_logprobs}; got {name}={count}. "
-                    "Ask for fewer, or raise max_logprobs of the engine."
+                    f"{name} must be at most max_logprobs={max_logprobs}; got {name}={count}"
+                    f"{all_of_them}. Ask for fewer, or raise max_logprobs of the engine."
                 )
         # A prompt has at least one token, so the output has at most one less than the context.
         if self.min_tokens >= max_model_len:
@@ -185,73 +199,10 @@ class SamplingParams:
                 )
 
 
-def _integer(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise RequestError(f"{name} must be an integer; got {name}={shown(value)}. Pass an int.")
-    return operator.index(value)
-
-
-def _integer_within(low: int, high: int, *, or_none: bool = False) -> Callable[[str, Any], Any]:
-    def check(name: str, value: Any) -> int | None:
-        if or_none and value is None:
-            return None
-        number = _integer(name, value)
-        if not low <= number <= high:
-            # Python refuses to print integers of thousands of digits.
-            shown = number if number.bit_length() < 200 else f"{number.bit_length()} bits"
-            raise RequestError(
-                f"{name} must be in [{low}, {high}]; got {name}={shown}. Choose a value in it."
-            )
-        return number
-
-    return check
-
-
-def _number_within(low: float, high: float, *, above: bool = False) -> Callable[[str, Any], float]:
-    bracket = "(" if above else "["
-
-    def check(name: str, value: Any) -> float:
-        if isinstance(value, bool) or not isinstance(value, numbers.Real):
-            raise RequestError(f"{name} must be a number; got {name}={shown(value)}. Pass a float.")
-        try:
-            number = float(value)
-        except OverflowError:  # an integer past 1e308
-            number = float("inf")
-        # NaN fails every comparison, so this refuses it too.
-        if not (low < number if above else low <= number) or not number <= high:
-            raise RequestError(
-                f"{name} must be in {bracket}{low:g}, {high:g}]; got {name}={number}. "
-                "Choose a value in it."
-            )
-        return number
-
-    return check
-
-
-def _temperature(name: str, value: Any) -> float:
-    number = _number_within(0.0, MAX_DIVISOR)(name, value)
-    if 0.0 < number < MIN_DIVISOR:
-        raise RequestError(
-            f"temperature must be 0 or at least {MIN_DIVISOR:g}; got temperature={number}. "
-            "Use 0 for the likeliest token."
-        )
-    return number
-
-
-def _top_k(name: str, value: Any) -> int:
-    return max(0, _integer_within(-1, MAX_COUNT)(name, value))
-
-
-def _flag(name: str, value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise RequestError(f"{name} must be True or False; got {name}={shown(value)}. Pass a bool.")
-    return value
-
-
 def _output_kind(name: str, value: Any) -> RequestOutputKind:
     value = value.value if isinstance(value, Enum) else value  # vLLM's enum has the same values
     try:
-        return RequestOutputKind(_integer(name, value))
+        return RequestOutputKind(checks.integer(name, value))
     except (RequestError, ValueError):
         names = ", ".join(kind.name for kind in RequestOutputKind)
         raise RequestError(
@@ -259,109 +210,29 @@ def _output_kind(name: str, value: Any) -> RequestOutputKind:
         ) from None
 
 
-def _listed(name: str, value: Any, of: str) -> tuple[Any, ...]:
-    if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
-        raise RequestError(
-            f"{name} must be a list of {of}; got {name}={shown(value)}. Pass a list."
-        )
-    return tuple(value)
-
-
-def _at_most(name: str, values: Any, limit: int) -> None:
-    if len(values) > limit:
-        raise RequestError(
-            f"{name} holds at most {limit} entries; got {len(values)}. Pass fewer of them."
-        )
-
-
-def _strings(limit: int) -> Callable[[str, Any], tuple[str, ...]]:
-    def check(name: str, value: Any) -> tuple[str, ...]:
-        if value is None:
-            return ()
-        texts = (value,) if isinstance(value, str) else _listed(name, value, "strings")
-        _at_most(name, texts, limit)
-        for i, text in enumerate(texts):
-            if not isinstance(text, str) or not text:
-                raise RequestError(
-                    f"{name} must hold strings that are not empty; got {shown(text)}. Drop it."
-                )
-            if len(text) > MAX_STOP_CHARS:
-                raise RequestError(
-                    f"{name} holds strings of at most {MAX_STOP_CHARS} characters; "
-                    f"got one of {len(text)}. Shorten it."
-                )
-            require_unicode(f"{name}[{i}]", text)
-        return tuple(dict.fromkeys(texts))
-
-    return check
-
-
-def _token_ids(name: str, value: Any) -> tuple[int, ...]:
-    check = _integer_within(0, MAX_COUNT)
-    ids = [check(f"{name}[{i}]", one) for i, one in enumerate(_listed(name, value, "token ids"))]
-    return tuple(dict.fromkeys(ids))
-
-
-def _stop_token_ids(name: str, value: Any) -> tuple[int, ...]:
-    ids = () if value is None else _token_ids(name, value)
-    _at_most(name, ids, MAX_STOP_TOKEN_IDS)
-    return ids
-
-
-def _allowed_token_ids(name: str, value: Any) -> tuple[int, ...] | None:
-    if value is None:
-        return None
-    ids = _token_ids(name, value)
-    if not ids:
-        raise RequestError(
-            "allowed_token_ids must allow at least one token; got an empty list. "
-            "Pass None to allow all."
-        )
-    return ids
-
-
-def _logit_bias(name: str, value: Any) -> dict[int, float] | None:
-    if value is None:
-        return None
-    if not isinstance(value, Mapping):
-        raise RequestError(
-            f"logit_bias must map token ids to numbers; got logit_bias={shown(value)}. Pass a dict."
-        )
-    _at_most(name, value, MAX_LOGIT_BIASES)
-    is_id = _integer_within(0, MAX_COUNT)
-    within = _number_within(-MAX_ABS_LOGIT_BIAS, MAX_ABS_LOGIT_BIAS)
-    bias = {}
-    for key, number in value.items():
-        # JSON has no integer keys; requests from a network have text.
-        is_text = isinstance(key, str) and key.isascii() and key.isdigit() and len(key) <= 10
-        token_id = is_id("a key of logit_bias", int(key) if is_text else key)
-        bias[token_id] = within(f"{name}[{token_id}]", number)
-    return bias or None
-
-
 _CHECKS: dict[str, Callable[[str, Any], Any]] = {
-    "n": _integer_within(1, MAX_N),
-    "presence_penalty": _number_within(-2.0, 2.0),
-    "frequency_penalty": _number_within(-2.0, 2.0),
-    "repetition_penalty": _number_within(MIN_DIVISOR, MAX_DIVISOR),
-    "temperature": _temperature,
-    "top_p": _number_within(0.0, 1.0, above=True),
-    "top_k": _top_k,
-    "min_p": _number_within(0.0, 1.0),
-    "seed": _integer_within(-(2**63), 2**64 - 1, or_none=True),
-    "stop": _strings(MAX_STOP_STRINGS),
-    "stop_token_ids": _stop_token_ids,
-    "bad_words": _strings(MAX_BAD_WORDS),
-    "ignore_eos": _flag,
-    "max_tokens": _integer_within(1, MAX_COUNT, or_none=True),
-    "min_tokens": _integer_within(0, MAX_COUNT),
-    "logprobs": _integer_within(0, MAX_COUNT, or_none=True),
-    "prompt_logprobs": _integer_within(0, MAX_COUNT, or_none=True),
-    "detokenize": _flag,
-    "skip_special_tokens": _flag,
-    "include_stop_str_in_output": _flag,
-    "logit_bias": _logit_bias,
-    "allowed_token_ids": _allowed_token_ids,
+    "n": checks.integer_within(1, checks.MAX_N),
+    "presence_penalty": checks.number_within(-2.0, 2.0),
+    "frequency_penalty": checks.number_within(-2.0, 2.0),
+    "repetition_penalty": checks.number_within(checks.MIN_DIVISOR, checks.MAX_DIVISOR),
+    "temperature": checks.temperature,
+    "top_p": checks.number_within(0.0, 1.0, above=True),
+    "top_k": checks.top_k,
+    "min_p": checks.number_within(0.0, 1.0),
+    "seed": checks.seed,
+    "stop": checks.strings(checks.MAX_STOP_STRINGS),
+    "stop_token_ids": checks.stop_token_ids,
+    "bad_words": checks.strings(checks.MAX_BAD_WORDS),
+    "ignore_eos": checks.flag,
+    "max_tokens": checks.integer_within(1, MAX_COUNT, or_none=True),
+    "min_tokens": checks.integer_within(0, MAX_COUNT),
+    "logprobs": checks.integer_within(ALL_TOKENS, MAX_COUNT, or_none=True),
+    "prompt_logprobs": checks.integer_within(ALL_TOKENS, MAX_COUNT, or_none=True),
+    "detokenize": checks.flag,
+    "skip_special_tokens": checks.flag,
+    "include_stop_str_in_output": checks.flag,
+    "logit_bias": checks.logit_bias,
+    "allowed_token_ids": checks.allowed_token_ids,
     "output_kind": _output_kind,
 }
 

@@ -37,13 +37,14 @@ def split_prompts(prompts: Any) -> tuple[list[Prompt], bool]:
       The prompts, and whether the argument was a single prompt.
 
     Raises:
-      RequestError: an element has none of these forms.
+      RequestError: an element has none of these forms; names its index.
     """
     if _is_one(prompts):
         return [as_prompt(prompts)], True
     if not isinstance(prompts, Sequence | np.ndarray):
         raise RequestError(f"a prompt must be text or token ids; got {shown(prompts)}. {_HOW}")
-    return [as_prompt(prompt) for prompt in prompts], False
+    many = len(prompts) > 1
+    return [_at_place(one, f"prompt {i}: " if many else "") for i, one in enumerate(prompts)], False
 
 
 def as_prompt(prompt: Any) -> Prompt:
@@ -103,6 +104,14 @@ def require_unicode(what: str, text: str) -> None:
             f"{what} must be valid Unicode; got {text[error.start]!r} at character {error.start}. "
             "Replace it."
         ) from None
+
+
+def _at_place(prompt: Any, place: str) -> Prompt:
+    """`as_prompt`, with an error that begins with the prompt's place."""
+    try:
+        return as_prompt(prompt)
+    except RequestError as error:
+        raise RequestError(f"{place}{error}") from error.__cause__
 
 
 def _is_one(prompts: Any) -> bool:

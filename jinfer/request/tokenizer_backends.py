@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -10,7 +11,7 @@ import sentencepiece
 import tokenizers
 
 from jinfer.errors import CheckpointError
-from jinfer.request.tokenizer_files import AddedToken, TokenizerFiles, damaged, read_text
+from jinfer.request.tokenizer_files import FLAGS, AddedToken, TokenizerFiles, damaged, read_text
 
 _SPACE_MARK = "▁"  # U+2581, how sentencepiece spells a space inside a piece
 _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
@@ -31,6 +32,10 @@ class Backend(Protocol):
 
     def token_id(self, content: str) -> int | None: ...
 
+    def token(self, token_id: int) -> str | None: ...
+
+    def vocab(self) -> dict[str, int]: ...
+
     def token_bytes(self, token_id: int) -> bytes: ...
 
 
@@ -50,6 +55,13 @@ class HFBackend:
         steps = None if decoder is None else json.loads(decoder.__getstate__())
         self._to_bytes, self.strips_first_space = _byte_reading(path, steps)
         added = self._library.get_added_tokens_decoder()
+        self._literal: dict[int, bytes] = {}  # added tokens that are not spelt as bytes
+        if self._to_bytes is _from_byte_level:
+            self._literal = {
+                token_id: token.content.encode(errors="replace")
+                for token_id, token in added.items()
+                if not self._is_spelt_as_bytes(token_id, token.content)
+            }
         self.special_ids = frozenset(i for i, token in added.items() if token.special)
         self.vocab_size = max(self._library.get_vocab_size(), max(added, default=-1) + 1)
         self._frame = self._framing(files)
@@ -64,27 +76,49 @@ class HFBackend:
     def token_id(self, content: str) -> int | None:
         return self._library.token_to_id(content)
 
+    def token(self, token_id: int) -> str | None:
+        return self._library.id_to_token(token_id) if token_id >= 0 else None
+
+    def vocab(self) -> dict[str, int]:
+        return self._library.get_vocab(with_added_tokens=True)
+
     def token_bytes(self, token_id: int) -> bytes:
+        if token_id in self._literal:
+            return self._literal[token_id]
         token = self._library.id_to_token(token_id)
         return b"" if token is None else self._to_bytes(token)
 
+    def _is_spelt_as_bytes(self, token_id: int, content: str) -> bool:
+        """Whether text becomes this added token through the bytes that its letters spell.
+
+        So for a token of the vocabulary that is also an added one, such as GPT-2's "ĊĊ" for two
+        line ends. Other added tokens stand for their own letters: "école" is no byte 0xE9.
+        """
+        if content.isascii():
+            return False
+        try:
+            text = _from_byte_level(content).decode()
+        except UnicodeDecodeError:
+            return False
+        return text != content and self._library.encode(text, add_special_tokens=False).ids == [
+            token_id
+        ]
+
     def _add_tokens(self, path: Path, files: TokenizerFiles) -> None:
-        """Adds tokens that only tokenizer_config.json names, and marks special tokens."""
-        known = {token.content for token in self._library.get_added_tokens_decoder().values()}
-        for token_id, token in sorted(files.added.items()):
-            if token.content in known:
-                continue
-            self._library.add_tokens([_library_token(token)])
-            if self._library.token_to_id(token.content) != token_id:
+        """Adds the tokens that only other files name, and sets the flags that other files give."""
+        known = {
+            token.content: _our_token(token)
+            for token in self._library.get_added_tokens_decoder().values()
+        }
+        wanted = _merged_tokens(known, files)
+        changed = [token for content, token in wanted.items() if known.get(content) != token]
+        self._library.add_tokens([_library_token(token) for token in changed])
+        for token_id, token in files.added.items():
+            if token.content not in known and self.token_id(token.content) != token_id:
                 raise CheckpointError(
                     f"added tokens must agree with {path.name}; got {token.content!r} as "
                     f"id {token_id} where the vocabulary gives it "
-                    f"{self._library.token_to_id(token.content)}. Download both files again."
-                )
-        for content in (*files.named.values(), *files.specials):
-            if content not in known:
-                self._library.add_special_tokens(
-                    [tokenizers.AddedToken(content, normalized=False, special=True)]
+                    f"{self.token_id(token.content)}. Download both files again."
                 )
 
     def _framing(self, files: TokenizerFiles) -> tuple[list[int], list[int]] | None:
@@ -102,15 +136,30 @@ class HFBackend:
         return ends[0], ends[1]
 
 
+def _merged_tokens(known: dict[str, AddedToken], files: TokenizerFiles) -> dict[str, AddedToken]:
+    """The added tokens of all files by content, in the order in which missing ones get ids.
+
+    As in transformers: flags of tokenizer_config.json override those of tokenizer.json, and a token
+    is special if either file says so, or if it has a name or is listed as a special token.
+    """
+    merged = dict(known)
+    for _, token in sorted(files.added.items()):
+        old = merged.get(token.content)
+        if old is None:
+            merged[token.content] = token
+        elif files.overrides:
+            merged[token.content] = replace(token, special=token.special or old.special)
+    for token in files.specials:
+        merged[token.content] = replace(merged.get(token.content, token), special=True)
+    return merged
+
+
+def _our_token(token: tokenizers.AddedToken) -> AddedToken:
+    return AddedToken(content=token.content, **{flag: getattr(token, flag) for flag in FLAGS})
+
+
 def _library_token(token: AddedToken) -> tokenizers.AddedToken:
-    return tokenizers.AddedToken(
-        token.content,
-        special=token.special,
-        lstrip=token.lstrip,
-        rstrip=token.rstrip,
-        normalized=token.normalized,
-        single_word=token.single_word,
-    )
+    return tokenizers.AddedToken(token.content, **{flag: getattr(token, flag) for flag in FLAGS})
 
 
 def _byte_alphabet() -> dict[str, int]:
@@ -130,7 +179,7 @@ _BYTE_OF_CHAR = _byte_alphabet()
 def _from_byte_level(token: str) -> bytes:
     try:
         return bytes([_BYTE_OF_CHAR[char] for char in token])
-    except KeyError:  # an added token, stored as plain text
+    except KeyError:  # no byte-level token: plain text
         return token.encode(errors="replace")
 
 
@@ -240,6 +289,17 @@ class SentencePieceBackend:
         token_id = self._first.piece_to_id(content)
         return token_id if self._first.id_to_piece(token_id) == content else None
 
+    def token(self, token_id: int) -> str | None:
+        if token_id in self._added:
+            return self._added[token_id].content
+        if not 0 <= token_id < self._first.get_piece_size():
+            return None
+        return self._first.id_to_piece(token_id)
+
+    def vocab(self) -> dict[str, int]:
+        tokens = ((self.token(token_id), token_id) for token_id in range(self.vocab_size))
+        return {token: token_id for token, token_id in tokens if token is not None}
+
     def token_bytes(self, token_id: int) -> bytes:
         if token_id in self._added:
             return self._added[token_id].content.encode(errors="replace")
@@ -278,15 +338,15 @@ class SentencePieceBackend:
                 )
             found[token_id] = token
         ids = {token.content: token_id for token_id, token in found.items()}
-        for content in (*self.named.values(), *files.specials):
-            token_id = ids.get(content)
+        by_name = [AddedToken(content=content, special=True) for content in self.named.values()]
+        for token in (*files.specials, *by_name):
+            token_id = ids.get(token.content)
             if token_id is None:
-                token_id = library.piece_to_id(content)
-                if library.id_to_piece(token_id) != content:  # no piece: gets a new id past them
+                token_id = library.piece_to_id(token.content)
+                if library.id_to_piece(token_id) != token.content:  # no piece: a new id past them
                     token_id = max(num_pieces, *(i + 1 for i in found))
-            if token_id not in found or not found[token_id].special:
-                found[token_id] = AddedToken(content=content, special=True)
-                ids[content] = token_id
+                ids[token.content] = token_id
+            found[token_id] = replace(found.get(token_id, token), special=True)
         return found
 
 

@@ -1,14 +1,25 @@
 """Reads the tokenizer's configuration files of a model folder into one form."""
 
+import itertools
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from jinfer.errors import CheckpointError
 
-_NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
+# Tokens that a vocabulary lacks get new ids in this order, as in transformers.
+_NAMED_TOKENS = (
+    "bos_token",
+    "eos_token",
+    "unk_token",
+    "sep_token",
+    "pad_token",
+    "cls_token",
+    "mask_token",
+)
+FLAGS = ("special", "lstrip", "rstrip", "normalized", "single_word")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,8 +40,9 @@ class TokenizerFiles:
 
     folder: Path
     added: dict[int, AddedToken] = field(default_factory=dict)  # by token id
+    overrides: bool = False  # whether the flags of `added` override those of tokenizer.json
     named: dict[str, str] = field(default_factory=dict)  # "bos_token" -> "<s>"
-    specials: tuple[str, ...] = ()  # contents of further special tokens
+    specials: tuple[AddedToken, ...] = ()  # the named tokens, then further special tokens
     add_bos: bool | None = None  # None: not in the file
     add_eos: bool | None = None
     legacy: bool = True  # sentencepiece: every part of a text gets a leading space
@@ -46,42 +58,80 @@ def read_tokenizer_files(folder: Path) -> TokenizerFiles:
     Raises:
       CheckpointError: a file is damaged, or a value has a wrong type.
     """
-    config = _read_json(folder / "tokenizer_config.json")
-    older = _read_json(folder / "special_tokens_map.json")
-    added = {
-        _checked(folder / "added_tokens.json", content, token_id, int): AddedToken(
-            content=content, special=False, normalized=True
-        )
-        for content, token_id in _read_json(folder / "added_tokens.json").items()
-    }
     path = folder / "tokenizer_config.json"
-    for key, entry in _checked(
-        path, "added_tokens_decoder", config.get("added_tokens_decoder", {}), dict
-    ).items():
-        if not key.isdecimal():
-            raise damaged(path, f"added_tokens_decoder has the key {key!r}, not a token id")
-        added[int(key)] = _added_token(path, entry)
-    named = {}
-    for name in _NAMED_TOKENS:
-        # A null in the newer file means: no such token.
-        said = config[name] if name in config else older.get(name)
-        if said is not None:
-            named[name] = _content(path, name, said)
-    extra = config.get("additional_special_tokens", older.get("additional_special_tokens")) or []
+    config = _read_json(path)
+    older = _read_json(folder / "special_tokens_map.json")
+    named = _named_tokens(path, config, older)
+    further = _further_specials(path, config, older)
+    specials = {token.content: token for token in (*further, *named.values())}
+    overrides = "added_tokens_decoder" in config
     return TokenizerFiles(
         folder=folder,
-        added=added,
-        named=named,
-        specials=tuple(
-            _content(path, "additional_special_tokens", one)
-            for one in _checked(path, "", extra, list)
-        ),
+        added=_newer_added(path, config) if overrides else _older_added(folder, specials),
+        overrides=overrides,
+        named={name: token.content for name, token in named.items()},
+        specials=(*named.values(), *further),
         add_bos=_flag(path, config, "add_bos_token"),
         add_eos=_flag(path, config, "add_eos_token"),
         legacy=_flag(path, config, "legacy") is not False,
         tokenizer_class=str(config.get("tokenizer_class") or ""),
         chat_templates=_chat_templates(folder, config),
     )
+
+
+def _named_tokens(
+    path: Path, config: Mapping[str, Any], older: Mapping[str, Any]
+) -> dict[str, AddedToken]:
+    """Special tokens by name: the usual ones, then a model's own, such as image_token."""
+    named = {}
+    for name in _NAMED_TOKENS:
+        # A null in the newer file means: no such token.
+        said = config[name] if name in config else older.get(name)
+        if said is not None:
+            named[name] = _special_token(path, name, said)
+    for name, said in config.items():
+        if name.endswith("_token") and name not in named and isinstance(said, str | dict):
+            named[name] = _special_token(path, name, said)
+    extra = config.get("extra_special_tokens")
+    if isinstance(extra, dict):
+        named |= {name: _special_token(path, name, said) for name, said in extra.items()}
+    return named
+
+
+def _further_specials(
+    path: Path, config: Mapping[str, Any], older: Mapping[str, Any]
+) -> list[AddedToken]:
+    """Special tokens without a name; extra_special_tokens is the newer key."""
+    for file, key in itertools.product(
+        (config, older), ("extra_special_tokens", "additional_special_tokens")
+    ):
+        said = file.get(key)
+        if said and not isinstance(said, dict):
+            return [_special_token(path, key, one) for one in _checked(path, key, said, list)]
+        if key == "additional_special_tokens" and key in file:
+            break  # an empty list in the newer file means: none
+    return []
+
+
+def _newer_added(path: Path, config: Mapping[str, Any]) -> dict[int, AddedToken]:
+    """The tokens of tokenizer_config.json; transformers reads no others where it has this key."""
+    added = {}
+    key = "added_tokens_decoder"
+    for token_id, entry in _checked(path, key, config[key], dict).items():
+        if not token_id.isdecimal():
+            raise damaged(path, f"{key} has the key {token_id!r}, not a token id")
+        added[int(token_id)] = _added_token(path, key, _checked(path, key, entry, dict))
+    return added
+
+
+def _older_added(folder: Path, specials: Mapping[str, AddedToken]) -> dict[int, AddedToken]:
+    path = folder / "added_tokens.json"
+    return {
+        _checked(path, content, token_id, int): specials.get(
+            content, AddedToken(content=content, special=False, normalized=True)
+        )
+        for content, token_id in _read_json(path).items()
+    }
 
 
 def _chat_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
@@ -103,18 +153,18 @@ def _chat_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
     return templates
 
 
-def _added_token(path: Path, entry: Any) -> AddedToken:
-    entry = _checked(path, "added_tokens_decoder", entry, dict)
-    flags = ("special", "lstrip", "rstrip", "normalized", "single_word")
+def _added_token(path: Path, name: str, said: Mapping[str, Any]) -> AddedToken:
     return AddedToken(
-        content=_content(path, "added_tokens_decoder", entry),
-        **{name: _flag(path, entry, name) is True for name in flags},
+        content=_checked(path, name, said.get("content"), str),
+        **{flag: _flag(path, said, flag) is True for flag in FLAGS},
     )
 
 
-def _content(path: Path, name: str, said: Any) -> str:
-    """Returns a token's content; the file has a string, or a dict with "content"."""
-    return _checked(path, name, said.get("content") if isinstance(said, dict) else said, str)
+def _special_token(path: Path, name: str, said: Any) -> AddedToken:
+    """A token that is special by its name; the file has a string, or a dict with "content"."""
+    if isinstance(said, dict):
+        return replace(_added_token(path, name, said), special=True)
+    return AddedToken(content=_checked(path, name, said, str), special=True)
 
 
 def _flag(path: Path, config: Mapping[str, Any], name: str) -> bool | None:

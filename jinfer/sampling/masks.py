@@ -9,14 +9,13 @@ from collections.abc import Mapping, Sequence, Set
 import numpy as np
 
 from jinfer.errors import RequestError
-from jinfer.request.params import MAX_BAD_WORDS
+from jinfer.request.param_checks import MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS
 
 Ids = Sequence[int] | Set[int] | np.ndarray
 
 WORD_BITS = 32  # tokens per word of a vocabulary mask
 MAX_STOP_IDS = 64  # end tokens of the model and stop_token_ids of the request together
 MAX_LOGIT_BIAS = 1024  # entries of logit_bias
-MAX_BAD_WORD_TOKENS = 8
 WINDOW = MAX_BAD_WORD_TOKENS - 1  # last tokens kept: the longest prefix of a bad word
 
 

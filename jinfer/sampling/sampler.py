@@ -22,18 +22,19 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int32, UInt32
 
 from jinfer.parallel.collectives import WHOLE, Shards
-from jinfer.request.params import MAX_BAD_WORDS
+from jinfer.request.param_checks import MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS
 from jinfer.sampling.masks import (
-    MAX_BAD_WORD_TOKENS,
     MAX_LOGIT_BIAS,
     MAX_STOP_IDS,
     WINDOW,
     WORD_BITS,
     num_words,
 )
+from jinfer.sampling.threefry import fold_in, random_bits
 from jinfer.sampling.threshold import top_k_threshold, top_p_threshold
 from jinfer.sampling.xla_workarounds import distinct_ids, row_major, rows_one_by_one
 
+NAN_TOKEN = -1  # in place of a token, if the logits are NaN
 _LANES = 128  # tokens per block of two-level sampling
 _LARGEST = float(jnp.finfo(jnp.float32).max)
 
@@ -111,8 +112,8 @@ def sample(
     """Samples one token per row of logits, in the order of the module's docstring.
 
     Ties: top-k and top-p keep every token that ties with the last one kept; temperature 0 takes
-    the lowest id among equals. A NaN logit is never sampled, +inf counts as the largest float32.
-    A row without a possible token (all NaN, -inf or banned) gives token 0.
+    the lowest id among equals. +inf counts as the largest float32. A row with a NaN that no mask
+    or ban covers gives NAN_TOKEN; a row without a possible token (all -inf or banned) gives 0.
 
     Args:
       logits_RV: any float dtype; computed in float32.
@@ -157,7 +158,9 @@ def sample(
     return lax.cond(
         jnp.any(random_R),
         lambda: jnp.where(
-            random_R, _sample_random(logits_RV, state, slot_R, position_R, shards), likeliest_R
+            random_R & (likeliest_R != NAN_TOKEN),
+            _sample_random(logits_RV, state, slot_R, position_R, shards),
+            likeliest_R,
         ),
         lambda: likeliest_R,
     )
@@ -198,14 +201,16 @@ def _clean(logits_RV: Array) -> Array:
 
 
 def _argmax(logits_RV: Array, shards: Shards) -> Array:
-    """Lowest id of the largest logit. Two plain reductions: a third of the time of jnp.argmax."""
+    """Lowest id of the largest logit, or NAN_TOKEN, which is lower than all, if one is NaN.
+
+    Two plain reductions: a third of the time of jnp.argmax.
+    """
     length = logits_RV.shape[-1]
     largest_R = shards.max(jnp.max(_clean(logits_RV), axis=-1))
     id_V = shards.start(length) + jnp.arange(length, dtype=jnp.int32)
-    reached_RV = logits_RV >= largest_R[:, None]  # false for NaN
-    none = shards.whole(length)
-    first_R = shards.min(jnp.min(jnp.where(reached_RV, id_V, none), axis=-1))
-    return jnp.where(largest_R > -jnp.inf, first_R, 0)
+    reached_RV = logits_RV >= largest_R[:, None]  # false for NaN, true if all are -inf
+    others_RV = jnp.where(jnp.isnan(logits_RV), NAN_TOKEN, shards.whole(length))
+    return shards.min(jnp.min(jnp.where(reached_RV, id_V, others_RV), axis=-1))
 
 
 def _needs_penalties(state: SamplingState, slot_R: Array) -> Array:
@@ -339,11 +344,7 @@ def _exponentials(seed_R2: Array, position_R: Array, num_blocks: int) -> tuple[A
     Each uses 32 random bits, with the finest resolution near 0, where unlikely tokens win. A
     block's number does not depend on the number of blocks, so a padded vocabulary keeps it.
     """
-    key_R = jax.random.wrap_key_data(seed_R2, impl="threefry2x32")
-    key_R = jax.vmap(jax.random.fold_in)(key_R, position_R)
-    with jax.threefry_partitionable(True):  # else all bits depend on how many there are
-        random_bits = partial(jax.random.bits, shape=(_LANES + num_blocks,))
-        bits = jax.vmap(random_bits)(key_R)
+    bits = random_bits(fold_in(seed_R2, position_R), _LANES + num_blocks)
     # Keep off 0, since we divide by the result, and off 1, to which the largest would round.
     uniform = jnp.minimum((bits.astype(jnp.float32) + 0.5) * 2.0**-32, 1.0 - 2.0**-24)
     exponential = -jnp.log1p(-uniform)

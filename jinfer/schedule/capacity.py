@@ -18,6 +18,7 @@ def plan_pages(
     max_model_len: int,
     page_size: int,
     requested_num_pages: int | None = None,
+    knob: str = "gpu_memory_utilization",
 ) -> int:
     """Decides the number of pages in the pool, null page included.
 
@@ -30,6 +31,7 @@ def plan_pages(
       max_model_len: tokens of the longest sequence, prompt and output.
       page_size: tokens per page.
       requested_num_pages: the user's number, null page included; None = decide.
+      knob: the argument that raises `free_bytes`, for the messages.
 
     Raises:
       ValueError: if one sequence of `max_model_len` tokens does not fit, or if the requested
@@ -42,7 +44,7 @@ def plan_pages(
             f"the KV pool must hold one sequence of max_model_len={max_model_len} tokens, "
             f"{_gib(num_needed * page_bytes)}; got {_gib(free_bytes)} free. "
             f"The longest context that fits is {_longest_context(num_fitting, page_size)} tokens: "
-            "lower max_model_len or max_num_seqs, or raise gpu_memory_utilization."
+            f"lower max_model_len or max_num_seqs, or raise {knob}."
         )
     if requested_num_pages is None:
         return min(num_fitting, 1 + max_slots * (num_needed - 1))
@@ -50,7 +52,7 @@ def plan_pages(
         raise ValueError(
             f"the KV pool must fit into free memory; got num_pages={requested_num_pages}, "
             f"{_gib(requested_num_pages * page_bytes)}, with {_gib(free_bytes)} free. "
-            f"Lower num_pages to {num_fitting} or less, or raise gpu_memory_utilization."
+            f"Lower num_pages to {num_fitting} or less, or raise {knob}."
         )
     if requested_num_pages < num_needed:
         longest = _longest_context(requested_num_pages, page_size)

@@ -122,13 +122,13 @@ class Scheduler:
         return self._pool.num_free_pages
 
     def add(self, sequence: TokenSequence) -> None:
-        """Queues a new sequence, its lengths already checked, behind others of its priority."""
-        assert sequence.order == -1, f"added twice: {sequence.request_id=}"
+        """Queues a sequence, its lengths checked: at its rank, or if new behind its priority."""
+        assert sequence.order < 0 or sequence.num_preemptions, f"added twice: {sequence=}"
         assert 1 <= sequence.num_tokens < sequence.max_length <= self._max_model_len, (
             f"{sequence.num_tokens=}, {sequence.max_length=}, {self._max_model_len=}"
         )
-        sequence.order = self._num_arrivals
-        self._num_arrivals += 1
+        if sequence.order < 0:  # else restarted
+            sequence.order, self._num_arrivals = self._num_arrivals, self._num_arrivals + 1
         self._waiting.add(sequence)
 
     def finish(self, sequence: TokenSequence) -> None:

@@ -3,7 +3,7 @@
 import enum
 import math
 from collections import abc
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from jinfer.axes import PageId, Slot
 
@@ -78,6 +78,26 @@ class TokenSequence:
     def num_unscheduled(self) -> int:
         """Tokens the next step could compute: 1 when decoding, 0 after the last was sampled."""
         return self.length - self.num_scheduled if self.length < self.max_length else 0
+
+    def restarted(self) -> "TokenSequence":
+        """Returns a sequence with the same tokens that owns nothing, to go on instead of this one.
+
+        It keeps its rank. Steps in flight belong to this one, which must be finished.
+        """
+        return replace(
+            self,
+            output_ids=list(self.output_ids),
+            num_computed=0,
+            num_scheduled=0,
+            num_unread=0,
+            num_in_flight=0,
+            pages=[],
+            page_keys=[],
+            num_published=0,
+            slot=None,
+            status=Status.WAITING,
+            num_preemptions=self.num_preemptions + 1,  # so `num_cached` stays
+        )
 
     def token_at(self, position: int) -> int:
         """The token id at `position`, of the prompt or of the outputs read so far."""

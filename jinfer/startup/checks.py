@@ -1,7 +1,7 @@
 """Range and type checks of the engine's arguments, before any file is read."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,19 @@ def check_config(config: EngineConfig) -> None:
     """Checks every argument against limits that hold for all models and devices.
 
     Raises:
-      ValueError: an argument is invalid; the message names it, its value and the limits.
+      ValueError: arguments are invalid; the message names each, its value and the limits.
     """
+    problems = []
     for name, check in _CHECKS.items():
-        check(name, getattr(config, name))
+        try:
+            check(name, getattr(config, name))
+        except ValueError as error:
+            problems.append(str(error))
+    if len(problems) == 1:
+        raise ValueError(problems[0])
+    if problems:
+        listed = "\n".join(f"  - {problem}" for problem in problems)
+        raise ValueError(f"{len(problems)} arguments must be changed:\n{listed}")
 
 
 def _integer(low: int, high: float = math.inf, *, or_none: bool = True) -> Check:
@@ -45,14 +54,37 @@ def _one_of(*allowed: str, or_none: bool = False) -> Check:
     return check
 
 
-def _path(*, or_none: bool) -> Check:
+def _path(*, or_none: bool, of: str = "a folder") -> Check:
     def check(name: str, value: Any) -> None:
         if not (or_none and value is None) and not isinstance(value, str | Path):
             raise ValueError(
-                f"{name} must be a string or a Path; got {name}={value!r:.60}. Name a folder."
+                f"{name} must be a string or a Path; got {name}={value!r:.60}. Name {of}."
             )
 
     return check
+
+
+def _text(name: str, value: Any) -> None:
+    if value is not None and not (isinstance(value, str) and value):
+        raise ValueError(
+            f"{name} must be a string that is not empty; got {name}={value!r:.60}. "
+            "Name a branch, a tag or a commit."
+        )
+
+
+def _token(name: str, value: Any) -> None:
+    if value is not None and not isinstance(value, str | bool):  # never show the value
+        raise ValueError(
+            f"{name} must be a string, True or False; got {type(value).__name__}. "
+            "Pass an access token of the hub, or True for that of `hf auth login`."
+        )
+
+
+def _mapping(name: str, value: Any) -> None:
+    if value is not None and not isinstance(value, Mapping):
+        raise ValueError(
+            f"{name} must be a dict; got {name}={value!r:.60}. Pass such as {{'temperature': 0.7}}."
+        )
 
 
 def _flag(name: str, value: Any) -> None:
@@ -60,29 +92,43 @@ def _flag(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be True or False; got {name}={value!r}. Pass a bool.")
 
 
+def _flag_or_none(name: str, value: Any) -> None:
+    if value is not None:
+        _flag(name, value)
+
+
 def _share(name: str, value: Any) -> None:
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not number or not 0.0 < value <= 1.0:
-        raise ValueError(f"{name} must be in (0, 1]; got {name}={value!r}. Choose such a share.")
+        raise ValueError(
+            f"{name} must be a number in (0, 1]; got {name}={value!r}. Choose such a share."
+        )
 
 
 def _milliseconds(name: str, value: Any) -> None:
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if value is not None and not (number and 0.0 < value < math.inf):
         raise ValueError(
-            f"{name} must be above 0; got {name}={value!r}. Pass milliseconds, or None."
+            f"{name} must be a number above 0; got {name}={value!r}. Pass milliseconds, or None."
         )
 
 
 def _amount(name: str, value: Any) -> None:
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if value is not None and not (number and 0.0 <= value < math.inf):
-        raise ValueError(f"{name} must be at least 0; got {name}={value!r}. Pass GiB, or None.")
+        raise ValueError(
+            f"{name} must be a number, at least 0; got {name}={value!r}. Pass GiB, or None."
+        )
 
 
 _CHECKS: dict[str, Check] = {
     "model": _path(or_none=False),
+    "revision": _text,
     "tokenizer": _path(or_none=True),
+    "tokenizer_revision": _text,
+    "chat_template": _path(or_none=True, of="a template's file, source or name"),
+    "download_dir": _path(or_none=True),
+    "hf_token": _token,
     "skip_tokenizer_init": _flag,
     "load_format": _one_of("auto", "safetensors", "dummy"),
     "dtype": _one_of(*DTYPES),
@@ -101,14 +147,18 @@ _CHECKS: dict[str, Check] = {
     "page_size": _integer(1),
     "num_pages": _integer(2),
     "gpu_memory_utilization": _share,
+    "kv_cache_memory_bytes": _integer(1),
     "seed": _integer(0, 2**32 - 1, or_none=False),
-    "generation_config": _one_of("auto", "vllm"),
+    "generation_config": _path(or_none=False, of='"auto", "vllm" or a folder'),
+    "override_generation_config": _mapping,
     # Each adds a column to every step's output; a whole vocabulary takes too long to transfer.
     "max_logprobs": _integer(0, 100, or_none=False),
     "layer_loop": _one_of("scan", "unrolled", or_none=True),
     "attention": _one_of(*ATTENTION, or_none=True),
     "compilation_cache": _path(or_none=True),
     "late_compile": _one_of("warn", "error"),
+    "enforce_eager": _flag_or_none,
+    "disable_log_stats": _flag,
     "progress": _flag,
 }
 

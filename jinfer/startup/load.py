@@ -1,10 +1,8 @@
 """Start-up: loads and allocates the weights, pool, slots and programs of an engine."""
 
 import math
-import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,14 +10,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from tqdm import tqdm
 
 from jinfer.compile.compile_cache import use_compilation_cache
 from jinfer.compile.names import step_name
 from jinfer.compile.program_store import open_store
-from jinfer.compile.programs import CompileReport, Compiling, Program
+from jinfer.compile.programs import CompileReport, Compiling
 from jinfer.config import EngineConfig, EnginePlan, GenerationDefaults, ModelConfig
 from jinfer.hosts.distributed import gather
+from jinfer.log import LOGGER, set_up_logging
 from jinfer.models.decoder import Params
 from jinfer.parallel.mesh import make_mesh
 from jinfer.parallel.model_shards import chip_shard, padded_model
@@ -30,17 +28,19 @@ from jinfer.runner.page_mover import PageMover
 from jinfer.shipped import find_shipped
 from jinfer.startup.checks import check_config
 from jinfer.startup.defaults import platform_of, resolve_dtype
+from jinfer.startup.lines import StartLines
 from jinfer.startup.memory import check_host_tier, free_bytes_each
 from jinfer.startup.plan import resolve_plan
 from jinfer.startup.programs import allocate_slots, state_shapes, step_programs
+from jinfer.startup.progress import CompileProgress
 from jinfer.step.attention import require_served
 from jinfer.step.kv_cache import allocate_pages
 from jinfer.step.pack import BucketShape
 from jinfer.step.page_moves import PAGES_PER_MOVE
 from jinfer.weights.dummy import dummy_params
-from jinfer.weights.folder import read_hf_config
+from jinfer.weights.folder import read_hf_config, require_unchanged, states_in
 from jinfer.weights.generation_config import read_generation_config
-from jinfer.weights.hub import resolve_model
+from jinfer.weights.hub import require_no_revision, resolve_model
 from jinfer.weights.layout import Hold, hold_as, put_held
 from jinfer.weights.load import (
     LoadReport,
@@ -88,16 +88,19 @@ def load(config: EngineConfig, devices: Sequence[jax.Device] | None = None) -> L
       NotImplementedError: the architecture or the platform is not supported.
     """
     check_config(config)
-    say = partial(print, "jinfer:", file=sys.stderr, flush=True) if config.progress else _silent
+    set_up_logging()
+    say = StartLines(shown=config.progress)
     use_compilation_cache(config.compilation_cache)
-    folder = _folder_of(config.model)
-    model = read_model_config(folder)
+    folder = _model_folder(config)
+    files = states_in(folder)
+    model = read_model_config(folder, weights=config.load_format != "dummy")
     defaults = read_generation_config(
-        folder, read_hf_config(folder), sampling=config.generation_config == "auto"
+        folder,
+        read_hf_config(folder),
+        source=config.generation_config,
+        overrides=config.override_generation_config or {},
     )
-    tokenizer = None
-    if not config.skip_tokenizer_init:
-        tokenizer = load_tokenizer(_folder_of(config.tokenizer) if config.tokenizer else folder)
+    tokenizer = _tokenizer_of(config, folder, model)
     # Touch devices last, so that errors in the files show at once.
     platform = platform_of(jax.devices()[0])
     check_host_tier(config, platform)
@@ -105,24 +108,28 @@ def load(config: EngineConfig, devices: Sequence[jax.Device] | None = None) -> L
     _require_every_process(placement)
     padded = padded_model(model, config.tensor_parallel_size)
     plan = _plan_for(config, model, padded, placement, platform)
-    for line in (*_plan_lines(plan), _capacity_line(plan)):
-        say(line)
-    if config.load_format != "dummy":
-        if config.load_format == "safetensors":
-            open_checkpoint(folder)  # raises if the folder has no safetensors
-        open_checked(folder, model)  # raises now, not after minutes of compiling
+    say.plan(config, model, plan)
+    _check_weights(config, folder, model)
     state = state_shapes(plan, padded, placement)
     programs = step_programs(plan, model, state, placement)
     pages = slots = runner = None
-    with _compiling(programs, placement.devices, config.progress) as compiling:
+    store = open_store(placement.devices)
+    with (
+        CompileProgress(len(programs), shown=config.progress) as progress,
+        Compiling(programs, store=store, on_done=progress.done) as compiling,
+    ):
         hold = hold_as(plan.weight_layout, placement.sharding)
         start_s = time.perf_counter()
-        params, weights = _load_weights(config, model, padded, folder, plan, hold, say)
+        params, weights = _load_weights(config, model, padded, folder, plan, hold)
+        say.weights(weights)
         try:
+            if weights is not None:
+                require_unchanged(folder, files)
             jax.block_until_ready(params)
             weights_s = time.perf_counter() - start_s
             compiled, made = compiling.result()
-            say(made)
+            progress.close()
+            say.programs(made)
             _require_same_plan(gather("plan", repr(plan)))  # also a barrier before collectives
             pages, slots = allocate_pages(state.pages), allocate_slots(plan, state.slots)
             runner = ModelRunner(
@@ -135,7 +142,7 @@ def load(config: EngineConfig, devices: Sequence[jax.Device] | None = None) -> L
             min_restored_pages = None
             if plan.num_host_pages:
                 min_restored_pages = break_even_pages(plan, runner)
-                say(_host_line(plan, min_restored_pages))
+                say.host_pages(plan, min_restored_pages)
             return Loaded(
                 model=model,
                 defaults=defaults,
@@ -233,8 +240,48 @@ def _plan_for(
     return plan
 
 
-def _folder_of(name: str | Path) -> Path:
-    return find_shipped(name) or resolve_model(name)
+def _model_folder(config: EngineConfig) -> Path:
+    return _folder_of(config, config.model, config.revision)
+
+
+def _tokenizer_folder(config: EngineConfig, folder: Path) -> Path:
+    if config.tokenizer is not None:
+        return _folder_of(config, config.tokenizer, config.tokenizer_revision)
+    if config.tokenizer_revision in (None, config.revision):
+        return folder
+    return _folder_of(config, config.model, config.tokenizer_revision)
+
+
+def _folder_of(config: EngineConfig, name: str | Path, revision: str | None) -> Path:
+    shipped = find_shipped(name)
+    if shipped is not None:
+        require_no_revision(shipped, revision)
+        return shipped
+    return resolve_model(
+        name, revision=revision, download_dir=config.download_dir, token=config.hf_token
+    )
+
+
+def _tokenizer_of(config: EngineConfig, folder: Path, model: ModelConfig) -> Tokenizer | None:
+    if config.skip_tokenizer_init:
+        return None
+    tokenizer = load_tokenizer(_tokenizer_folder(config, folder))
+    if tokenizer.vocab_size > model.vocab_size:
+        LOGGER.warning(
+            "the tokenizer has %s tokens, the model only %s: text with others is refused",
+            f"{tokenizer.vocab_size:,}",
+            f"{model.vocab_size:,}",
+        )
+    return tokenizer
+
+
+def _check_weights(config: EngineConfig, folder: Path, model: ModelConfig) -> None:
+    """Raises for files that cannot be loaded: now, not after minutes of compiling."""
+    if config.load_format == "dummy":
+        return
+    if config.load_format == "safetensors":
+        open_checkpoint(folder)  # raises if the folder has no safetensors
+    open_checked(folder, model)
 
 
 def _load_weights(
@@ -244,61 +291,8 @@ def _load_weights(
     folder: Path,
     plan: EnginePlan,
     hold: Hold,
-    say: Any,
 ) -> tuple[Params, LoadReport | None]:
     tree: dict[str, Any] = {"dtype": plan.dtype, "layer_loop": plan.layer_loop, "padded": padded}
     if config.load_format == "dummy":
-        params = dummy_params(model, **tree, seed=config.seed, hold=hold)
-        say(f"made {model.num_parameters:,} random parameters, {plan.dtype}")
-        return params, None
-    params, report = load_params(folder, model, **tree, put=partial(put_held, hold=hold))
-    say(report)
-    return params, report
-
-
-def _plan_lines(plan: EnginePlan) -> tuple[str, str]:
-    sizes = ", ".join(map(str, plan.token_buckets))
-    rows = ", ".join(map(str, plan.decode_buckets))
-    decodes = f", decodes of {rows} rows, up to {plan.max_decode_steps} at once" if rows else ""
-    return (
-        f"{plan.platform}, {plan.dtype}, {plan.attention} attention, {plan.layer_loop} layers, "
-        f"{plan.weight_layout} weights, {plan.max_slots} slots",
-        f"steps of {sizes} tokens{decodes}",
-    )
-
-
-def _capacity_line(plan: EnginePlan) -> str:
-    pool_gib = plan.num_pages * plan.page_bytes / 2**30
-    num_longest = plan.kv_capacity / plan.max_model_len
-    return (
-        f"KV cache {pool_gib:.2f} GiB of {plan.kv_dtype}: {plan.kv_capacity:,} tokens in "
-        f"{plan.num_pages - 1:,} pages of {plan.page_size}, {num_longest:.1f} x max_model_len"
-    )
-
-
-def _host_line(plan: EnginePlan, min_restored_pages: int | None) -> str:
-    host_gib = plan.num_host_pages * plan.page_bytes / 2**30
-    if min_restored_pages is None:
-        return "host memory keeps no KV pages: to fetch them takes longer than to compute them"
-    return (
-        f"host memory keeps {plan.num_host_pages:,} more pages, {host_gib:.2f} GiB, "
-        f"fetched from {min_restored_pages} on"
-    )
-
-
-@contextmanager
-def _compiling(
-    programs: Sequence[Program], devices: Sequence[jax.Device], progress: bool
-) -> Iterator[Compiling]:
-    store = open_store(devices)
-    # For tqdm, None means: a bar on a terminal, nothing in a file or a pipe.
-    disable = None if progress else True
-    with (
-        tqdm(total=len(programs), desc="compiling", disable=disable, leave=False) as bar,
-        Compiling(programs, store=store, on_done=lambda name: bar.update()) as compiling,
-    ):
-        yield compiling
-
-
-def _silent(*_: Any) -> None:
-    pass
+        return dummy_params(model, **tree, seed=config.seed, hold=hold), None
+    return load_params(folder, model, **tree, put=partial(put_held, hold=hold))

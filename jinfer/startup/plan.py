@@ -17,6 +17,9 @@ from jinfer.step.attention import default_attention, stored_head_dim
 from jinfer.step.kv_cache import page_bytes
 from jinfer.step.page_moves import GROUPS_AT_ONCE, PAGES_PER_MOVE
 
+# Below this number of parameters, a CPU compiles longer than most users then generate.
+SMALL_MODEL = 20_000_000
+
 
 def resolve_plan(
     config: EngineConfig,
@@ -54,11 +57,10 @@ def resolve_plan(
     kv_head_dim = stored_head_dim(attention, model.head_dim)
     page_size = config.page_size or default_page_size(platform, kv_dtype)
     one_page_bytes = page_bytes(shard, page_size=page_size, dtype=kv_dtype, head_dim=kv_head_dim)
-    memory_share = config.gpu_memory_utilization * defaults.memory_share
     reserved_bytes = scratch_bytes(shard, max_slots, max_step_tokens)
     if config.kv_offloading_size:  # buffers of two plans' moves, in both directions
         reserved_bytes += 4 * GROUPS_AT_ONCE * PAGES_PER_MOVE * one_page_bytes
-    room_bytes = max(0, int(free_bytes * memory_share) - reserved_bytes)
+    room_bytes = _room_bytes(config, free_bytes, defaults.memory_share, reserved_bytes)
     room_tokens = (room_bytes // one_page_bytes - 1) * page_size
     max_model_len = _context(config, model, room_tokens)
     num_pages = plan_pages(
@@ -68,6 +70,7 @@ def resolve_plan(
         max_model_len=max_model_len,
         page_size=page_size,
         requested_num_pages=config.num_pages,
+        knob="kv_cache_memory_bytes" if config.kv_cache_memory_bytes else "gpu_memory_utilization",
     )
     return EnginePlan(
         platform=platform,
@@ -101,7 +104,35 @@ def resolve_plan(
         layer_loop=resolve_layer_loop(config, platform),
         weight_layout=_weight_layout(device_kind, dtype),
         attention=attention,
+        quick_compile=_quick_compile(config, model, platform),
     )
+
+
+def _room_bytes(
+    config: EngineConfig, free_bytes: int, memory_share: float, reserved_bytes: int
+) -> int:
+    """Bytes for the KV pool on each chip."""
+    asked = config.kv_cache_memory_bytes
+    if asked is None:
+        share = config.gpu_memory_utilization * memory_share
+        return max(0, int(free_bytes * share) - reserved_bytes)
+    if config.num_pages is not None:
+        raise ValueError(
+            "num_pages and kv_cache_memory_bytes both set the size of the KV pool; got "
+            f"num_pages={config.num_pages} and kv_cache_memory_bytes={asked}. Pass one of them."
+        )
+    if asked > free_bytes - reserved_bytes:
+        raise ValueError(
+            f"the KV pool must fit into free memory; got kv_cache_memory_bytes={asked}, with "
+            f"{max(0, free_bytes - reserved_bytes)} bytes free. Lower it."
+        )
+    return asked
+
+
+def _quick_compile(config: EngineConfig, model: ModelConfig, platform: str) -> bool:
+    if config.enforce_eager is None:
+        return platform == "cpu" and model.num_parameters < SMALL_MODEL
+    return config.enforce_eager
 
 
 def _weight_layout(device_kind: str, dtype: str) -> str:

@@ -88,7 +88,7 @@ def step_programs(
       state: shapes of the arguments of every step.
       placement: the mesh, for all other arguments.
     """
-    options = dict(
+    bound = dict(
         decoder=Decoder(model, placement.shards),
         paged_attention=ATTENTION[plan.attention],
         max_logprobs=plan.max_logprobs,
@@ -97,15 +97,16 @@ def step_programs(
     )
     # The largest compile longest, so they start first.
     steps = {
-        step_name(size): (partial(run_step, **options), BucketShape.of(size, plan))
+        step_name(size): (partial(run_step, **bound), BucketShape.of(size, plan))
         for size in reversed(plan.token_buckets)
     }
-    decode = partial(run_decode, **options, max_steps=plan.max_decode_steps)
+    decode = partial(run_decode, **bound, max_steps=plan.max_decode_steps)
     decodes = {
         decode_name(size): (decode, DecodeShape.of(size, plan))
         for size in reversed(plan.decode_buckets)
     }
-    made = partial(_program, plan, placement, compiler_options=compiler_options(plan.platform))
+    options = compiler_options(plan.platform, quick=plan.quick_compile)
+    made = partial(_program, plan, placement, compiler_options=options)
     return [
         *[
             made(

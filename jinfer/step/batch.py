@@ -46,7 +46,7 @@ class StepBatch:
 class StepOutput:
     """The output of one step, an entry per row of logits."""
 
-    token_R: Int32[Array, "R"]  # the sampled or the given token
+    token_R: Int32[Array, "R"]  # the sampled or the given token; NAN_TOKEN if the logits are NaN
     logprobs: Logprobs  # of token_R under the raw logits, for the rows that want them
 
 
@@ -57,7 +57,8 @@ class DecodeBatch:
     """Everything the device needs for one or more decode steps of the same rows.
 
     Row b reads its newest token at position_B[b] and samples num_samples_B[b] tokens, one a step,
-    or fewer if it samples a stop token. Padding rows use the null slot and sample none.
+    or fewer if it samples a stop token or its logits are NaN. Padding rows use the null slot and
+    sample none.
     """
 
     slot_B: Int32[Array, "B"]

@@ -29,7 +29,7 @@ def run_decode(
     precision: str,
     max_steps: int,
 ) -> tuple[KVPages, SlotState, DecodeOutput]:
-    """Steps until every row has sampled all its tokens or a stop token.
+    """Steps until every row has sampled all its tokens or a stop token, or its logits are NaN.
 
     A row that is done becomes an empty row: attention skips it and nothing is written for it,
     while the others continue. A slot that stopped in an earlier dispatch samples nothing, so the

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Int32
 
 from jinfer.parallel.collectives import WHOLE, Shards
-from jinfer.sampling.sampler import SamplingState, empty_state, record
+from jinfer.sampling.sampler import NAN_TOKEN, SamplingState, empty_state, record
 from jinfer.step.batch import StepBatch
 
 ADMISSION_ROWS = 8  # slots written by one dispatch of `write_slots`
@@ -29,7 +29,7 @@ class SlotState:
     """Per-slot state, first axis A = slots + the null slot. Donated to every jitted function."""
 
     last_token_A: Int32[Array, "A"]  # sampled last; the next step's input
-    stopped_A: Bool[Array, "A"]  # sampled a stop token: steps sample no more for the slot
+    stopped_A: Bool[Array, "A"]  # sampled a stop token, or NaN: steps sample no more for the slot
     page_table_AM: Int32[Array, "A M"]  # entries past a sequence's length are stale but valid
     sampling: SamplingState
 
@@ -60,10 +60,15 @@ def record_sampled(
     samples_R: Bool[Array, "R"],
     shards: Shards = WHOLE,
 ) -> SlotState:
-    """Stores the sampled tokens as next inputs and for penalties, and marks stopped slots."""
+    """Stores the sampled tokens as next inputs and for penalties, and marks stopped slots.
+
+    A slot whose logits are NaN stops too; token 0 stands for the one that it did not sample.
+    """
     null_slot = slots.last_token_A.shape[0] - 1
     sampled_slot_R = jnp.where(samples_R, slot_R, null_slot)
     stops_R = jnp.any(slots.sampling.stop_ids_AJ[sampled_slot_R] == token_R[:, None], axis=-1)
+    stops_R = stops_R | (token_R == NAN_TOKEN)
+    token_R = jnp.maximum(token_R, 0)
     return dataclasses.replace(
         slots,
         last_token_A=slots.last_token_A.at[sampled_slot_R].set(token_R),

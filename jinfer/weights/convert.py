@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 
 from jinfer.errors import CheckpointError
+from jinfer.weights.folder import require_unchanged, states_in
 from jinfer.weights.host_tensor import HostTensor
 from jinfer.weights.hub import WANTED_FILES
 from jinfer.weights.load import map_of, open_checked, read_model_config
@@ -58,12 +59,14 @@ def convert(
         from jinfer.weights.orbax_save import save_tree  # imports Orbax
     except ModuleNotFoundError as error:
         raise not_installed(error) from None
+    files = states_in(source)
     tree = described_tree(source, dtype)
     is_new = not target.exists()
     _require_empty(target)
     try:
         target.mkdir(parents=True, exist_ok=True)
         save_tree(tree, (target / ORBAX_FOLDER).resolve(), on_saved=on_saved)
+        require_unchanged(source, files)
         _copy_side_files(source, target)
     except BaseException as error:
         _clear(target, is_new)

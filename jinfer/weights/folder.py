@@ -1,10 +1,46 @@
 """A model folder and the JSON files in it."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 from jinfer.errors import CheckpointError
+
+FileState = tuple[int, int, int]  # inode, bytes, and the time of the last change
+# The files that must belong together; Orbax keeps its own in a subfolder.
+MODEL_FILES = ("config.json", "*.safetensors", "model.safetensors.index.json", "orbax/**/*")
+
+
+def state_of(stat: os.stat_result) -> FileState:
+    """Differs once a file is replaced, or written to."""
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+
+def states_in(folder: Path) -> dict[Path, FileState]:
+    """The state of each file of a model: its config.json and its weights."""
+    paths = {path for pattern in MODEL_FILES for path in folder.glob(pattern)}
+    return {path: state_of(path.stat()) for path in sorted(paths) if path.is_file()}
+
+
+def require_unchanged(folder: Path, before: dict[Path, FileState]) -> None:
+    """Raises CheckpointError if a file of the model is no longer as `states_in` found it."""
+    now = states_in(folder)
+    for path in sorted(before.keys() | now.keys()):
+        if path not in now:
+            raise changed(path, "is gone")
+        if path not in before:
+            raise changed(path, "is new")
+        if now[path] != before[path]:
+            raise changed(path, "was written or replaced")
+
+
+def changed(path: Path, problem: str) -> CheckpointError:
+    """The error for a file that does not stay the same while a model is loaded."""
+    return CheckpointError(
+        f"files of a model must not change while it is loaded; got {str(path)!r}, which {problem}. "
+        "Load the model again when its folder is complete."
+    )
 
 
 def require_model_folder(folder: Path) -> None:

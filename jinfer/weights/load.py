@@ -1,13 +1,13 @@
 """Loads a model folder into a tree of arrays, one parameter at a time.
 
-Files are memory-mapped. Each parameter is copied from its file, permuted and converted, directly
+Each parameter is copied from its file block by block, permuted and converted, directly
 into the buffer that goes to the device. The host never holds more than one parameter, except
 those of a CPU device.
 """
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,15 @@ import jax
 
 from jinfer.config import ModelConfig
 from jinfer.errors import CheckpointError
+from jinfer.log import LOGGER
 from jinfer.models.registry import FAMILIES, family_of
 from jinfer.models.weight_map import WeightMap
+from jinfer.weights.embeddings import holds_two, named_as_embedding
 from jinfer.weights.folder import read_hf_config, require_model_folder
 from jinfer.weights.host_tensor import HostTensor, JoinedTensor, Stored
 from jinfer.weights.layout import Hold
 from jinfer.weights.orbax import is_orbax, open_orbax, own_map
-from jinfer.weights.safetensors import open_checkpoint
+from jinfer.weights.safetensors import is_safetensors, open_checkpoint
 from jinfer.weights.tree import FLOAT_DTYPES, Params, Place, build_tree, require_dtype
 
 Tensor = HostTensor | JoinedTensor
@@ -46,8 +48,12 @@ class LoadReport:
         )
 
 
-def read_model_config(folder: Path) -> ModelConfig:
-    """The ModelConfig of a Hugging Face model folder.
+def read_model_config(folder: Path, *, weights: bool = True) -> ModelConfig:
+    """The ModelConfig of a model folder: that of config.json, tied only if the files agree.
+
+    Args:
+      folder: a Hugging Face model folder, or one from `jinfer convert`.
+      weights: False = read config.json alone; its weights will not be loaded.
 
     Raises:
       CheckpointError: if it is not a model folder, or its config.json is invalid.
@@ -55,13 +61,24 @@ def read_model_config(folder: Path) -> ModelConfig:
     """
     hf = read_hf_config(folder)
     try:
-        return family_of(hf).config_from_hf(hf)
+        config = family_of(hf).config_from_hf(hf)
     except CheckpointError:
         raise
     except ValueError as error:  # numbers that contradict each other
         raise CheckpointError(
             f"{folder / 'config.json'} contradicts itself: {error} Correct the file."
         ) from None
+    if not weights or not config.tie_word_embeddings or not _has_weights(folder):
+        return config
+    untied = replace(config, tie_word_embeddings=False)
+    if not holds_two(_open_stored(folder), map_of(folder, untied)):
+        return config
+    LOGGER.warning(
+        "%s holds an lm_head of its own, which is used, though config.json says "
+        "tie_word_embeddings=true; set it to false there to silence this line",
+        folder,
+    )
+    return untied
 
 
 def load_params(
@@ -140,7 +157,10 @@ def open_checked(folder: Path, config: ModelConfig) -> Mapping[str, Stored]:
       CheckpointError: as from `load_params`.
     """
     require_model_folder(folder)
-    stored = open_orbax(folder) if is_orbax(folder) else open_checkpoint(folder)
+    stored = _open_stored(folder)
+    if config.tie_word_embeddings:
+        untied = map_of(folder, replace(config, tie_word_embeddings=False))
+        stored = named_as_embedding(stored, untied)
     check_tensors(stored, map_of(folder, config), config.num_layers)
     return stored
 
@@ -186,6 +206,14 @@ def check_tensors(stored: Mapping[str, Stored], weights: WeightMap, num_layers: 
                 f"{name} must be stored as one of {', '.join(FLOAT_DTYPES)}; "
                 f"got dtype={got.dtype}. Use the unquantized checkpoint."
             )
+
+
+def _open_stored(folder: Path) -> Mapping[str, Stored]:
+    return open_orbax(folder) if is_orbax(folder) else open_checkpoint(folder)
+
+
+def _has_weights(folder: Path) -> bool:
+    return is_orbax(folder) or is_safetensors(folder)
 
 
 def _listed(names: list[str]) -> str:

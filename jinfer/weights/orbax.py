@@ -21,7 +21,7 @@ import numpy as np
 from jinfer.errors import CheckpointError
 from jinfer.models.weight_map import HFTensor, WeightMap, leaf_axes
 from jinfer.weights.host_tensor import Part, Piece
-from jinfer.weights.safetensors import INDEX_FILE, SINGLE_FILE
+from jinfer.weights.safetensors import is_safetensors
 
 ORBAX_FOLDER = "orbax"
 # Chunks are not cached; their locations are.
@@ -82,8 +82,7 @@ def is_orbax(folder: Path) -> bool:
 
     Orbax gives a checkpoint its final name when it is complete, so partial ones do not count.
     """
-    is_hf = any((folder / name).is_file() for name in (SINGLE_FILE, INDEX_FILE))
-    return (folder / ORBAX_FOLDER).is_dir() and not is_hf
+    return (folder / ORBAX_FOLDER).is_dir() and not is_safetensors(folder)
 
 
 def own_map(weights: WeightMap) -> WeightMap:
@@ -96,7 +95,7 @@ def own_map(weights: WeightMap) -> WeightMap:
         weights,
         outer={leaf: own(leaf, leaf) for leaf in weights.outer},
         block={leaf: own(leaf, f"blocks.{{layer}}.{leaf}") for leaf in weights.block},
-        ignored=frozenset(),
+        ignored=frozenset({"lm_head_VD"} - weights.outer.keys()),  # a copy of a tied embedding
     )
 
 

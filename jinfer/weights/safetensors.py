@@ -1,15 +1,19 @@
-"""Reads the safetensors format: a table of tensors, then their bytes, which are memory-mapped.
+"""Reads the safetensors format: a table of tensors, then their bytes.
 
-Every tensor is a numpy view of its file. Slicing, permuting and splitting axes cost nothing, and a
-shard can be copied directly from the file. Every table entry is checked.
+A shard is read in blocks of rows, without the rest of its tensor. Every table entry is checked. So
+is the file after every block, which must still be the one whose table was read. Whole rows are
+not memory-mapped: if a mapped file shrinks, the process ends with SIGBUS.
 
 Source: huggingface/safetensors, README, "Format".
 """
 
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +21,12 @@ import ml_dtypes
 import numpy as np
 
 from jinfer.errors import CheckpointError
-from jinfer.weights.folder import read_json_object
+from jinfer.weights.folder import FileState, changed, read_json_object, state_of
 from jinfer.weights.host_tensor import Part, Piece
 
+# Read at once, by each thread. With less, threads wait for each other's Python: at 256 KiB twice
+# the processor time. Below PARALLEL_BYTES of host_tensor.py.
+PIECE_BYTES = 4_000_000
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -48,6 +55,7 @@ class StoredTensor:
     """One tensor of a file: its place, dtype and shape."""
 
     path: Path
+    state: FileState  # of the file when its table was read
     offset: int  # bytes from the start of the file
     dtype: np.dtype
     shape: tuple[int, ...]
@@ -56,18 +64,71 @@ class StoredTensor:
     def num_bytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
-    def view(self) -> np.ndarray:
-        """A read-only view of the tensor in the file; the mapping lives as long as the view."""
-        return np.memmap(
-            self.path, dtype=self.dtype, mode="r", offset=self.offset, shape=self.shape
-        )
+    def read(self) -> np.ndarray:
+        """Copies the whole tensor; raises as `pieces` does."""
+        num_values = math.prod(self.shape)
+        return self._read([num_values], [slice(0, num_values)]).reshape(self.shape)
 
     def pieces(self, sizes: Sequence[int], parts: Sequence[Part]) -> list[Piece]:
-        """The whole part as one view; see `jinfer.weights.host_tensor.Stored`."""
-        view = self.view().reshape(sizes)
-        for axis, part in enumerate(parts):
-            view = view[(slice(None),) * axis + (part,)]
-        return [(tuple(map(slice, view.shape)), lambda: view)]
+        """Splits the part into blocks of rows; see `jinfer.weights.host_tensor.Stored`.
+
+        Reading one raises CheckpointError if the file has changed since its table was read.
+        """
+        rows = parts[0]
+        if not isinstance(rows, slice):  # repeated kv heads, several on one device: a small matrix
+            return [((), partial(self._read, sizes, parts))]
+        row_bytes = math.prod(map(len, map(_span, parts[1:]))) * self.dtype.itemsize
+        num_rows = max(1, PIECE_BYTES // max(1, row_bytes))
+        starts = range(rows.start, rows.stop, num_rows)
+        blocks = [slice(start, min(start + num_rows, rows.stop)) for start in starts]
+        return [
+            (
+                (slice(block.start - rows.start, block.stop - rows.start),),
+                partial(self._read, sizes, (block, *parts[1:])),
+            )
+            for block in blocks
+        ]
+
+    def _read(self, sizes: Sequence[int], parts: Sequence[Part]) -> np.ndarray:
+        rows = _span(parts[0])
+        is_narrow = any(
+            _span(part) != range(n) for part, n in zip(parts[1:], sizes[1:], strict=True)
+        )
+        try:
+            with self.path.open("rb", buffering=0) as file:
+                read = self._mapped if is_narrow else self._copied
+                block = read(file, rows, sizes)
+                for axis, part in enumerate((_shifted(parts[0], -rows.start), *parts[1:])):
+                    block = block[(slice(None),) * axis + (part,)]
+                block = np.ascontiguousarray(block)  # now read, whatever happens to the file next
+                if state_of(os.fstat(file.fileno())) != self.state:
+                    raise changed(self.path, "was written or replaced")
+        except OSError as error:
+            raise changed(self.path, f"cannot be read: {error.strerror}") from None
+        return block
+
+    def _copied(self, file: FileIO, rows: range, sizes: Sequence[int]) -> np.ndarray:
+        block = np.empty((len(rows), *sizes[1:]), self.dtype)
+        file.seek(self.offset + rows.start * math.prod(sizes[1:]) * self.dtype.itemsize)
+        left: Any = memoryview(block.reshape(-1).view(np.uint8))  # type: ignore[arg-type]
+        while left:
+            num_read = file.readinto(left)
+            if not num_read:
+                raise changed(self.path, "became shorter")
+            left = left[num_read:]
+        return block
+
+    def _mapped(self, file: FileIO, rows: range, sizes: Sequence[int]) -> np.ndarray:
+        """A view that costs no reading of the columns that are not used."""
+        if os.fstat(file.fileno()).st_size < self.offset + self.num_bytes:
+            raise changed(self.path, "became shorter")
+        where = {"offset": self.offset, "shape": tuple(sizes)}
+        return np.memmap(file, self.dtype, "r", **where)[rows.start : rows.stop]
+
+
+def is_safetensors(folder: Path) -> bool:
+    """Whether a model folder has safetensors, in one file or in several."""
+    return any((folder / name).is_file() for name in (SINGLE_FILE, INDEX_FILE))
 
 
 def open_checkpoint(folder: Path) -> dict[str, StoredTensor]:
@@ -90,12 +151,12 @@ def open_checkpoint(folder: Path) -> dict[str, StoredTensor]:
 
 def read_table(path: Path) -> dict[str, StoredTensor]:
     """The tensors of one file by name; every entry is checked against the file's length."""
-    header, data_start = _read_header(path)
-    data_bytes = path.stat().st_size - data_start
+    header, data_start, state = _read_header(path)
+    data_bytes = state[1] - data_start
     entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
     tensors, data_end = {}, 0
     for name, entry in entries.items():
-        tensors[name], end = _stored_tensor(path, name, entry, data_start)
+        tensors[name], end = _stored_tensor(path, state, name, entry, data_start)
         data_end = max(data_end, end)
     if data_end != data_bytes:
         raise _damaged(path, f"its table describes {data_end} bytes of data, got {data_bytes}")
@@ -116,7 +177,9 @@ def _read_sharded(folder: Path) -> dict[str, StoredTensor]:
                 f"{INDEX_FILE} names a tensor that its file lacks; got {tensor!r} in "
                 f"{folder / file_name}. Download both again."
             )
-    return {tensor: tables[file_name][tensor] for tensor, file_name in index.items()}
+    # Tensors that the index leaves out count too, as in transformers: the caller must see them.
+    found = {tensor: one for table in tables.values() for tensor, one in table.items()}
+    return found | {tensor: tables[file_name][tensor] for tensor, file_name in index.items()}
 
 
 def _read_shard(folder: Path, file_name: str) -> dict[str, StoredTensor]:
@@ -129,23 +192,29 @@ def _read_shard(folder: Path, file_name: str) -> dict[str, StoredTensor]:
     return read_table(folder / file_name)
 
 
-def _read_header(path: Path) -> tuple[dict[str, Any], int]:
-    file_bytes = path.stat().st_size
-    with path.open("rb") as file:
-        header_bytes = int.from_bytes(file.read(8), "little")
-        if file_bytes < 8 or header_bytes > min(file_bytes - 8, MAX_HEADER_BYTES):
-            raise _damaged(path, f"its table needs {header_bytes} bytes, got {file_bytes} in all")
-        text = file.read(header_bytes)
+def _read_header(path: Path) -> tuple[dict[str, Any], int, FileState]:
+    try:
+        with path.open("rb") as file:
+            state = state_of(os.fstat(file.fileno()))
+            file_bytes, header_bytes = state[1], int.from_bytes(file.read(8), "little")
+            if file_bytes < 8 or header_bytes > min(file_bytes - 8, MAX_HEADER_BYTES):
+                what = f"its table needs {header_bytes} bytes, got {file_bytes} in all"
+                raise _damaged(path, what)
+            text = file.read(header_bytes)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}. Check the file.") from None
     try:
         header = json.loads(text)
     except (ValueError, RecursionError):  # undecodable bytes included
         raise _damaged(path, f"its table is not JSON, got {text[:40]!r}") from None
     if not isinstance(header, dict):
         raise _damaged(path, f"its table is not a JSON object, got {text[:40]!r}")
-    return header, 8 + header_bytes
+    return header, 8 + header_bytes, state
 
 
-def _stored_tensor(path: Path, name: str, entry: Any, data_start: int) -> tuple[StoredTensor, int]:
+def _stored_tensor(
+    path: Path, state: FileState, name: str, entry: Any, data_start: int
+) -> tuple[StoredTensor, int]:
     """The tensor of one table entry, and the end offset of its bytes in the data."""
     if not isinstance(entry, Mapping) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
         raise _damaged(path, f"its entry for {name} is {entry!r:.80}")
@@ -159,11 +228,26 @@ def _stored_tensor(path: Path, name: str, entry: Any, data_start: int) -> tuple[
         raise _damaged(path, f"its entry for {name} is {entry!r:.80}")
     start, end = offsets
     tensor = StoredTensor(
-        path=path, offset=data_start + start, dtype=DTYPES[entry["dtype"]], shape=tuple(shape)
+        path=path,
+        state=state,
+        offset=data_start + start,
+        dtype=DTYPES[entry["dtype"]],
+        shape=tuple(shape),
     )
     if end - start != tensor.num_bytes:
         raise _damaged(path, f"{name} needs {tensor.num_bytes} bytes, got {end - start}")
     return tensor, end
+
+
+def _span(part: Part) -> range:
+    """The smallest range that contains a part of an axis."""
+    if isinstance(part, slice):
+        return range(part.start, part.stop)
+    return range(int(part.min()), int(part.max()) + 1)
+
+
+def _shifted(part: Part, by: int) -> Part:
+    return slice(part.start + by, part.stop + by) if isinstance(part, slice) else part + by
 
 
 def _are_counts(values: Any) -> bool:

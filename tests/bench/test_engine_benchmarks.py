@@ -1,6 +1,7 @@
 """Each benchmark of an engine, from the command to its table and its JSON."""
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fast_compiles import FAST_COMPILES
 
 from jinfer.bench.ceilings import Ceilings
 from jinfer.bench.compare import WAYS
@@ -99,6 +101,20 @@ def test_throughput(bench: Bench) -> None:
     assert "shared-prefix, 6 requests, all at the start" in out
 
 
+def test_serve_with_a_limit_on_concurrency(bench: Bench) -> None:
+    words = ["--num-prompts", "6", "--input-tokens", "8", "--output-tokens", "4"]
+    out, figures = bench("serve", *words, "--max-concurrency", "2", "--hf-token", "secret", *SMALL)
+    [run] = figures["runs"]
+    check_run(run, num_requests=6, num_input=48, num_output=24)
+    assert run["max_concurrency"] == 2 and "concurrency             2  requests at most" in out
+    assert "fixed, 6 requests, all at the start, 2 at most at once;" in out
+    assert figures["arguments"]["hf_token"] == "given"
+    # Times count from the moment when there is a place: nobody waits for the four before it.
+    spreads = run["spreads"]
+    assert spreads["end to end"]["p99"] < 0.9 * run["elapsed_s"]
+    assert 0 <= spreads["queue"]["p90"] <= spreads["queue"]["p99"]
+
+
 def test_serve_from_a_trace(bench: Bench, tmp_path: Path) -> None:
     trace = tmp_path / "trace.csv"
     trace.write_text(
@@ -115,13 +131,18 @@ def test_serve_from_a_trace(bench: Bench, tmp_path: Path) -> None:
     assert "as in the trace; 32 tokens in, 14 out" in out
 
 
-def test_startup(bench: Bench) -> None:
+def test_startup(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    # It starts processes of its own.
+    monkeypatch.setenv("XLA_FLAGS", f"{os.environ['XLA_FLAGS']} {FAST_COMPILES}")
     sizes = "--max-num-seqs 1 --max-num-batched-tokens 8 --max-decode-steps 1 -q".split()
     out, figures = bench("startup", *sizes)
     cold, warm = figures["cold"], figures["warm"]
     assert cold["num_read"] == 0 < cold["num_compiled"]
     assert warm["num_compiled"] == 0 and warm["num_read"] == cold["num_compiled"]
-    assert set(cold["program_s"]) == set(warm["program_s"]) and "step of 8 tokens" in out
+    assert (
+        set(cold["program_s"]) == set(warm["program_s"])
+        and "prompts, up to 8 tokens at once" in out
+    )
     assert cold["weights_bytes"] > 0 and out.startswith("cpu; ")
 
 
@@ -134,7 +155,7 @@ def test_startup_for_a_chip_that_is_not_here(bench: Bench) -> None:
     assert set(cold["temp_bytes"]) == set(cold["program_s"]) == set(warm["program_s"])
     assert warm["temp_bytes"] == {}  # each was found, and none compiled again
     assert warm["processor_s"] < cold["processor_s"]
-    assert "fable for v6e" in out and "on the processors" in out
+    assert "fable for v6e" in out and "processor time" in out
 
 
 @pytest.mark.parametrize(
@@ -164,8 +185,9 @@ def test_startup_for_a_chip_that_is_not_here(bench: Bench) -> None:
         ),
         ("throughput --workload poem", "invalid choice: 'poem'"),
         ("serve --goodput ttft=5", "--goodput takes ttft, tpot and e2el"),
-        ("serve --rate -1", r"--rate must be above 0 and finite; got -1.0"),
-        ("serve --rate nan", r"--rate must be above 0 and finite; got nan"),
+        ("serve --rate -1", r"--rate must be above 0; got -1.0"),
+        ("serve --rate nan", r"--rate must be above 0; got nan"),
+        ("serve --max-concurrency 0", r"an integer of at least 1; got '0'"),
         ("latency --profile /proc/trace", "needs a folder that can be written; got '/proc/trace'"),
         ("latency --batch-size 0", "an integer of at least 1; got '0'"),
         ("startup --compilation-cache /x", "startup makes a folder of its own"),

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 
+from jinfer.bench import chips
 from jinfer.bench.baselines import BASELINES, names_for
 from jinfer.bench.ceilings import Ceilings
 from jinfer.bench.kernel_cases import CASES, chosen, decode, work_of
@@ -264,3 +265,25 @@ def test_baselines_compile_for_an_h200() -> None:
     [triton] = compile_cases([case], "h200", ["triton"], dtype="bfloat16", page_size=None)
     assert triton.why_not is None and triton.temp_bytes is not None
     assert triton.temp_bytes < triton.work.pool_bytes // 16
+
+
+@pytest.mark.parametrize(
+    ("installed", "want"),
+    [
+        (set(), None),
+        ({"jax_plugins"}, None),
+        ({"jax_plugins", "jax_plugins.xla_cuda13"}, "h200"),
+        ({"libtpu"}, "v6e"),
+    ],
+)
+def test_a_chip_without_its_compiler_is_no_default(
+    installed: set[str], want: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def find_spec(name: str) -> object:
+        package, _, inner = name.partition(".")
+        if inner and package not in installed:  # as importlib does
+            raise ModuleNotFoundError(package)
+        return object() if name in installed else None
+
+    monkeypatch.setattr(chips, "find_spec", find_spec)
+    assert chips.default_target() == want

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -10,12 +11,14 @@ from jinfer.bench.ceilings import Ceilings
 from jinfer.bench.compare import Compared, compare, compared_text
 from jinfer.bench.device_log import DeviceTimes, device_times
 from jinfer.bench.goals import Goals
-from jinfer.bench.report import Spread, make_report, report_text
+from jinfer.bench.plot import token_rates
+from jinfer.bench.report import Spread, make_report, most_at_once, report_text
 from jinfer.bench.roofline import Costs, StepWork
 from jinfer.bench.runner import Recording, Served
-from jinfer.bench.startup import startup_text
+from jinfer.bench.startup import program_said, startup_text
 from jinfer.bench.table import WIDTH
 from jinfer.bench.workload import Job
+from jinfer.compile import names
 from jinfer.config import ModelConfig
 from jinfer.schedule.plan import Chunk
 from jinfer.schedule.sequence import TokenSequence
@@ -38,9 +41,9 @@ MODEL = ModelConfig(
 
 def test_spreads() -> None:
     assert Spread.of([]) is None
-    assert Spread.of([2.0]) == Spread(mean=2.0, median=2.0, p99=2.0)
+    assert Spread.of([2.0]) == Spread(mean=2.0, median=2.0, p90=2.0, p99=2.0)
     spread = Spread.of([float(i) for i in range(101)])
-    assert spread == Spread(mean=50.0, median=50.0, p99=99.0)
+    assert spread == Spread(mean=50.0, median=50.0, p90=90.0, p99=99.0)
 
 
 def chunk(start: int, num_tokens: int, num_logits_rows: int) -> Chunk:
@@ -115,8 +118,11 @@ def test_report() -> None:
     report = make_report([(recording(), CEILINGS)])
     assert report.num_output_tokens == 4 and report.num_input_tokens == 30
     assert report.rates()["total_tokens_per_s"] == 34 / 4
-    assert report.spreads["TTFT"] == Spread(mean=1.5, median=1.5, p99=pytest.approx(1.99))
-    assert report.spreads["TPOT"] == Spread(mean=0.75, median=0.75, p99=0.75)
+    assert report.spreads["TTFT"] == Spread(
+        mean=1.5, median=1.5, p90=pytest.approx(1.9), p99=pytest.approx(1.99)
+    )
+    assert report.spreads["TPOT"] == Spread(mean=0.75, median=0.75, p90=0.75, p99=0.75)
+    assert report.max_concurrency == 2
     itl = report.spreads["ITL"]
     assert itl is not None and itl.mean == 0.75
     assert report.device_busy == 0.5 and report.device_waited == 0.25
@@ -215,16 +221,46 @@ def test_startup_table() -> None:
     }
     text = startup_text({"cold": cold, "random": {**cold, "engine_s": 2.0, "weights_bytes": 0}})
     assert text.splitlines() == [
-        "seconds                      cold  random",
-        "import jinfer and JAX        1.00    1.00",
-        "engine, all that it does    20.50    2.00",
-        "  of it weights              4.00    4.00",
-        "  beside them programs      20.00   20.00",
-        "    step of 512 tokens      15.25   15.25",
-        "    decode of 8 rows         5.50    5.50",
-        "first token                  0.10    0.10",
-        "process, from start to end  22.00   22.00",
-        "weights, GB/s               0.500       -",
-        "programs compiled               2       2",
-        "programs read from disk         0       0",
+        "seconds                                 cold  random",
+        "import jinfer and JAX                   1.00    1.00",
+        "LLM(...), all in all                   20.50    2.00",
+        "  loading the weights                   4.00    4.00",
+        "  beside that, getting programs        20.00   20.00",
+        "    prompts, up to 512 tokens at once  15.25   15.25",
+        "    output, up to 8 at once             5.50    5.50",
+        "first token                             0.10    0.10",
+        "process, from start to end             22.00   22.00",
+        "weights, GB/s                          0.500       -",
+        "programs compiled                          2       2",
+        "programs read from disk                    0       0",
     ]
+
+
+def test_every_program_has_a_name_for_newcomers() -> None:
+    internal = [value for name, value in vars(names).items() if name.isupper()]
+    said = [program_said(name) for name in internal]
+    assert len(set(said)) == len(said) >= 5 and not any("_" in each for each in said)
+    assert program_said(names.step_name(8)) == "prompts, up to 8 tokens at once"
+    assert program_said(names.decode_name(1)) == "output, one at once"
+
+
+def test_bars_of_the_plot_add_up_to_the_tokens() -> None:
+    # Bursts of 8 tokens every 0.1 s from 2.1 s on, then an idle second, then one more burst.
+    first = Served(10, 2.0, token_s=[0.1 * (1 + i // 8) for i in range(80)])
+    second = Served(10, 4.0, token_s=[0.5] * 10)
+    one = replace(recording(), served=[first, second])
+    for num_bins in (7, 50, 1000):
+        edges_s, rates = token_rates([one], num_bins)
+        assert (edges_s[0], edges_s[-1]) == pytest.approx((0.0, 2.5))
+        assert np.sum(rates * np.diff(edges_s)) == pytest.approx(90)
+        assert rates.max() == pytest.approx(80)
+    middles_s = (edges_s[1:] + edges_s[:-1]) / 2
+    assert rates[middles_s < 0.99] == pytest.approx(80)
+    assert rates[(middles_s > 1.01) & (middles_s < 1.99)] == pytest.approx(0)
+    assert rates[middles_s > 2.01] == pytest.approx(20)
+
+
+def test_the_most_at_once() -> None:
+    served = [Served(1, s, token_s=[1.0]) for s in (0.0, 0.5, 1.0, 1.25, 9.0)]
+    assert most_at_once(served) == 3 and most_at_once(served[:1]) == 1
+    assert most_at_once([served[0], served[2]]) == 1  # one comes when the other is answered

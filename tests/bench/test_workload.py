@@ -73,7 +73,8 @@ def test_poisson_arrivals_come_at_their_rate() -> None:
 def test_a_trace_keeps_its_times_and_is_scaled(tmp_path: Path) -> None:
     file = tmp_path / "trace.csv"
     rows = "2023-11-16 18:15:46.6805900,374,44\n2023-11-16 18:15:50.9951690,396,1\n"
-    file.write_text(HEADER + rows + "2023-11-16 18:16:00.0000000,1,1\n")
+    text = HEADER + rows + "2023-11-16 18:16:00.0000000,1,1\n"
+    file.write_text(text, encoding="utf-8-sig")  # as spreadsheets save it
     lengths, arrivals = read_trace(file, 2, 0.25)
     assert lengths == [(94, 11), (99, 1)]
     assert arrivals == pytest.approx([0.0, 4.314579], abs=1e-5)

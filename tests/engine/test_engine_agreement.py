@@ -21,9 +21,16 @@ from hf_cases import (
 from random_checkpoint import write_llama_checkpoint
 
 from jinfer.engine.engine import Engine
+from jinfer.errors import NaNLogitsError, RequestError
+from jinfer.request.output import RequestOutput
 from jinfer.request.params import SamplingParams
 from jinfer.request.prompt import Prompt
 from jinfer.step.pack import BucketShape
+
+# Two programs: a step of 8 tokens, and decode steps of one row. As in test_live_transformers.py,
+# where the programs are the same.
+ALONE: dict[str, Any] = {"max_num_seqs": 1, "max_num_batched_tokens": 8, "max_model_len": 128}
+ROOMY: dict[str, Any] = {"max_num_seqs": 4, "max_num_batched_tokens": 128}
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +81,8 @@ def count_calls(engine: Engine) -> Counter[str]:
 @pytest.mark.parametrize("layer_loop", ["scan", "unrolled"])
 @pytest.mark.parametrize("name", ["gqa4_width64_tied", "gqa4_width128_llama3"])
 def test_greedy_tokens_equal_hugging_face(name: str, layer_loop: str, tmp_path: Path) -> None:
-    engine = make_engine(write_case(tmp_path, name), max_num_seqs=1, layer_loop=layer_loop)
+    folder = write_case(tmp_path, name)
+    engine = make_engine(folder, layer_loop=layer_loop, **ALONE)
     params = free_run(NUM_GREEDY_TOKENS, temperature=0.0, prompt_logprobs=0)
     [output] = run_jobs(engine, [(prompt_of(name), params)])
     engine.close()
@@ -93,7 +101,7 @@ def test_greedy_tokens_equal_hugging_face(name: str, layer_loop: str, tmp_path: 
     [pytest.param(n, marks=pytest.mark.smoke if n == "shipped_draft" else ()) for n in SHIPPED],
 )
 def test_shipped_model_continues_as_hugging_face(name: str) -> None:
-    engine = make_engine(SHIPPED[name], max_num_seqs=1, max_model_len=128)
+    engine = make_engine(SHIPPED[name], **ALONE)
     params = free_run(NUM_GREEDY_TOKENS, temperature=0.0)
     [output] = run_jobs(engine, [(shipped_prompt_ids(SHIPPED[name]), params)])
     engine.close()
@@ -158,17 +166,27 @@ def test_many_steps_a_dispatch_equal_one(checkpoint: Path) -> None:
     assert num_dispatches[1] < 0.7 * num_dispatches[0]
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 16, 64])
-def test_chunked_prefill_equals_whole(chunk: int, checkpoint: Path) -> None:
+def scored_jobs() -> list[Job]:
     rng = np.random.default_rng(4)
     prompts = [random_prompt(rng, 100, 120), random_prompt(rng, 64, 65), random_prompt(rng, 1, 2)]
-    jobs = [(p, free_run(8, temperature=0.8, seed=5, prompt_logprobs=2)) for p in prompts]
-    settings = {"max_num_seqs": 4, "max_num_batched_tokens": 128}
-    whole_engine = make_engine(checkpoint, **settings)
-    whole = [run_jobs(whole_engine, [job])[0] for job in jobs]
-    whole_engine.close()
-    engine = make_engine(checkpoint, long_prefill_token_threshold=chunk, **settings)
-    chunked = run_jobs(engine, jobs)
+    return [(p, free_run(8, temperature=0.8, seed=5, prompt_logprobs=2)) for p in prompts]
+
+
+@pytest.fixture(scope="module")
+def whole(checkpoint: Path) -> list[RequestOutput]:
+    """What each of the jobs gives alone, its prompt in one step."""
+    engine = make_engine(checkpoint, **ROOMY)
+    outputs = [run_jobs(engine, [job])[0] for job in scored_jobs()]
+    engine.close()
+    return outputs
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 16, 64])
+def test_chunked_prefill_equals_whole(
+    chunk: int, checkpoint: Path, whole: list[RequestOutput]
+) -> None:
+    engine = make_engine(checkpoint, long_prefill_token_threshold=chunk, **ROOMY)
+    chunked = run_jobs(engine, scored_jobs())
     engine.close()
     for one, other in zip(whole, chunked, strict=True):
         assert tokens_of(one) == tokens_of(other)
@@ -270,10 +288,15 @@ def test_what_only_decodes_takes_decode_programs(checkpoint: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [1, 2])
-def test_a_closed_engine_leaves_no_program(size: int, checkpoint: Path) -> None:
-    # A process may map 65,530 pieces of memory. A hundred programs for CPUs fill that.
+def test_a_closed_engine_leaves_no_program(
+    size: int, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A process may map 65,530 pieces of memory. A hundred programs for CPUs fill that. Those that
+    # JAX traced here are the ones that it might keep.
+    monkeypatch.setattr("jinfer.startup.load.open_store", lambda devices: None)
     num_live_before = num_live_programs()
-    engine = make_engine(checkpoint, max_num_seqs=2, tensor_parallel_size=size)
+    sizes = {"max_num_seqs": 2, "max_num_batched_tokens": 2, "max_decode_steps": 1}
+    engine = make_engine(checkpoint, tensor_parallel_size=size, **sizes)
     assert num_live_programs() > num_live_before
     engine.close()
     del engine
@@ -283,3 +306,34 @@ def test_a_closed_engine_leaves_no_program(size: int, checkpoint: Path) -> None:
 def num_live_programs() -> int:
     gc.collect()
     return len(jax.devices()[0].client.live_executables())
+
+
+def test_logits_that_are_nan_end_that_request_only(engine: Engine) -> None:
+    rng = np.random.default_rng(5)
+    greedy = free_run(9, temperature=0.0, logit_bias={7: -100.0})
+    sampled = greedy.replace(temperature=0.8, seed=1)
+    prompts = [[token for token in random_prompt(rng, 20, 60) if token != 7] for _ in range(5)]
+    jobs = [(prompt, params) for prompt in prompts for params in (greedy, sampled)]
+    wanted = run_jobs(engine, jobs)
+    sound = engine.runner.params
+    embed_VD = np.array(sound["embed_VD"])
+    embed_VD[7] = np.nan  # a token that spoils the sequences it is in
+    spoilt = [([5, 7, 9], free_run(6, n=2, temperature=0.0)), ([7] * 40, sampled)]
+    spoils_itself = ([8], free_run(6, logit_bias={7: 100.0}, temperature=0.0))
+    engine.scheduler.forget_prefixes()
+    try:
+        engine.runner.params = {
+            **sound, "embed_VD": jax.device_put(embed_VD, sound["embed_VD"].sharding)
+        }  # fmt: skip
+        got = run_jobs(engine, [*spoilt, *jobs, spoils_itself])
+    finally:
+        engine.runner.params = sound
+    assert [tokens_of(one) for one in got[2:-1]] == [tokens_of(one) for one in wanted]
+    assert all(one.error is None for one in got[2:-1])
+    for output, num_tokens in ((got[0], 3), (got[1], 40), (got[-1], 2)):
+        assert isinstance(output.error, NaNLogitsError) and output.finished
+        with pytest.raises(RequestError, match=f"logits are NaN, after {num_tokens} tokens. Check"):
+            raise output.error
+        assert {one.finish_reason for one in output.outputs} == {"error"}
+    assert tokens_of(got[0]) == [[], []] and tokens_of(got[-1]) == [[7]]
+    assert [tokens_of(one) for one in run_jobs(engine, jobs)] == [tokens_of(one) for one in wanted]

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from jinfer import LLM, AsyncLLM, SamplingParams
 from jinfer.engine.metrics import EngineMetrics, Histogram, Load, MetricsSnapshot
 
-SMALL = {"max_num_seqs": 4, "max_num_batched_tokens": 16, "progress": False}
+# The sizes of tests/test_llm.py, so the programs are the same.
+SMALL = {"max_num_seqs": 8, "max_num_batched_tokens": 8, "max_model_len": 128, "progress": False}
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +120,7 @@ def test_gauges_hits_and_ends_while_it_runs(llm: LLM) -> None:
 
 def test_preemptions_are_counted() -> None:
     # Two sequences of 48 tokens want 6 pages between them in the end, and there are 4.
-    sizes = {"max_num_seqs": 2, "max_num_batched_tokens": 8, "max_decode_steps": 1}
+    sizes = {"max_num_seqs": 2, "max_num_batched_tokens": 2, "max_decode_steps": 1}
     with LLM(num_pages=5, max_model_len=64, progress=False, **sizes) as llm:
         params = SamplingParams(max_tokens=40, temperature=0.0, ignore_eos=True)
         llm.generate([[3] * 8, [4] * 8], params, use_tqdm=False)

@@ -15,6 +15,8 @@ from jinfer.request.params import SamplingParams
 from jinfer.request.prompt import Prompt
 from jinfer.schedule.plan import Chunk
 
+SIZES: dict[str, Any] = {"max_num_batched_tokens": 16, "max_decode_steps": 4}
+
 
 class Sizes:
     """An observer that notes who computed how much, and in which size."""
@@ -34,7 +36,7 @@ def test_a_tight_target_makes_small_steps_and_the_same_tokens(tmp_path: Path) ->
     rng = np.random.default_rng(0)
     prompts = [rng.integers(3, 60, n).tolist() for n in (4, 90)]
     jobs = [(prompt, SamplingParams(max_tokens=24, ignore_eos=True, seed=1)) for prompt in prompts]
-    settings = {"max_num_batched_tokens": 64, "max_decode_steps": 1}
+    settings = {"max_num_batched_tokens": 32, "max_decode_steps": 1}
     outputs, mixed, predicted_s = [], [], []
     for targets in ({}, {"tpot_target_ms": 1e-3, "ttft_target_ms": 1e7}):
         told = "tpot_target_ms must leave time for a step; got tpot_target_ms=0.001, where the"
@@ -42,13 +44,13 @@ def test_a_tight_target_makes_small_steps_and_the_same_tokens(tmp_path: Path) ->
             engine = make_engine(tmp_path, **settings, **targets)
         engine.observer = sizes = Sizes()
         times = engine._pacing.pace.times
-        predicted_s.append(times.predict(64))
+        predicted_s.append(times.predict(32))
         outputs.append(run_jobs(engine, jobs, gaps=[0, 3]))
-        assert times.predict(64) not in (0.0, predicted_s[-1])  # it learns as it runs
+        assert times.predict(32) not in (0.0, predicted_s[-1])  # it learns as it runs
         engine.close()
         mixed.append([n for tokens, n in sizes.steps if 1 in tokens and max(tokens) > 1])
     assert predicted_s[0] == 0.0 and 0.0 < predicted_s[1] < 5.0  # steps were timed at the start
-    assert max(mixed[0]) == 64
+    assert max(mixed[0]) == 32
     assert set(mixed[1]) == {4}  # the smallest in which the prompt gets on: there are four slots
     assert list(map(tokens_of, outputs[0])) == list(map(tokens_of, outputs[1]))
 
@@ -62,7 +64,7 @@ def test_every_program_is_timed_and_leaves_no_trace(tmp_path: Path) -> None:
     ]
     outputs = []
     for targets in ({}, {"ttft_target_ms": 1e7}):
-        engine = make_engine(tmp_path, max_num_batched_tokens=64, max_decode_steps=4, **targets)
+        engine = make_engine(tmp_path, **SIZES, **targets)
         timed = engine._pacing.pace.times._mean_s
         sizes = {*engine.plan.token_buckets, *engine.plan.decode_buckets} if targets else set()
         assert set(timed) == sizes and all(elapsed_s > 0 for elapsed_s in timed.values())
@@ -73,7 +75,7 @@ def test_every_program_is_timed_and_leaves_no_trace(tmp_path: Path) -> None:
 
 def test_a_slow_reader_does_not_count_as_the_device(tmp_path: Path) -> None:
     write_llama_checkpoint(tmp_path, seed=1)
-    engine = make_engine(tmp_path, max_num_batched_tokens=64, ttft_target_ms=1e7)
+    engine = make_engine(tmp_path, ttft_target_ms=1e7, **SIZES)
     observed_s = []
     times = engine._pacing.pace.times
     observe = times.observe

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jinfer.engine.running import Request, bad_word_ids
-from jinfer.errors import RequestError
+from jinfer.engine.running import Request, stop_reasons
+from jinfer.errors import NaNLogitsError, RequestError
 from jinfer.request.output import RequestMetrics
 from jinfer.request.params import SamplingParams
 from jinfer.request.tokenizer import Tokenizer, load_tokenizer
@@ -36,6 +36,7 @@ def request_of(
         prompt_ids=prompt_ids,
         params=SamplingParams(**asked),
         eos_token_ids=[EOS],
+        vocab_size=4096,
         max_model_len=max_model_len,
         tokenizer=tokenizer,
     )
@@ -249,15 +250,93 @@ def test_an_output_is_a_snapshot(tokenizer: Tokenizer) -> None:
     assert list(before.prompt_token_ids) == [1, 5, 6] and before.num_cached_tokens == 0
 
 
-def test_bad_words_are_banned_at_the_start_and_after_a_space(tokenizer: Tokenizer) -> None:
-    words = bad_word_ids(["fox", " fox", "the"], tokenizer)
-    assert len(set(words)) == len(words)
-    spelled = {"".join(map(tokenizer.token_text, ids)).strip() for ids in words}
-    assert spelled == {"fox", "the"}
-    for word in ("fox", "the"):
-        for text in (word, " " + word):
-            ids = tuple(tokenizer.encode(text, add_special_tokens=False))
-            assert ids in words or len(ids) != len(tokenizer.encode(word, add_special_tokens=False))
-    assert bad_word_ids([], tokenizer) == bad_word_ids(["fox"], None) == ()
-    with pytest.raises(RequestError, match="a bad word must be more than spaces; got '  '"):
-        bad_word_ids(["  "], tokenizer)
+def test_a_token_that_completes_a_bad_word_is_taken_back(tokenizer: Tokenizer) -> None:
+    request = request_of(tokenizer, n=2, bad_words=["daughter"], logprobs=0)
+    start = tokenizer.encode(" daugh", add_special_tokens=False)
+    *middle, last = (tokenizer.token_id(one) for one in "ter")
+    for token_id in (*start, *middle):
+        draw(request, token_id)
+    before, sequence = request.output().outputs[0], request.completions[0].sequence
+    draw(request, last)
+    assert request.output().outputs[0] == before
+    assert request.metrics.num_output_tokens == len(before.token_ids)
+    spelling = (*start, *middle, last)
+    assert request.completions[0].bad_words.spellings[-1] == spelling[-8:]
+    assert spelling[-8:] not in request.completions[1].bad_words.spellings
+    again = sequence.restarted()
+    assert again.output_ids == before.token_ids and again.slot is None
+    request.completions[0].sequence = again
+    draw(request, tokenizer.encode("nt", add_special_tokens=False)[0])
+    assert request.completions[0].text.startswith(" daughten")
+
+
+def test_a_token_of_nan_logits_is_an_error(tokenizer: Tokenizer) -> None:
+    request = request_of(tokenizer, logprobs=0)
+    draw(request, 400)
+    with pytest.raises(NaNLogitsError, match="the logits are NaN, after 4 tokens. Check the weig"):
+        draw(request, -1)
+    assert request.output().outputs[0].token_ids == [400]
+    assert issubclass(NaNLogitsError, RequestError)
+
+
+def test_the_tokenizers_end_token_stops_too(tokenizer: Tokenizer) -> None:
+    assert tokenizer.eos_token_id == EOS
+    for eos_token_ids in ([7], []):
+        request = Request(
+            request_id="r",
+            prompt=None,
+            prompt_ids=[5],
+            params=SamplingParams(min_tokens=1, n=2),
+            eos_token_ids=eos_token_ids,
+            vocab_size=4096,
+            max_model_len=9,
+            tokenizer=tokenizer,
+        )
+        assert set(request.stop_ids) == {EOS, *eos_token_ids}  # all forbidden before min_tokens
+        draw(request, EOS, place=1)
+        assert request.output().outputs[1].finish_reason == "stop"
+    assert request_of(tokenizer, ignore_eos=True).stop_ids == ()
+    assert request_of(tokenizer, ignore_eos=True, stop_token_ids=[9]).stop_ids == (9,)
+
+
+@pytest.mark.parametrize("included", [False, True])
+@pytest.mark.parametrize("hidden", [False, True])
+def test_a_stop_string_that_is_a_special_token_stops(
+    tokenizer: Tokenizer, hidden: bool, included: bool
+) -> None:
+    request = request_of(
+        tokenizer,
+        stop=["<s>", "zzz"],
+        skip_special_tokens=hidden,
+        include_stop_str_in_output=included,
+        min_tokens=1,
+    )
+    assert (1 in request.stop_ids) == hidden
+    draw(request, 400)
+    before = request.completions[0].text
+    draw(request, 1)
+    assert end_of(request) == (before + "<s>" * included, "stop", "<s>")
+
+
+def test_an_end_token_that_is_also_a_stop_string_is_told_as_end_token(
+    tokenizer: Tokenizer,
+) -> None:
+    request = request_of(tokenizer, stop=["</s>"])
+    draw(request, EOS)
+    assert end_of(request) == ("", "stop", None)
+    request = request_of(tokenizer, stop=["</s>"], ignore_eos=True)
+    draw(request, EOS)
+    assert end_of(request) == ("", "stop", "</s>")
+
+
+def test_tokens_that_the_model_lacks_stop_nothing(tokenizer: Tokenizer) -> None:
+    params = SamplingParams(stop=["<s>", "</s>"])
+    assert stop_reasons(params, [0], tokenizer, vocab_size=1) == {0: None}
+    assert stop_reasons(params, [0], tokenizer, vocab_size=2) == {1: "<s>", 0: None}
+
+
+def test_logprobs_of_the_whole_vocabulary() -> None:
+    request = request_of(None, logprobs=-1)
+    draw(request, 41, top=[(40, -0.5), (41, -1.5), (42, -2.5)])
+    [entry] = request.output().outputs[0].logprobs
+    assert sorted(entry) == [40, 41, 42]

@@ -1,5 +1,7 @@
 """Many devices compute what one computes: the whole engine, on 8 virtual ones."""
 
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +12,13 @@ from collectives import collectives_in
 from engine_runs import Job, logprobs_of, make_engine, random_prompt, run_jobs, tokens_of
 from random_checkpoint import write_llama_checkpoint
 
-from jinfer.config import ModelConfig
+from jinfer.config import EngineConfig, ModelConfig
 from jinfer.parallel.mesh import make_mesh
 from jinfer.parallel.model_shards import padded_model
 from jinfer.parallel.sharding import Placement
 from jinfer.request.output import RequestOutput
 from jinfer.request.params import SamplingParams
+from jinfer.startup.plan import resolve_plan
 from jinfer.startup.programs import state_shapes, step_programs
 from jinfer.weights.dummy import dummy_params
 from jinfer.weights.layout import hold_as, put_held
@@ -23,7 +26,8 @@ from jinfer.weights.load import load_params, read_model_config
 
 VOCAB_SIZE = 133  # filled up on every mesh, and cut in the middle of a word of mask bits
 NUM_LAYERS = 2
-ONE_STEP: dict[str, Any] = {"max_num_seqs": 8, "max_decode_steps": 1}  # half the programs
+SMALL: dict[str, Any] = {"max_num_seqs": 8, "max_num_batched_tokens": 8}
+ONE_STEP: dict[str, Any] = {**SMALL, "max_decode_steps": 1}  # two programs
 SHAPE: dict[str, Any] = {
     "num_attention_heads": 8,
     "vocab_size": VOCAB_SIZE,
@@ -74,22 +78,35 @@ def ranks_of(output: RequestOutput, index: int) -> list[dict[int, int | None]]:
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[int, tuple[Path, list[RequestOutput]]]:
-    """Per number of kv heads: a checkpoint, and what one device makes of the jobs."""
-    made = {}
-    for num_kv_heads in (1, 2, 8):
-        folder = write_llama_checkpoint(
-            tmp_path_factory.mktemp("checkpoint") / str(num_kv_heads),
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
+    """Gives the checkpoint of so many kv heads."""
+
+    @cache
+    def folder_of(num_kv_heads: int) -> Path:
+        return write_llama_checkpoint(
+            tmp_path_factory.mktemp("checkpoint"),
             seed=num_kv_heads,
             num_key_value_heads=num_kv_heads,
             attention_bias=True,
             mlp_bias=True,
             **SHAPE,
         )
-        engine = make_engine(folder, **ONE_STEP)
-        made[num_kv_heads] = folder, run_jobs(engine, jobs())
+
+    return folder_of
+
+
+@pytest.fixture(scope="module")
+def alone(checkpoint: Callable[[int], Path]) -> Callable[[int], list[RequestOutput]]:
+    """Gives what one device makes of the jobs, with so many kv heads."""
+
+    @cache
+    def outputs_of(num_kv_heads: int) -> list[RequestOutput]:
+        engine = make_engine(checkpoint(num_kv_heads), **ONE_STEP)
+        outputs = run_jobs(engine, jobs())
         engine.close()
-    return made
+        return outputs
+
+    return outputs_of
 
 
 # Heads repeated on every device or on some, as many as devices, more of them, and one model cut in
@@ -97,10 +114,11 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[int, tuple[Path, lis
 @pytest.mark.parametrize(
     ("num_kv_heads", "size"), [(1, 2), (1, 8), (2, 2), (2, 4), (2, 8), (8, 4), (8, 8)]
 )
-def test_outputs_are_those_of_one_device(num_kv_heads: int, size: int, alone: Any) -> None:
-    folder, want = alone[num_kv_heads]
-    engine = make_engine(folder, tensor_parallel_size=size, **ONE_STEP)
-    assert_same(want, run_jobs(engine, jobs()))
+def test_outputs_are_those_of_one_device(
+    num_kv_heads: int, size: int, checkpoint: Any, alone: Any
+) -> None:
+    engine = make_engine(checkpoint(num_kv_heads), tensor_parallel_size=size, **ONE_STEP)
+    assert_same(alone(num_kv_heads), run_jobs(engine, jobs()))
     engine.close()
 
 
@@ -113,20 +131,21 @@ def test_outputs_are_those_of_one_device(num_kv_heads: int, size: int, alone: An
     ],
     ids=["scan", "tpu kernel", "host tier"],
 )
-def test_every_way_to_run_is_cut_alike(settings: dict[str, Any], alone: Any) -> None:
-    folder, want = alone[2]
-    engine = make_engine(folder, max_num_seqs=8, tensor_parallel_size=2, **settings)
+def test_every_way_to_run_is_cut_alike(
+    settings: dict[str, Any], checkpoint: Any, alone: Any
+) -> None:
+    engine = make_engine(checkpoint(2), tensor_parallel_size=2, **SMALL, **settings)
     for _ in range(2):  # the second time from the prefix cache, where that holds the prompts
-        assert_same(want, run_jobs(engine, jobs()))
+        assert_same(alone(2), run_jobs(engine, jobs()))
     engine.close()
 
 
 @pytest.mark.parametrize("layer_loop", ["scan", "unrolled"])
 @pytest.mark.parametrize(("num_kv_heads", "size"), [(8, 4), (2, 8), (1, 4)])
 def test_weights_are_read_into_their_shards(
-    num_kv_heads: int, size: int, layer_loop: str, alone: Any
+    num_kv_heads: int, size: int, layer_loop: str, checkpoint: Any
 ) -> None:
-    folder, _ = alone[num_kv_heads]
+    folder = checkpoint(num_kv_heads)
     model = read_model_config(folder)
     padded = padded_model(model, size)
     placement = Placement(make_mesh(jax.devices(), size))
@@ -183,11 +202,12 @@ def repeated_heads(weight: np.ndarray, num_repeats: int, head_dim: int) -> np.nd
     return np.repeat(heads, num_repeats, axis=-3).reshape(*weight.shape[:-2], -1, weight.shape[-1])
 
 
-def test_a_step_exchanges_two_sums_per_layer_and_nothing_large(alone: Any) -> None:
-    folder, _ = alone[2]
-    engine = make_engine(folder, tensor_parallel_size=4)
-    plan, model = engine.plan, engine.model
-    engine.close()
+def test_a_step_exchanges_two_sums_per_layer_and_nothing_large(checkpoint: Any) -> None:
+    folder = checkpoint(2)
+    model = read_model_config(folder)
+    sizes: dict[str, Any] = {"max_num_seqs": 4, "max_num_batched_tokens": 16}
+    config = EngineConfig(model=folder, tensor_parallel_size=4, **sizes)
+    plan = resolve_plan(config, model, platform="cpu", free_bytes=1 << 30)
     placement = Placement(make_mesh(jax.devices(), 4))
     state = state_shapes(plan, padded_model(model, 4), placement)
     programs = {p.name: p for p in step_programs(plan, model, state, placement)}

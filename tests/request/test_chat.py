@@ -1,7 +1,9 @@
 """Chat templates: Hugging Face's output, and an end to everything a template can try."""
 
+import copy
 import json
 import time
+from typing import Any
 
 import pytest
 from request.data_folder import data_folder
@@ -9,7 +11,10 @@ from request.make_chat_goldens import CASES, GOLDENS, SPECIAL_TOKENS, VARIABLES
 
 from jinfer.errors import RequestError
 from jinfer.request import chat
-from jinfer.request.chat import ChatRenderer, check_messages, choose_template, render_chat
+from jinfer.request.chat import ChatRenderer, choose_template, render_chat
+from jinfer.request.tokenizer import load_tokenizer
+from jinfer.shipped import draft_folder, target_folder
+from jinfer.shipped.training.export import CHAT_TEMPLATE
 
 _USER = [{"role": "user", "content": "hi"}]
 _PLAIN = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</>{% endfor %}"
@@ -64,18 +69,114 @@ def test_variables_reach_the_template(renderer: ChatRenderer) -> None:
     assert got == "<s>1True"
 
 
-def test_parts_are_joined_unless_the_template_reads_them(renderer: ChatRenderer) -> None:
-    parts = [{"type": "text", "text": "a"}, "b"]
-    messages = [{"role": "user", "content": parts}]
-    assert renderer.render(_PLAIN, messages) == "<user>a\nb</>"
-    reads = _PLAIN.replace(
-        "{{ m['content'] }}", "{% for p in m['content'] %}[{{ p['text'] }}]{% endfor %}"
+def _parts(*texts: str) -> list[dict[str, str]]:
+    return [{"type": "text", "text": text} for text in texts]
+
+
+_SHOW = "{% for p in c %}[{{ p.text }}]{% endfor %}"
+READERS = {
+    "directly": "{% for m in messages %}{% for p in m['content'] %}[{{ p.text }}]{% endfor %}"
+    "{% endfor %}",
+    "second name": "{% for m in messages %}{% set b = m.content %}{% set c = b %}"
+    + _SHOW
+    + "{% endfor %}",
+    "macro": "{% macro show(c) %}"
+    + _SHOW
+    + "{% endmacro %}{% for m in messages %}{{ show(m.content) }}{% endfor %}",
+    "filter": "{% for m in messages %}[{{ m.content | map(attribute='text') | join('][') }}]"
+    "{% endfor %}",
+    "only if no string": "{% for m in messages %}{% set c = m['con' ~ 'tent'] %}"
+    "{% if c is string %}{{ c }}{% else %}" + _SHOW + "{% endif %}{% endfor %}",
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_a_template_that_reads_lists_gets_them(renderer: ChatRenderer, reader: str) -> None:
+    messages = [{"role": "user", "content": [*_parts("a"), "b"]}]
+    assert renderer.render(READERS[reader], messages) == "[a][b]"
+
+
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        (_PLAIN, "<user>a\nb</>"),
+        (_PLAIN.replace("m['content']", "m['content'] | trim"), "<user>a\nb</>"),
+        ("{{ messages[0].content | tojson }}", '"a\\nb"'),
+        ("{{ {'x': messages[0].content | string } | tojson }}", '{"x": "a\\nb"}'),
+        ("{% for w in messages[0].content.split() %}[{{ w }}]{% endfor %}", "[a][b]"),
+        # It reads the first part only, so a list would lose the others.
+        ("{% set c = messages[0].content %}{{ c if c is string else c[0].text }}", "a\nb"),
+        ("{% for c in messages[0].content %}{{ c }}.{% endfor %}", "a.\n.b."),
+    ],
+)
+def test_other_templates_get_one_text(renderer: ChatRenderer, template: str, text: str) -> None:
+    assert renderer.render(template, [{"role": "user", "content": _parts("a", "b")}]) == text
+
+
+def test_each_role_is_decided_alone(renderer: ChatRenderer) -> None:
+    template = (
+        "{% for m in messages %}{% if m.role == 'user' %}"
+        "{% for p in m.content %}[{{ p.text }}]{% endfor %}"
+        "{% else %}<{{ m.content | trim }}>{% endif %}{% endfor %}"
     )
-    assert renderer.render(reads, messages) == "<user>[a][b]</>"
-    by_name = "{% set c = messages[0].content %}{% for p in c | list %}[{{ p.text }}]{% endfor %}"
-    assert renderer.render(by_name, messages) == "[a][b]"
-    split = "{% for w in messages[0].content.split() %}[{{ w }}]{% endfor %}"
-    assert renderer.render(split, messages) == "[a][b]"
+    messages = [{"role": role, "content": _parts("a", "b")} for role in ("system", "user", "tool")]
+    assert renderer.render(template, messages) == "<a\nb>[a][b]<a\nb>"
+    refuses = "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}"
+    with pytest.raises(RequestError, match="it says: no"):
+        renderer.render(refuses + template, messages)
+
+
+def test_the_content_format_overrides_the_decision(renderer: ChatRenderer) -> None:
+    messages = [{"role": "user", "content": _parts("a", "b")}]
+    reads = READERS["directly"]
+    assert renderer.render(reads, messages, content_format="string") == "[][][]"
+    assert renderer.render(reads, _USER, content_format="openai") == "[hi]"
+    with pytest.raises(RequestError, match="must be 'auto', 'string' or 'openai'; got 'list'"):
+        renderer.render(reads, messages, content_format="list")
+
+
+@pytest.mark.parametrize("read", ["reasoning_content", "reasoning", "thinking"])
+@pytest.mark.parametrize("given", ["reasoning_content", "reasoning", "thinking"])
+def test_reasoning_reaches_a_template_under_every_name(
+    renderer: ChatRenderer, given: str, read: str
+) -> None:
+    template = "{% for m in messages %}{{ m.content }}({{ m." + read + " }}){% endfor %}"
+    messages = [*_USER, {"role": "assistant", "content": "a", given: "because"}]
+    assert renderer.render(template, messages) == "hi()a(because)"
+
+
+_CALLS = (
+    "{% for m in messages %}{% for c in m.tool_calls or [] %}"
+    "{{ c.function.name }}({{ c.function.arguments | tojson }}){% endfor %}{% endfor %}"
+)
+
+
+def _call(arguments: object) -> list[dict[str, object]]:
+    call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
+    return [*_USER, {"role": "assistant", "tool_calls": [call]}]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({"é": 1}, 'f({"é": 1})'),
+        ('{"é":   1}', 'f({"é": 1})'),
+        ("[1, 2]", "f([1, 2])"),
+        ("", "f({})"),
+        (None, "f({})"),
+    ],
+)
+def test_arguments_of_tool_calls_are_encoded_once(
+    renderer: ChatRenderer, arguments: object, text: str
+) -> None:
+    assert renderer.render(_CALLS, _call(arguments)) == text
+
+
+def test_a_template_that_adds_the_arguments_to_text_gets_text(renderer: ChatRenderer) -> None:
+    adds = _CALLS.replace("{{ c.function.arguments | tojson }}", "{{ '' + c.function.arguments }}")
+    assert renderer.render(adds, _call('{"a":1}')) == 'f({"a":1})'
+    with pytest.raises(RequestError, match="fails on these messages; got TypeError"):
+        renderer.render(adds, _call({"a": 1}))
 
 
 def test_continue_final_message(renderer: ChatRenderer) -> None:
@@ -205,11 +306,6 @@ def test_malformed_tools_and_size(renderer: ChatRenderer, monkeypatch: pytest.Mo
         renderer.render(_PLAIN, _USER)
 
 
-def test_none_values_are_absent() -> None:
-    call = {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}], "name": None}
-    assert check_messages([call]) == [{"role": "assistant", "tool_calls": [{"id": "1"}]}]
-
-
 def test_choose_template() -> None:
     templates = {"default": "d", "tool_use": "t", "rag": "r"}
     assert choose_template(templates) == "d"
@@ -220,3 +316,71 @@ def test_choose_template() -> None:
         choose_template(templates, name="x")
     with pytest.raises(RequestError, match="needs a chat template; got a checkpoint without one"):
         choose_template({})
+
+
+def test_the_story_models_tell_on_from_a_system_message(
+    renderer: ChatRenderer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Without one, the chat is as before: paragraphs, and an open sentence that goes on."""
+    template = load_tokenizer(target_folder()).chat_template
+    assert template == load_tokenizer(draft_folder()).chat_template == CHAT_TEMPLATE
+
+    def text(*said: tuple[str, str]) -> str:
+        messages = [{"role": role, "content": content} for role, content in said]
+        named = {"bos_token": "<s>"}
+        return renderer.render(
+            CHAT_TEMPLATE, messages, add_generation_prompt=True, special_tokens=named
+        )
+
+    assert text(("system", "Be brief."), ("user", "Once upon a")) == "<s>Be brief.\n\nOnce upon a"
+    assert text(("system", " "), ("user", "Hi.")) == text(("user", "Hi.")) == "<s>Hi.\n\n"
+    assert text(("user", "A."), ("assistant", "B"), ("user", "C")) == "<s>A.\n\nB\n\nC"
+    assert not caplog.records
+
+
+def _joined(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{**m, "content": "\n".join(p["text"] for p in m["content"])} for m in messages]
+
+
+@pytest.mark.agreement
+def test_lists_reasoning_and_calls_agree_with_transformers(renderer: ChatRenderer) -> None:
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    library = Tokenizer(models.WordLevel({"<s>": 0, "</s>": 1}, "<s>"))
+    theirs = PreTrainedTokenizerFast(tokenizer_object=library, **SPECIAL_TOKENS)
+    lists = [{"role": "user", "content": _parts("a", "b")}]
+    thought = [*_USER, {"role": "assistant", "content": "a"}]
+    calls, options = CASES["tool_talk"]
+    as_text = copy.deepcopy(calls)
+    as_text[1]["tool_calls"][0]["function"]["arguments"] = '{"city": "Zürich"}'
+
+    def hf(template: str, messages: Any, **options: Any) -> str | None:
+        messages = copy.deepcopy(messages)
+        try:
+            return theirs.apply_chat_template(
+                messages, chat_template=template, tokenize=False, **options
+            )
+        except Exception:  # the template refuses
+            return None
+
+    def ours(template: str, messages: Any, **options: Any) -> str | None:
+        try:
+            return renderer.render(template, messages, special_tokens=SPECIAL_TOKENS, **options)
+        except RequestError:
+            return None
+
+    num_lists = 0
+    for path in sorted(data_folder("chat_templates").rglob("*.jinja")):
+        template = path.read_text(encoding="utf-8")
+        reads_lists = path.name == "template_vlm2vec.jinja"
+        num_lists += reads_lists
+        want = hf(template, lists if reads_lists else _joined(lists))
+        assert ours(template, lists) == want, path.name
+        for name in ("reasoning", "reasoning_content", "thinking"):
+            messages = [thought[0], {**thought[1], name: "because"}]
+            assert ours(template, messages) == hf(template, messages), path.name
+        # Some templates take the arguments as a dict and some as text.
+        want = hf(template, calls, **options) or hf(template, as_text, **options)
+        assert ours(template, as_text, **options) == want, path.name
+    assert num_lists == 1

@@ -38,8 +38,41 @@ def test_output_continues_the_prompt(tokenizer: Tokenizer, text: str, cut: int) 
     before = tokenizer.decode(prompt).rstrip("\ufffd")
     whole = tokenizer.decode(ids)
     if "\ufffd" not in text:
-        assert before + "".join(pieces) == whole
+        # Without any output, the unfinished character is the prompt's.
+        assert before + "".join(pieces) == (whole if output else before)
         assert not any("\ufffd" in piece for piece in pieces)
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), skip=st.booleans(), chunk=st.integers(1, 3))
+def test_an_unfinished_character_of_the_prompt_is_not_in_the_output(
+    tokenizer: Tokenizer, data, skip: bool, chunk: int
+) -> None:
+    cut = tokenizer.encode("ab\N{SLICE OF PIZZA}", add_special_tokens=False)
+    cut = cut[: data.draw(st.integers(len(cut) - 3, len(cut) - 1))]
+    specials = data.draw(st.lists(st.sampled_from(sorted(tokenizer.special_ids)), max_size=4))
+    prompt = [*cut, *specials]
+    output = data.draw(st.lists(st.integers(0, tokenizer.vocab_size - 1), max_size=6))
+    detokenizer = Detokenizer(tokenizer, skip_special_tokens=skip, prompt_ids=prompt)
+    got = "".join(_stream(detokenizer, output, chunk))
+    before = tokenizer.decode(prompt, skip_special_tokens=skip)
+    whole = tokenizer.decode([*prompt, *output], skip_special_tokens=skip)
+    # Either the whole text begins with the prompt's, or the output completed its last character.
+    assert got == whole.removeprefix(before if whole.startswith(before) else before[:-1])
+
+
+def test_the_unfinished_character_of_a_prompt_is_completed_or_left(tokenizer: Tokenizer) -> None:
+    *cut, last = tokenizer.encode("a\N{SLICE OF PIZZA}", add_special_tokens=False)
+    word = tokenizer.encode("b", add_special_tokens=False)[-1:]
+    b = tokenizer.token_text(word[0])
+
+    def text(output: list[int]) -> str:
+        return "".join(_stream(Detokenizer(tokenizer, prompt_ids=cut), output))
+
+    assert text([last, *word]) == "\N{SLICE OF PIZZA}" + b
+    assert text(word) == b
+    assert text([]) == ""
+    assert text([*word, last]) == b + "\ufffd"  # a byte alone, which is the output's own
 
 
 def test_a_character_is_never_cut(tokenizer: Tokenizer) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from jinfer.errors import RequestError
 from jinfer.request.params import RequestOutputKind, SamplingParams
+from jinfer.request.vllm_params import _SETTLED
 
 _ENGINE = dict(vocab_size=100, max_logprobs=5, max_model_len=64)
 
@@ -53,8 +54,10 @@ def test_is_a_value() -> None:
     assert copy.deepcopy(params) == params == pickle.loads(pickle.dumps(params))
     assert dataclasses.replace(params, top_k=5).stop == ("x",)
     assert len({params, copy.deepcopy(params)}) == 1
-    with pytest.raises(dataclasses.FrozenInstanceError):
+    message = r"cannot be changed; got an assignment to n. Write params = params.replace\(n="
+    with pytest.raises(dataclasses.FrozenInstanceError, match=message):
         params.n = 2
+    assert params.n == 1
     assert not SamplingParams(temperature=1e-5).greedy
 
 
@@ -104,7 +107,8 @@ def test_is_a_value() -> None:
         ({"detokenize": None}, "detokenize must be True or False; got detokenize=None"),
         ({"max_tokens": 0}, r"max_tokens must be in \[1, 2147483647\]; got max_tokens=0"),
         ({"min_tokens": -1}, r"min_tokens must be in \[0"),
-        ({"logprobs": -1}, r"logprobs must be in \[0"),
+        ({"logprobs": -2}, r"logprobs must be in \[-1"),
+        ({"prompt_logprobs": -2}, r"prompt_logprobs must be in \[-1"),
         ({"prompt_logprobs": 1.5}, "prompt_logprobs must be an integer"),
         ({"logprobs": True}, "logprobs must be an integer; got logprobs=True"),
         ({"logit_bias": {1: 101}}, r"logit_bias\[1\] must be in \[-100, 100\]; got .*=101.0"),
@@ -138,6 +142,94 @@ def test_an_output_kind_may_be_that_of_vllm() -> None:
 def test_a_clone_is_equal_and_another() -> None:
     params = SamplingParams(temperature=0.5, stop=["x"], logit_bias={1: 2.0})
     assert params.clone() == params and params.clone() is not params
+    changed = params.replace(top_k=4, stop=None)
+    assert (changed.top_k, changed.stop, changed.temperature) == (4, (), 0.5)
+    assert params.top_k == 0
+    with pytest.raises(RequestError, match=r"n must be in \[1, 1024\]; got n=0"):
+        params.replace(n=0)
+    with pytest.raises(TypeError, match="'topk'. Did you mean top_k"):
+        params.replace(topk=4)
+
+
+def test_none_stands_for_every_default_where_it_is_optional() -> None:
+    asked = {f.name: None for f in dataclasses.fields(SamplingParams)}
+    assert SamplingParams.from_optional(**asked) == SamplingParams()
+    assert SamplingParams.from_optional(n=None, top_k=3) == SamplingParams(top_k=3)
+
+
+def test_minus_one_is_no_seed() -> None:
+    assert SamplingParams(seed=-1).seed is None
+    assert SamplingParams(seed=-2).seed == -2
+
+
+# Fields of vLLM 0.33's SamplingParams and some of earlier versions, each with its default and a
+# value that asks for something else (None: any value is taken).
+THEIRS = {
+    "n": (1, None),
+    "presence_penalty": (0.0, None),
+    "frequency_penalty": (0.0, None),
+    "repetition_penalty": (1.0, None),
+    "temperature": (1.0, None),
+    "top_p": (1.0, None),
+    "top_k": (0, None),
+    "min_p": (0.0, None),
+    "seed": (None, None),
+    "stop": (None, None),
+    "stop_token_ids": (None, None),
+    "ignore_eos": (False, None),
+    "max_tokens": (16, None),
+    "min_tokens": (0, None),
+    "logprobs": (None, None),
+    "prompt_logprobs": (None, None),
+    "prompt_logprob_token_ids": (None, [3]),
+    "prompt_logprob_start": (None, 7),
+    "logprob_token_ids": (None, [3]),
+    "flat_logprobs": (False, True),
+    "detokenize": (True, None),
+    "skip_special_tokens": (True, None),
+    "spaces_between_special_tokens": (True, None),
+    "include_stop_str_in_output": (False, None),
+    "output_kind": (RequestOutputKind.CUMULATIVE, None),
+    "stream_interval": (None, 5),
+    "skip_clone": (False, None),
+    "output_text_buffer_length": (0, 4),
+    "structured_outputs": (None, {"json": {}}),
+    "logit_bias": (None, None),
+    "allowed_token_ids": (None, None),
+    "extra_args": (None, {"a": 1}),
+    "bad_words": (None, None),
+    "skip_reading_prefix_cache": (None, True),
+    "thinking_token_budget": (None, 100),
+    "repetition_detection": (None, {"max_pattern_size": 4}),
+    "routed_experts_prompt_start": (0, 2),
+    "trace_decode_token_ids": (None, [3]),
+    "guided_decoding": (None, {"json": {}}),
+    "logits_processors": (None, [print]),
+    "truncate_prompt_tokens": (None, 50),
+    "best_of": (None, 3),
+    "use_beam_search": (False, True),
+    "length_penalty": (1.0, 0.5),
+    "early_stopping": (False, True),
+}
+
+
+def test_every_field_of_vllm_is_taken_at_its_default() -> None:
+    defaults = {name: default for name, (default, _) in THEIRS.items()}
+    assert SamplingParams(**defaults) == SamplingParams(max_tokens=16)
+    ours = {f.name for f in dataclasses.fields(SamplingParams)}
+    assert ours < set(THEIRS)
+    assert set(THEIRS) == ours | set(_SETTLED)
+    assert SamplingParams(length_penalty=1, spaces_between_special_tokens=False) is not None
+
+
+@pytest.mark.parametrize("name", [name for name, (_, other) in THEIRS.items() if other is not None])
+def test_another_value_of_a_field_that_only_vllm_has_is_refused(name: str) -> None:
+    value = THEIRS[name][1]
+    with pytest.raises(RequestError, match=rf"^{name} must be .*; got {name}=.*\. [A-Z].*\.$"):
+        SamplingParams(**{name: value})
+    for wrong in ("", np.arange(3)):
+        with pytest.raises(RequestError, match=f"{name} must be"):
+            SamplingParams(**{name: wrong})
 
 
 def test_unknown_keyword_names_the_nearest() -> None:
@@ -154,6 +246,8 @@ def test_unknown_keyword_names_the_nearest() -> None:
         ({"logit_bias": {100: 1}}, "logit_bias must lie in the vocabulary; .* vocab_size=100"),
         ({"allowed_token_ids": [1, 400]}, "allowed_token_ids must lie in .*id 400"),
         ({"logprobs": 6}, "logprobs must be at most max_logprobs=5; got logprobs=6"),
+        ({"logprobs": -1}, "max_logprobs=5; got logprobs=-1, all 100 tokens. Ask for fewer"),
+        ({"prompt_logprobs": -1}, "max_logprobs=5; got prompt_logprobs=-1, all 100 tokens"),
         ({"prompt_logprobs": 6}, "got prompt_logprobs=6. Ask for fewer, or raise max_logprobs"),
         ({"min_tokens": 64}, "min_tokens must be below max_model_len=64; got min_tokens=64"),
     ],

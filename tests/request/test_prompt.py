@@ -68,6 +68,14 @@ def test_refusals(prompts: object, message: str) -> None:
         split_prompts(prompts)
 
 
+def test_one_bad_prompt_of_many_is_named_by_its_index() -> None:
+    with pytest.raises(RequestError, match=r"^prompt 17: token ids must be integers; got 'a' at"):
+        split_prompts([*[[5]] * 17, [1, "a"], "x"])
+    for single in (3.5, [None], {"prompt": 3}):
+        with pytest.raises(RequestError, match='^(a prompt must be|"prompt" must be)'):
+            split_prompts(single)
+
+
 def test_long_values_are_shortened() -> None:
     with pytest.raises(RequestError, match=r"got '9{56}\.\.\. at position 0"):
         as_prompt(["9" * 1000])

@@ -274,6 +274,56 @@ def test_mistral(name: str, ids: list[int]) -> None:
     assert len(tokenizer.encode("[INST]", False)) == (1 if name == "mistral-v3" else 3)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_vocabulary_under_names_of_hugging_face(tmp_path, kind: str) -> None:
+    tokenizer = load_tokenizer(write_tokenizer(tmp_path, kind, unk_token="[INST]"))
+    vocab = tokenizer.get_vocab()
+    assert len(vocab) == len(tokenizer) == tokenizer.vocab_size
+    ids = tokenizer.encode("ab the")
+    tokens = tokenizer.convert_ids_to_tokens(ids)
+    assert tokens[0] == "<s>" and [vocab[token] for token in tokens] == ids
+    assert tokenizer.convert_tokens_to_ids(tokens) == ids
+    assert tokenizer.convert_ids_to_tokens(ids, skip_special_tokens=True) == tokens[1:]
+    assert tokenizer.convert_ids_to_tokens(ids[1]) == tokens[1]
+    assert tokenizer.convert_tokens_to_ids(tokens[1]) == ids[1]
+    assert tokenizer.convert_ids_to_tokens([len(vocab), -1]) == [None, None]
+    assert tokenizer.convert_tokens_to_ids(["no such"]) == [tokenizer.token_id("[INST]")]
+    assert tokenizer.unk_token_id == vocab["[INST]"]
+    assert tokenizer.all_special_ids == sorted(tokenizer.special_ids)
+    assert {"<s>", "</s>", "[INST]"} <= set(tokenizer.all_special_tokens)
+    assert tokenizer.decode(ids[1]) == tokenizer.decode([ids[1]])
+
+
+def test_no_unk_token_means_no_id(tmp_path) -> None:
+    tokenizer = load_tokenizer(write_tokenizer(tmp_path, "byte_level"))
+    assert tokenizer.convert_tokens_to_ids("no such") is None and tokenizer.unk_token_id is None
+
+
+def test_apply_chat_template(tmp_path) -> None:
+    template = (
+        "{{ bos_token }}{% for m in messages %}[{{ m.content }}]{% endfor %}"
+        "{% if add_generation_prompt %}>{{ mode }}{% endif %}"
+    )
+    tokenizer = load_tokenizer(write_tokenizer(tmp_path, "byte_level", chat_template=template))
+    chat, other = [{"role": "user", "content": "hi"}], [{"role": "user", "content": "a"}]
+    apply = tokenizer.apply_chat_template
+    assert apply(chat, tokenize=False) == "<s>[hi]"
+    assert apply(chat, tokenize=False, add_generation_prompt=True, mode="x") == "<s>[hi]>x"
+    assert apply(chat, tokenize=False, continue_final_message=True) == "<s>[hi"
+    assert apply(chat, tokenize=False, chat_template="{{ tools }}", tools=[{}]) == "[{}]"
+    assert apply([chat, other], tokenize=False) == ["<s>[hi]", "<s>[a]"]
+    ids = tokenizer.encode("<s>[hi]", add_special_tokens=False)
+    assert ids[0] == tokenizer.bos_token_id and apply(chat) == ids
+    assert apply(chat, return_tensors=None, padding=False) == ids
+    named = {"input_ids": ids, "attention_mask": [1] * len(ids)}
+    assert apply(chat, return_dict=True) == named
+    assert apply([chat, chat], return_dict=True)["input_ids"] == [ids, ids]
+    with pytest.raises(RequestError, match="lists of token ids; got return_tensors='pt'. Leave it"):
+        apply(chat, return_tensors="pt")
+    with pytest.raises(RequestError, match="at least one message; got none"):
+        apply([])
+
+
 @pytest.mark.agreement
 @pytest.mark.parametrize("kind", KINDS[:3])  # its Llama class reads no unigram model
 def test_agrees_with_transformers(tmp_path, kind: str) -> None:

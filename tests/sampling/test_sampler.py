@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,16 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from jinfer.parallel.collectives import WHOLE
+from jinfer.parallel.collectives import WHOLE, Shards
 from jinfer.sampling import masks, sampler
-from jinfer.sampling.sampler import SamplingState, empty_state, record, sample, unpack_bits
+from jinfer.sampling.sampler import (
+    NAN_TOKEN,
+    SamplingState,
+    empty_state,
+    record,
+    sample,
+    unpack_bits,
+)
 from jinfer.sampling.xla_workarounds import rows_one_by_one
 
 GOLDEN = json.loads((Path(__file__).parent / "sampler_goldens.json").read_text())
@@ -334,9 +342,8 @@ def test_only_one_token_left(temperature: float, vocab: int) -> None:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-@pytest.mark.parametrize("fill", [np.nan, -np.inf])
-def test_nothing_to_draw_gives_token_zero(temperature: float, fill: float) -> None:
-    got = draw_one(np.full(200, fill, np.float32), temperature_A=temperature, top_p_A=0.9)
+def test_nothing_to_draw_gives_token_zero(temperature: float) -> None:
+    got = draw_one(np.full(200, -np.inf, np.float32), temperature_A=temperature, top_p_A=0.9)
     assert set(got) == {0}
 
 
@@ -345,12 +352,45 @@ def test_everything_banned_gives_token_zero() -> None:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_nan_and_infinity_in_a_row(temperature: float) -> None:
+@pytest.mark.parametrize("nans", [[3, 150], [0], range(200)])
+def test_a_nan_in_a_row_is_told_by_a_token_that_there_is_not(
+    temperature: float, nans: list[int]
+) -> None:
     logits_V = np.zeros(200, np.float32)
-    logits_V[[3, 150]] = np.nan
-    assert not set(draw_one(logits_V, temperature_A=temperature)) & {3, 150}
     logits_V[170] = np.inf
     assert set(draw_one(logits_V, temperature_A=temperature)) == {170}
+    logits_V[nans] = np.nan
+    assert set(draw_one(logits_V, temperature_A=temperature)) == {NAN_TOKEN}
+    only_20 = masks.allowed_bits(200, allowed_ids=[20])  # masked logits may be anything
+    got = draw_one(logits_V, temperature_A=temperature, allowed_bits_AW=only_20)
+    assert set(got) == ({NAN_TOKEN} if 20 in nans else {20})
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_nan_changes_no_other_row(temperature: float) -> None:
+    row = dataclasses.replace(
+        empty_state(1, 200, np), temperature_A=np.full(1, temperature, np.float32)
+    )
+    logits_RV = np.random.default_rng(0).normal(size=(8, 200)).astype(np.float32)
+    slot_R, position_R = jnp.zeros(8, jnp.int32), jnp.arange(8, dtype=jnp.int32)
+    want_R = np.array(sample_jit(logits_RV, slots_of(row), slot_R, position_R))
+    logits_RV[5, 7] = np.nan
+    want_R[5] = NAN_TOKEN
+    got_R = sample_jit(logits_RV, slots_of(row), slot_R, position_R)
+    np.testing.assert_array_equal(got_R, want_R)
+
+
+def test_a_nan_in_any_shard_is_told_to_all() -> None:
+    mesh = jax.make_mesh((4,), ("chips",), axis_types=(jax.sharding.AxisType.Auto,))
+    cut, every = jax.P(None, "chips"), jax.P()
+    argmax = jax.shard_map(
+        partial(sampler._argmax, shards=Shards("chips")), mesh=mesh, in_specs=cut, out_specs=every
+    )
+    logits_RV = np.tile(np.arange(8, dtype=np.float32) % 7, (4, 1))
+    logits_RV[1, 5] = np.nan
+    logits_RV[2] = np.nan
+    logits_RV[3] = -np.inf
+    assert jax.jit(argmax)(logits_RV).tolist() == [6, NAN_TOKEN, NAN_TOKEN, 0]
 
 
 def test_greedy_ties_take_the_lowest_id() -> None:

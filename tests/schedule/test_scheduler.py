@@ -483,3 +483,19 @@ def test_after_a_reset_what_runs_names_nothing_more() -> None:
     (b,) = with_prompts(scheduler, [*a.tokens(0, 16), 3])
     run_step(scheduler)
     assert b.num_cached == 0
+
+
+def test_a_restarted_sequence_keeps_its_rank_and_forgets_what_was_in_flight() -> None:
+    scheduler = make(max_slots=1)
+    a, b = add(scheduler, 3, 3)
+    first = plan(scheduler)
+    ahead = plan(scheduler)  # the step after it, in flight
+    commit(scheduler, first)
+    scheduler.abort(a)
+    a.output_ids.pop()
+    again = a.restarted()
+    scheduler.add(again)
+    commit(scheduler, ahead)
+    assert (a.output_ids, again.output_ids) == ([], [])
+    assert rows(run_step(scheduler), [again]) == [(0, 0, 3, True)]  # before b, which came later
+    assert b.status is Status.WAITING

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import pytest
 
+from jinfer.compile.compiler_options import compiler_options
 from jinfer.config import EngineConfig, ModelConfig
 from jinfer.parallel.mesh import make_mesh
 from jinfer.parallel.sharding import Placement
@@ -52,6 +53,25 @@ def test_nothing_asked_is_decided_by_platform(platform: str, dtype: str, loop: s
     assert plan.token_buckets[-1] == plan.max_step_tokens >= plan.max_slots
     assert plan.max_chunk_tokens == plan.max_step_tokens
     assert plan.kv_capacity == (plan.num_pages - 1) * plan.page_size
+
+
+def test_the_pool_may_be_given_in_bytes() -> None:
+    plan = plan_of(kv_cache_memory_bytes=2**21, max_num_seqs=64, gpu_memory_utilization=0.01)
+    assert plan.num_pages == 2**21 // plan.page_bytes
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"kv_cache_memory_bytes": GIB + 1}, "must fit into free memory; got kv_cache_memory_by"),
+        ({"kv_cache_memory_bytes": 1000}, "or raise kv_cache_memory_bytes"),
+        ({"kv_cache_memory_bytes": GIB // 2, "num_pages": 9}, "num_pages=9 and kv_cache_memory_"),
+        ({"kv_cache_memory_bytes": 0}, "kv_cache_memory_bytes must be at least 1; got"),
+    ],
+)
+def test_a_pool_in_bytes_that_cannot_be(asked: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        plan_of(**asked)
 
 
 @pytest.mark.parametrize(
@@ -234,3 +254,21 @@ def test_free_memory_is_what_nobody_holds() -> None:
     assert free_device_bytes(gpu) == 700
     cpu: Any = Device("cpu")
     assert 2**20 < free_device_bytes(cpu) < 2**50
+
+
+def test_small_models_on_cpus_compile_quickly_unless_told_otherwise() -> None:
+    assert plan_of().quick_compile
+    assert not plan_of(enforce_eager=False).quick_compile
+    assert not plan_of("gpu").quick_compile
+    assert plan_of("gpu", enforce_eager=True).quick_compile
+    large = dataclasses.replace(MODEL, vocab_size=400_000)
+    config = EngineConfig(model="m")
+    assert not resolve_plan(config, large, platform="cpu", free_bytes=GIB).quick_compile
+
+
+def test_quick_compiling_changes_options_on_cpus_and_gpus() -> None:
+    assert ("xla_backend_optimization_level", "0") in compiler_options("cpu", quick=True)
+    assert compiler_options("cpu") == ()
+    assert set(compiler_options("gpu", quick=True)) - set(compiler_options("gpu")) == {
+        ("xla_gpu_autotune_level", "0")
+    }

@@ -42,6 +42,7 @@ def shape_of(num_tokens: int, max_slots: int, page_size: int) -> BucketShape:
         layer_loop="scan",
         weight_layout="default",
         attention="xla",
+        quick_compile=False,
     )
     return BucketShape.of(num_tokens, plan)
 

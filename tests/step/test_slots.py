@@ -106,6 +106,14 @@ def test_only_rows_that_draw_are_recorded(slots: SlotState) -> None:
     assert counts_AV[0, 11] == counts_AV[3, 13] == 1 and not counts_AV[1].any()
 
 
+def test_a_slot_whose_logits_are_nan_stops(slots: SlotState) -> None:
+    samples_R, token_R = jnp.array([True, True, False]), jnp.array([-1, 5, -1])
+    after = record_sampled(slots, jnp.array([0, 1, 2]), token_R, samples_R)
+    assert after.stopped_A.tolist()[:4] == [True, False, False, False]
+    assert after.last_token_A.tolist()[:3] == [0, 5, 0]
+    assert not after.sampling.output_count_AV[:, -1].any()
+
+
 def test_padding_writes_no_page(slots: SlotState) -> None:
     batch = SHAPE.empty()
     batch.write_slot_J[:2], batch.write_index_J[:2], batch.write_page_J[:2] = 1, [0, 2], [8, 9]

@@ -62,6 +62,29 @@ def test_hub_name_is_downloaded(tmp_path, download) -> None:
     assert calls[0][0] == "org/name-1.5_B"
 
 
+def test_revision_folder_and_token_reach_the_hub(tmp_path, download) -> None:
+    calls = download(str(tmp_path))
+    resolve_model("org/name", revision="v2", download_dir=tmp_path, token="secret")
+    options = calls[0][1]
+    assert (options["revision"], options["cache_dir"], options["token"]) == (
+        "v2",
+        tmp_path,
+        "secret",
+    )
+
+
+def test_a_revision_of_a_folder_is_refused(tmp_path) -> None:
+    assert resolve_model(tmp_path, revision="main") == tmp_path
+    with pytest.raises(CheckpointError, match="belongs to a hub name; got revision='v2' with the"):
+        resolve_model(tmp_path, revision="v2")
+
+
+def test_a_revision_that_the_hub_lacks(download) -> None:
+    download(http_error(errors.RevisionNotFoundError))
+    with pytest.raises(CheckpointError, match="has no revision 'v2'. Check the name of the branch"):
+        resolve_model("org/name", revision="v2")
+
+
 def test_only_safe_and_needed_files_are_asked_for() -> None:
     def asked(name):
         wanted = any(fnmatch(name, pattern) for pattern in hub.WANTED_FILES)

@@ -204,7 +204,8 @@ def test_the_same_tokens_from_the_shipped_model(tmp_path, capsys) -> None:
     assert main(["convert", "fable", str(tmp_path / "fable")]) == 0
     assert "saved 56 arrays, 10.3 MiB, in " in capsys.readouterr().err
     params = SamplingParams(max_tokens=24, temperature=0.8, seed=5)
-    sizes = {"max_num_seqs": 4, "max_num_batched_tokens": 16}  # the README's, compiled before
+    # The README's sizes, compiled before.
+    sizes: dict[str, Any] = {"max_num_seqs": 4, "max_num_batched_tokens": 16}
     said = []
     for folder in (target_folder(), tmp_path / "fable"):
         with LLM(folder, **sizes, late_compile="error", progress=False) as llm:

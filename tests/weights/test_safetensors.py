@@ -1,6 +1,8 @@
 """Files as the reference library writes them, and files that nobody should write."""
 
 import json
+import os
+import time
 
 import numpy as np
 import pytest
@@ -35,7 +37,7 @@ def test_reads_what_the_reference_library_writes(tmp_path, dtype) -> None:
     table = read_table(tmp_path / "t.safetensors")
     assert set(table) == set(tensors)
     for name, want in tensors.items():
-        np.testing.assert_array_equal(table[name].view().reshape(want.shape), want)
+        np.testing.assert_array_equal(table[name].read().reshape(want.shape), want)
         assert table[name].dtype == want.dtype
         assert table[name].num_bytes == want.nbytes
 
@@ -45,7 +47,7 @@ def test_reads_tensors_that_are_not_aligned(tmp_path) -> None:
     text = json.dumps({"t": entry()}).encode()
     text += b" " * ((3 - len(text)) % 8)  # the data then start 3 bytes past a multiple of 8
     path = write_raw(tmp_path / "t.safetensors", text, values.tobytes())
-    np.testing.assert_array_equal(read_table(path)["t"].view(), values)
+    np.testing.assert_array_equal(read_table(path)["t"].read(), values)
 
 
 @pytest.mark.parametrize(
@@ -135,6 +137,14 @@ def test_tensor_that_its_shard_lacks_is_named(tmp_path) -> None:
         open_checkpoint(folder)
 
 
+def test_a_tensor_that_the_index_leaves_out_is_seen(tmp_path) -> None:
+    folder, index = sharded(tmp_path)
+    want = open_checkpoint(folder)
+    del index["weight_map"]["lm_head.weight"]
+    write_json(folder / "model.safetensors.index.json", index)
+    assert open_checkpoint(folder) == want
+
+
 @pytest.mark.parametrize("weight_map", [None, [], {"model.norm.weight": 1}])
 def test_index_without_a_map(tmp_path, weight_map) -> None:
     folder, _ = sharded(tmp_path)
@@ -156,3 +166,63 @@ def test_folder_without_safetensors(tmp_path) -> None:
     (tmp_path / "pytorch_model.bin").touch()
     with pytest.raises(CheckpointError, match="which holds pytorch_model.bin"):
         open_checkpoint(tmp_path)
+
+
+# --- files that change ---
+
+
+def _shrink(path):
+    os.truncate(path, path.stat().st_size - 8)
+
+
+def _replace(path):
+    other = path.with_name("other")
+    other.write_bytes(path.read_bytes())
+    other.replace(path)
+
+
+def _write(path):
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+CHANGES = [
+    (_shrink, "which (became shorter|was written or replaced)"),
+    (lambda path: os.truncate(path, 0), "which became shorter"),
+    (_replace, "which was written or replaced"),
+    (_write, "which was written or replaced"),
+    (lambda path: path.unlink(), "which cannot be read: No such file"),
+]
+
+
+@pytest.mark.parametrize("columns", [slice(0, 6), slice(2, 4)])
+@pytest.mark.parametrize(("change", "said"), CHANGES)
+def test_a_file_that_changes_behind_its_table_is_refused(tmp_path, change, said, columns) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file({"t": np.arange(24, dtype=np.float32).reshape(4, 6)}, path)
+    ((_, read),) = read_table(path)["t"].pieces((4, 6), (slice(1, 4), columns))
+    time.sleep(0.02)  # the clock of file times is coarse
+    change(path)
+    with pytest.raises(CheckpointError, match=f"must not change while .*; got .*{said}.* again wh"):
+        read()
+
+
+@pytest.mark.parametrize("piece_bytes", [1, 40, 10_000])
+@pytest.mark.parametrize("rows", [slice(0, 5), slice(1, 4), slice(2, 2), np.array([1, 1, 3])])
+@pytest.mark.parametrize("columns", [slice(0, 6), slice(2, 5), np.array([4, 0, 0])])
+def test_pieces_fill_a_part(tmp_path, monkeypatch, piece_bytes, rows, columns) -> None:
+    monkeypatch.setattr("jinfer.weights.safetensors.PIECE_BYTES", piece_bytes)
+    whole = np.arange(30, dtype=np.float32).reshape(5, 6)
+    save_file({"a": np.ones(3, np.float32), "t": whole}, tmp_path / "t")
+    want = whole[rows][:, columns]
+    got = np.full(want.shape, np.nan, np.float32)
+    for where, read in read_table(tmp_path / "t")["t"].pieces((5, 6), (rows, columns)):
+        assert np.isnan(got[where]).all()
+        got[where] = read()
+    np.testing.assert_array_equal(got, want)
+
+
+def test_a_file_that_vanishes_before_its_table_is_read(tmp_path) -> None:
+    with pytest.raises(CheckpointError, match="absent cannot be read: No such file .*Check the"):
+        read_table(tmp_path / "absent")

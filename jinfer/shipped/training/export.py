@@ -27,12 +27,11 @@ _LAYER_NAMES = {
     "down_FD": "mlp.down_proj",
 }
 
-# A story model has no roles: messages become paragraphs. If the last message stops in the middle
-# of a sentence, the model goes on with that sentence.
+# A story model has no roles: messages become paragraphs, a system message too. If the last message
+# stops in the middle of a sentence, the model goes on with that sentence.
 CHAT_TEMPLATE = (
     "{{ bos_token }}"
-    "{%- set told = messages | selectattr('role', 'ne', 'system') | list -%}"
-    "{%- for message in told -%}"
+    "{%- for message in messages if message['role'] != 'system' or message['content'] | trim -%}"
     "{{ message['content'] | trim }}"
     "{%- if not loop.last or (add_generation_prompt and (message['content'] | trim)[-1:] "
     "in ['.', '!', '?', '\"', ':']) -%}"
