@@ -41,7 +41,7 @@ def test_the_lowest_goes_first(llm: LLM) -> None:
     [
         ([1], "priority needs one entry per prompt; got 1 for 2 prompts"),
         ([1, 0.5], r"priority must be a list of integers; got priority=\[1, 0.5\]"),
-        (3, "priority must be a list of integers; got priority=3. Pass one integer"),
+        (1.5, "priority must be a list of integers; got priority=1.5. Pass one integer"),
         ([True, 1], "priority must be a list of integers"),
     ],
 )

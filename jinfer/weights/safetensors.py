@@ -9,7 +9,9 @@ Source: huggingface/safetensors, README, "Format".
 
 import json
 import math
+import mmap
 import os
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -67,12 +69,13 @@ class StoredTensor:
     def read(self) -> np.ndarray:
         """Copies the whole tensor; raises as `pieces` does."""
         num_values = math.prod(self.shape)
-        return self._read([num_values], [slice(0, num_values)]).reshape(self.shape)
+        return self._read([num_values], [slice(0, num_values)]).reshape(self.shape).copy()
 
     def pieces(self, sizes: Sequence[int], parts: Sequence[Part]) -> list[Piece]:
         """Splits the part into blocks of rows; see `jinfer.weights.host_tensor.Stored`.
 
-        Reading one raises CheckpointError if the file has changed since its table was read.
+        A piece is valid until its thread reads the next one. Reading one raises CheckpointError if
+        the file has changed since its table was read.
         """
         rows = parts[0]
         if not isinstance(rows, slice):  # repeated kv heads, several on one device: a small matrix
@@ -108,15 +111,16 @@ class StoredTensor:
         return block
 
     def _copied(self, file: FileIO, rows: range, sizes: Sequence[int]) -> np.ndarray:
-        block = np.empty((len(rows), *sizes[1:]), self.dtype)
-        file.seek(self.offset + rows.start * math.prod(sizes[1:]) * self.dtype.itemsize)
-        left: Any = memoryview(block.reshape(-1).view(np.uint8))  # type: ignore[arg-type]
+        row_bytes = math.prod(sizes[1:]) * self.dtype.itemsize
+        room = _room(len(rows) * row_bytes)
+        file.seek(self.offset + rows.start * row_bytes)
+        left: Any = memoryview(room)  # type: ignore[arg-type]
         while left:
             num_read = file.readinto(left)
             if not num_read:
                 raise changed(self.path, "became shorter")
             left = left[num_read:]
-        return block
+        return room.view(self.dtype).reshape(len(rows), *sizes[1:])
 
     def _mapped(self, file: FileIO, rows: range, sizes: Sequence[int]) -> np.ndarray:
         """A view that costs no reading of the columns that are not used."""
@@ -124,6 +128,20 @@ class StoredTensor:
             raise changed(self.path, "became shorter")
         where = {"offset": self.offset, "shape": tuple(sizes)}
         return np.memmap(file, self.dtype, "r", **where)[rows.start : rows.stop]
+
+
+_of_thread = threading.local()
+
+
+def _room(num_bytes: int) -> np.ndarray:
+    """Memory for one piece, which the thread's next piece overwrites.
+
+    Mapped, since an allocator would keep several freed pieces of each thread.
+    """
+    room: np.ndarray | None = getattr(_of_thread, "room", None)
+    if room is None or len(room) < num_bytes:
+        room = _of_thread.room = np.frombuffer(mmap.mmap(-1, max(1, num_bytes)), np.uint8)
+    return room[:num_bytes]
 
 
 def is_safetensors(folder: Path) -> bool:
