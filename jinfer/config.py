@@ -111,6 +111,8 @@ class EngineConfig:
     skip_tokenizer_init: bool = False  # True: no tokenizer; prompts must be token ids
     # "auto" and "safetensors" read the checkpoint; "dummy" makes random weights
     load_format: str = "auto"
+    # keys that win over those of config.json, such as {"rope_theta": 1000000.0}
+    hf_overrides: Mapping[str, Any] | None = None
     # of weights and activations: "float32", "bfloat16", "float16"; "auto": float32 on a CPU, else
     # bfloat16
     dtype: str = "auto"

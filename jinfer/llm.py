@@ -50,6 +50,7 @@ class LLM:
       hf_token: access token for the hub; None or True = the one of `hf auth login`, False = none.
       skip_tokenizer_init: True: no tokenizer; prompts must be token ids.
       load_format: "auto" and "safetensors" read the checkpoint; "dummy" makes random weights.
+      hf_overrides: keys that win over those of config.json, such as {"rope_theta": 1000000.0}.
       dtype: of weights and activations: "float32", "bfloat16", "float16"; "auto": float32 on a CPU,
         else bfloat16.
       kv_cache_dtype: of the KV cache: "int8", "fp8" = "fp8_e4m3"; "auto": as dtype.

@@ -19,6 +19,7 @@ from jinfer.cli import chat as chat_module
 from jinfer.cli import generate as generate_module
 from jinfer.cli import main
 from jinfer.cli.chat import Conversation
+from jinfer.errors import NaNLogitsError
 from jinfer.request.output import RequestOutput
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -177,6 +178,26 @@ def test_a_failed_request_is_a_line_with_its_error(
     failed, good = map(json.loads, out.splitlines())
     assert status == 2 and failed == {"prompt": "A", "error": "NaN"}
     assert len(good["token_ids"]) == 2 and "error: prompt 1: NaN" in err
+
+
+@pytest.mark.usefixtures("one_llm")
+def test_a_stream_that_fails_ends_its_line_before_the_error(
+    run: Callable[..., Ran], llm: LLM, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def fails(prompt: Any, params: Any) -> Iterator[RequestOutput]:
+        yield next(LLM.stream(llm, prompt, params))
+        raise NaNLogitsError("the logits are NaN.")
+
+    monkeypatch.setattr(llm, "stream", fails)
+    file = tmp_path / "prompts"
+    file.write_text("\nThe king")
+    status, out, err = run("generate", "--file", str(file), "--max-tokens", "2", "-q")
+    assert (status, out.count("\n"), out[-1]) == (2, 1, "\n")
+    assert err == f"jinfer: error: {file}, line 2: the logits are NaN.\n"
+    monkeypatch.setattr(sys, "stdin", io.StringIO("The king\n"))
+    status, out, err = run("chat", "--max-tokens", "2", "--ignore-eos", "-q")
+    assert (status, out.count("\n"), out[-1]) == (0, 1, "\n")
+    assert err == "jinfer: error: the logits are NaN. /reset begins anew.\n"
 
 
 @pytest.mark.usefixtures("one_llm")

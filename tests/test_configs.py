@@ -70,12 +70,25 @@ def test_keys_may_have_dashes_and_names_of_vllm(tmp_path: Path) -> None:
     assert read_config(path) == {"max_num_seqs": 8, "page_size": 32}
 
 
+def test_keys_may_be_merged_from_an_anchor(tmp_path: Path) -> None:
+    path = tmp_path / "engine.yaml"
+    path.write_text(
+        "hf_overrides: &o\n  rope_theta: 2.0\noverride_generation_config: {<<: *o, a: 1}"
+    )
+    assert read_config(path)["override_generation_config"] == {"rope_theta": 2.0, "a": 1}
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("max_num_seq: 4", r"must hold arguments of the engine; got .*Did you mean max_num_seqs"),
         ("quantization: awq\nxyz: 1", r"(?s)2 arguments .*'xyz'.*quantization='awq'"),
         ("max-num-seqs: 4\nmax_num_seqs: 4", "a key may be there once, with dashes or under"),
+        (
+            "page_size: 16\npage_size: 32",
+            "must be YAML; .*the key 'page_size' is there twice.*line 2",
+        ),
+        ("hf_overrides: {rope_theta: 1, rope_theta: 2}", "the key 'rope_theta' is there twice"),
         ("- 4", "must be a mapping of arguments; got list in .*Write lines such as"),
         ("", "must be a mapping of arguments; got NoneType"),
         ("model: [", "must be YAML; got .*Correct it"),

@@ -8,6 +8,21 @@ import yaml
 from jinfer.arguments.vllm import translated
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is there twice; YAML would take the later value."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        found = set()
+        for key, _ in node.value:
+            said = (key.tag, str(key.value))
+            if said in found:
+                raise yaml.constructor.ConstructorError(
+                    problem=f"the key {key.value!r} is there twice", problem_mark=key.start_mark
+                )
+            found.add(said)
+        return super().construct_mapping(node, deep)
+
+
 def read_config(path: str | Path) -> dict[str, Any]:
     """Reads a YAML file of engine arguments, as keywords of `LLM`; examples are in `configs/`.
 
@@ -18,7 +33,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     try:
-        asked = yaml.safe_load(path.read_text(encoding="utf-8"))
+        asked = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise ValueError(
             f"a configuration must be a file; got {str(path)!r} ({error.strerror}). Name another."

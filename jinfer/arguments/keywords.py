@@ -21,6 +21,7 @@ class EngineKeywords(TypedDict, total=False):
     hf_token: str | bool | None
     skip_tokenizer_init: bool
     load_format: str
+    hf_overrides: Mapping[str, Any] | None
     dtype: str
     kv_cache_dtype: str
     tensor_parallel_size: int

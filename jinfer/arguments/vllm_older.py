@@ -68,7 +68,7 @@ OLDER: Rows = table(
         max_long_partial_prefills=1,
         max_paddings=None,
     ),
-    only("Change config.json in a copy of the folder.", rope_scaling=None, rope_theta=None),
+    only("Pass it in hf_overrides={...}.", rope_scaling=None, rope_theta=None),
     only(_ONE_PROCESS, worker_use_ray=False, engine_use_ray=False),
     only(_NO_PROMPT_ADAPTERS, enable_prompt_adapter=False),
     any_value(

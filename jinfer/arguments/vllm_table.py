@@ -34,6 +34,7 @@ _SAME: Rows = table(
     same("skip_tokenizer_init", False),
     same("download_dir", None),
     same("load_format", "auto", "auto, safetensors or dummy; pickles are never read"),
+    same("hf_overrides", {}, "a dict, no function; keys that jinfer does not read are refused"),
     same("dtype", "auto", "auto is float32 on CPUs and bfloat16 elsewhere, not the checkpoint's"),
     same("kv_cache_dtype", "auto", "auto, int8, fp8 or fp8_e4m3; scales are computed per token"),
     same("seed", 0, "each unseeded request gets its own key from it"),
@@ -146,7 +147,6 @@ _MODEL: Rows = table(
     ),
     only("jinfer has its own implementation of each model.", "vllm", model_impl="auto"),
     only("jinfer has its own implementation of each model.", model_class_overrides={}),
-    only("Change config.json in a copy of the folder.", hf_overrides={}),
     only(_NO_QUANTIZED, quantization=None, quantization_config=None),
     only("Every layer has the same kv_cache_dtype.", [], kv_cache_dtype_skip_layers=[]),
     only(

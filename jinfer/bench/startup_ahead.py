@@ -65,7 +65,8 @@ def measure_ahead(
     """
     check_config(config)
     device, share = describe(target)
-    chip, model = chip_named(target), read_model_config(folder, weights=False)
+    chip = chip_named(target)
+    model = read_model_config(folder, weights=False, overrides=config.hf_overrides)
     padded = padded_model(model, 1)
     itemsize = jax.numpy.dtype(resolve_dtype(config, chip.platform)).itemsize
     plan = resolve_plan(

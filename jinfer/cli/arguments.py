@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from functools import partial
@@ -68,7 +69,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
       SystemExit: after --help and --version, and after the help that stands for a missing command.
     """
     parser, commands = _parsers()
-    args, unknown = parser.parse_known_args(argv)
+    args, unknown = _parse_known(parser, commands, sys.argv[1:] if argv is None else argv)
     words = (args.command, getattr(args, "benchmark", None))
     command = commands.get(" ".join(filter(None, words)), parser)
     if unknown:
@@ -89,6 +90,23 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
                 setattr(args, place, value)
     args.model = getattr(args, "model", DEFAULT_MODEL)
     return args
+
+
+def _parse_known(
+    parser: _Parser, commands: dict[str, _Parser], argv: Sequence[str]
+) -> tuple[argparse.Namespace, list[str]]:
+    """The arguments, and those that are unknown; prompts may stand before, between and after flags.
+
+    argparse allows that only in a parser without commands, and loses "--" at the start.
+    """
+    if not argv or argv[0] != "generate":
+        return parser.parse_known_args(argv)
+    end = argv.index("--") if "--" in argv else len(argv)
+    args, unknown = commands["generate"].parse_known_intermixed_args(
+        argv[1:end], argparse.Namespace(command="generate")
+    )
+    args.prompts = [*args.prompts, *argv[end + 1 :]]
+    return args, unknown
 
 
 def sampling_args(args: argparse.Namespace) -> dict[str, Any]:
@@ -294,6 +312,8 @@ def _add_engine(parser: _Parser) -> None:
     add("dtype", metavar="NAME", help="auto, float32, bfloat16 or float16")
     add("kv_cache_dtype", metavar="NAME", help="auto, int8 or fp8")
     add("load_format", metavar="NAME", help="auto, safetensors or dummy (random weights)")
+    rope = partial(_json, example='{"rope_theta": 1000000.0}')
+    add("hf_overrides", type=rope, metavar="JSON", help="keys that win over config.json")
     add("revision", metavar="NAME", help="branch, tag or commit of the model on the hub")
     add("tokenizer", metavar="MODEL", help="the tokenizer's folder, if not the model's")
     add("tokenizer_revision", metavar="NAME", help="the same for the tokenizer")
@@ -301,8 +321,14 @@ def _add_engine(parser: _Parser) -> None:
     add("download_dir", metavar="FOLDER", help="where to store downloads from the hub")
     add("hf_token", metavar="TOKEN", help="access token for the hub; better: `hf auth login`")
     add("skip_tokenizer_init", action="store_true", help="token ids in, token ids out")
+    defaults = partial(_json, example='{"temperature": 0.7}')
     add("generation_config", metavar="NAME", help="defaults: auto = the model's; vllm = none")
-    add("override_generation_config", type=_json, metavar="JSON", help="defaults that win over it")
+    add(
+        "override_generation_config",
+        type=defaults,
+        metavar="JSON",
+        help="defaults that win over it",
+    )
     add("engine_seed", **count, help="for prompts without --seed, and for dummy weights")
     add("max_logprobs", **count, help="limit on --logprobs and --prompt-logprobs")
     add("layer_loop", metavar="NAME", help="scan or unrolled")
@@ -351,12 +377,12 @@ def _ids(text: str) -> list[int]:
         ) from None
 
 
-def _json(text: str) -> Any:
+def _json(text: str, *, example: str) -> Any:
     try:
         return json.loads(text)
     except ValueError:
         raise argparse.ArgumentTypeError(
-            f"this must be JSON; got {text!r}. Write such as '{{\"temperature\": 0.7}}'"
+            f"this must be JSON; got {text!r}. Write such as '{example}'"
         ) from None
 
 

@@ -199,6 +199,9 @@ class Conversation:
                 grown = output.outputs[0].text
                 show(grown[len(shown) :])
                 shown = grown
+        except RequestError:
+            show("\n")  # the error gets a line of its own
+            raise
         except KeyboardInterrupt:
             if has_screen:
                 show(" [stopped]")

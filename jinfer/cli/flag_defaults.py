@@ -17,6 +17,7 @@ UNSET = {
     "chat_template": "the model's",
     "download_dir": "the hub's cache",
     "hf_token": "the login, if there is one",
+    "hf_overrides": "none",
     "max_model_len": "the model's context, if it fits",
     "max_num_seqs": "32 on CPU, 128 on TPU, 256 on GPU",
     "max_num_batched_tokens": "by chip; 512 on CPU",

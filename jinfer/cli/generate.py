@@ -198,10 +198,14 @@ def _stream(llm: LLM, entry: Entry, params: SamplingParams) -> RequestOutput:
     if entry.prompt is not None:  # the text goes on; an answer to a message stands alone
         show(prompt.text or "", dim=True)
     shown, output = 0, None
-    for output in outputs:
-        text = output.outputs[0].text
-        show(text[shown:])
-        shown = len(text)
+    try:
+        for output in outputs:
+            text = output.outputs[0].text
+            show(text[shown:])
+            shown = len(text)
+    except RequestError as error:
+        show("\n")  # the error gets a line of its own
+        raise _with_place(error, entry) from None
     show("\n")
     assert output is not None, "a stream that ended without an output"
     return output

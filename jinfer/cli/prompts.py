@@ -13,6 +13,7 @@ from typing import Any
 from jinfer.errors import RequestError, shown
 from jinfer.request.params import SamplingParams
 from jinfer.request.prompt import Prompt, as_prompt
+from jinfer.request.vllm_params import VLLM_ONLY, settled
 
 _PROMPT_KEYS = ("prompt", "prompt_token_ids", "cache_salt")
 # Keywords of `LLM.render`.
@@ -155,9 +156,12 @@ def _from_json(line: str, place: str) -> Entry:
 
 
 def _from_object(said: dict[str, Any], place: str) -> Entry:
-    sampling = {key: said[key] for key in _SAMPLING_KEYS if key in said}
+    sampling = settled(
+        {key: said[key] for key in said if key in _SAMPLING_KEYS or key in VLLM_ONLY}
+    )
     is_chat = "messages" in said
-    allowed = {"id", *_SAMPLING_KEYS, *(("messages", *_CHAT_KEYS) if is_chat else _PROMPT_KEYS)}
+    own = ("messages", *_CHAT_KEYS) if is_chat else _PROMPT_KEYS
+    allowed = {"id", *own, *_SAMPLING_KEYS, *VLLM_ONLY}
     for key in said:
         if key not in allowed:
             raise _unknown(key, is_chat)

@@ -148,6 +148,7 @@ class Engine:
             prompt_ids,
             vocab_size=self.model.vocab_size,
             max_model_len=self.plan.max_model_len,
+            has_text=prompt.text is not None,
         )
         request = Request(
             request_id=request_id,

@@ -146,7 +146,9 @@ def _load_shard(config: EngineConfig) -> ModelRunner:
 
 
 def _require_same(own: EngineConfig, leading: EngineConfig) -> None:
-    differing = [f.name for f in fields(own) if getattr(own, f.name) != getattr(leading, f.name)]
+    # Tokens may differ, since process 0's is used; and a message must not show one.
+    names = [f.name for f in fields(own) if f.name != "hf_token"]
+    differing = [name for name in names if getattr(own, name) != getattr(leading, name)]
     if differing:
         name = differing[0]
         raise ValueError(

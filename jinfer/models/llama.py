@@ -33,6 +33,29 @@ MLP_BIAS = {
     "b_down_D": HFTensor("mlp.down_proj.bias", "D"),
 }
 LM_HEAD = HFTensor("lm_head.weight", "V D")
+CONFIG_KEYS = frozenset(
+    {
+        "attention_bias",
+        "head_dim",
+        "hidden_act",
+        "hidden_size",
+        "intermediate_size",
+        "max_position_embeddings",
+        "mlp_bias",
+        "num_attention_heads",
+        "num_hidden_layers",
+        "num_key_value_heads",
+        "original_max_position_embeddings",
+        "partial_rotary_factor",
+        "quantization_config",
+        "rms_norm_eps",
+        "rope_parameters",
+        "rope_scaling",
+        "rope_theta",
+        "tie_word_embeddings",
+        "vocab_size",
+    }
+)
 
 
 def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:

@@ -15,11 +15,17 @@ class Family:
     """The code that is specific to one model family."""
 
     name: str
+    config_keys: frozenset[str]  # of config.json that `config_from_hf` reads
     config_from_hf: Callable[[Mapping[str, Any]], ModelConfig]
     weight_map: Callable[[ModelConfig], WeightMap]
 
 
-LLAMA = Family(name="llama", config_from_hf=llama.config_from_hf, weight_map=llama.weight_map)
+LLAMA = Family(
+    name="llama",
+    config_keys=llama.CONFIG_KEYS,
+    config_from_hf=llama.config_from_hf,
+    weight_map=llama.weight_map,
+)
 
 FAMILY_OF_ARCHITECTURE = {"LlamaForCausalLM": LLAMA}
 FAMILIES = {family.name: family for family in FAMILY_OF_ARCHITECTURE.values()}

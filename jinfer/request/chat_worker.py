@@ -86,27 +86,31 @@ def _compiled(source: str) -> tuple[Template, list[str]]:
 
 
 @functools.lru_cache(maxsize=64)
-def _reads_parts(source: str, role: str) -> bool:
+def _reads_parts(source: str, role: str, variables: str) -> bool:
     """Whether the template shows the texts of a role's content that is a list of parts.
 
     Decided by rendering a small chat. A template that does not show such a message at all (it
     refuses the role, for example) is taken to treat it as it treats a user's.
+
+    Args:
+      source: the template.
+      role: the role of the message.
+      variables: JSON of the chat's variables, without which a template may fail.
     """
     parts = [{"type": "text", "text": mark} for mark in _MARKS]
-    if _shows_marks(source, _probe(role, parts)):
+    if _shows_marks(source, _probe(role, parts), variables):
         return True
-    if role == "user" or _shows_marks(source, _probe(role, " ".join(_MARKS))):
+    if role == "user" or _shows_marks(source, _probe(role, " ".join(_MARKS)), variables):
         return False
-    return _reads_parts(source, "user")
+    return _reads_parts(source, "user", variables)
 
 
-def _shows_marks(source: str, messages: list[dict]) -> bool:
+def _shows_marks(source: str, messages: list[dict], variables: str) -> bool:
     """Whether the rendered messages hold the marks as text, not as Python or JSON of a part."""
     template, _ = _compiled(source)
+    given = {"bos_token": "", "eos_token": "", **json.loads(variables)}
     try:
-        text = template.render(
-            messages=messages, tools=None, documents=None, bos_token="", eos_token=""
-        )
+        text = template.render(messages=messages, tools=None, documents=None, **given)
     except Exception:  # a template is a program and can raise anything; it shows nothing then
         return False
     is_part = re.search(rf"""['"]text\\*['"]: *\\*['"]{_MARKS[0]}""", text)
@@ -133,12 +137,14 @@ def _probe(role: str, content: object) -> list[dict]:
 def _set_contents(job: dict) -> None:
     """Joins lists of parts, or makes texts into lists, as the job or the template wants it."""
     wanted = job["content_format"]
+    variables = {k: v for k, v in job["variables"].items() if k not in ("tools", "documents")}
+    said = json.dumps(variables, sort_keys=True)
     for message in job["messages"]:
         content = message.get("content")
         if isinstance(content, str) and wanted == "openai":
             message["content"] = [{"type": "text", "text": content}]
         elif isinstance(content, list) and wanted != "openai":
-            if wanted == "string" or not _reads_parts(job["template"], message["role"]):
+            if wanted == "string" or not _reads_parts(job["template"], message["role"], said):
                 message["content"] = "\n".join(part["text"] for part in content)
 
 

@@ -18,6 +18,8 @@ MAX_STOP_TOKEN_IDS = 64
 MAX_LOGIT_BIASES = 1024
 MAX_BAD_WORDS = 128  # also the limit on a slot's banned sequences of two or more tokens
 MAX_BAD_WORD_TOKENS = 8
+# Each adds a column to every step's output; a whole vocabulary takes too long to transfer.
+MAX_LOGPROBS = 100
 # The usual limit. To ban or force tokens, use bad_words or allowed_token_ids.
 MAX_ABS_LOGIT_BIAS = 100.0
 # Limits of the divisors of logits, far from the ends of float32 (1e-38 and 1e38).

@@ -183,7 +183,8 @@ class SamplingParams:
             if count is not None and (vocab_size if all_of_them else count) > max_logprobs:
                 raise RequestError(
                     f"{name} must be at most max_logprobs={max_logprobs}; got {name}={count}"
-                    f"{all_of_them}. Ask for fewer, or raise max_logprobs of the engine."
+                    f"{all_of_them}. Ask for fewer, or raise max_logprobs of the engine, to "
+                    f"{checks.MAX_LOGPROBS} at most."
                 )
         # A prompt has at least one token, so the output has at most one less than the context.
         if self.min_tokens >= max_model_len:

@@ -64,13 +64,16 @@ def as_prompt(prompt: Any) -> Prompt:
     raise RequestError(f"a prompt must be text or token ids; got {shown(prompt)}. {_HOW}")
 
 
-def check_prompt_ids(token_ids: Sequence[int], *, vocab_size: int, max_model_len: int) -> None:
+def check_prompt_ids(
+    token_ids: Sequence[int], *, vocab_size: int, max_model_len: int, has_text: bool = False
+) -> None:
     """Refuses token ids that this model does not support.
 
     Args:
       token_ids: the prompt, special tokens included.
       vocab_size: V, rows of the model's embedding.
       max_model_len: tokens of prompt and output together.
+      has_text: whether they are the ids of a text; changes the advice.
 
     Raises:
       RequestError: the prompt is empty, too long for one token of output, or has an id outside
@@ -89,6 +92,12 @@ def check_prompt_ids(token_ids: Sequence[int], *, vocab_size: int, max_model_len
     position, token_id = next(
         (i, one) for i, one in enumerate(token_ids) if not 0 <= one < vocab_size
     )
+    if has_text and token_id >= vocab_size:
+        raise RequestError(
+            f"the tokens of a text must be in [0, {vocab_size}), as the model has no others; got "
+            f"{token_id} at position {position}, from a larger tokenizer. Leave that part of the "
+            "text out, or use the tokenizer of this model."
+        )
     raise RequestError(
         f"prompt token ids must be in [0, {vocab_size}); got {shown(token_id)} at position "
         f"{position}. Encode the prompt with the tokenizer of this model."

@@ -85,7 +85,7 @@ class HFBackend:
     def token_bytes(self, token_id: int) -> bytes:
         if token_id in self._literal:
             return self._literal[token_id]
-        token = self._library.id_to_token(token_id)
+        token = self.token(token_id)
         return b"" if token is None else self._to_bytes(token)
 
     def _is_spelt_as_bytes(self, token_id: int, content: str) -> bool:

@@ -40,6 +40,7 @@ _SETTLED: dict[str, tuple[tuple[Any, ...], str]] = {
     "length_penalty": ((1.0,), "It belongs to beam search, which is not served yet."),
     "early_stopping": ((False,), "It belongs to beam search, which is not served yet."),
 }
+VLLM_ONLY = frozenset(_SETTLED)
 
 
 def settled(keywords: Mapping[str, Any]) -> dict[str, Any]:

@@ -112,8 +112,8 @@ def sample(
     """Samples one token per row of logits, in the order of the module's docstring.
 
     Ties: top-k and top-p keep every token that ties with the last one kept; temperature 0 takes
-    the lowest id among equals. +inf counts as the largest float32. A row with a NaN that no mask
-    or ban covers gives NAN_TOKEN; a row without a possible token (all -inf or banned) gives 0.
+    the lowest id among equals. +inf counts as the largest float32. A row with a NaN among the
+    allowed ids gives NAN_TOKEN; a row without a possible token (all -inf or banned) gives 0.
 
     Args:
       logits_RV: any float dtype; computed in float32.

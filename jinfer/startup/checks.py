@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jinfer.config import EngineConfig
+from jinfer.request.param_checks import MAX_LOGPROBS
 from jinfer.startup.defaults import DTYPES, KV_DTYPES
 from jinfer.step.attention import ATTENTION
 
@@ -80,11 +81,14 @@ def _token(name: str, value: Any) -> None:
         )
 
 
-def _mapping(name: str, value: Any) -> None:
-    if value is not None and not isinstance(value, Mapping):
-        raise ValueError(
-            f"{name} must be a dict; got {name}={value!r:.60}. Pass such as {{'temperature': 0.7}}."
-        )
+def _mapping(example: dict[str, Any]) -> Check:
+    def check(name: str, value: Any) -> None:
+        if value is not None and not isinstance(value, Mapping):
+            raise ValueError(
+                f"{name} must be a dict; got {name}={value!r:.60}. Pass such as {example}."
+            )
+
+    return check
 
 
 def _flag(name: str, value: Any) -> None:
@@ -131,6 +135,7 @@ _CHECKS: dict[str, Check] = {
     "hf_token": _token,
     "skip_tokenizer_init": _flag,
     "load_format": _one_of("auto", "safetensors", "dummy"),
+    "hf_overrides": _mapping({"rope_theta": 1e6}),
     "dtype": _one_of(*DTYPES),
     "kv_cache_dtype": _one_of(*KV_DTYPES),
     "tensor_parallel_size": _integer(1, or_none=False),
@@ -150,9 +155,8 @@ _CHECKS: dict[str, Check] = {
     "kv_cache_memory_bytes": _integer(1),
     "seed": _integer(0, 2**32 - 1, or_none=False),
     "generation_config": _path(or_none=False, of='"auto", "vllm" or a folder'),
-    "override_generation_config": _mapping,
-    # Each adds a column to every step's output; a whole vocabulary takes too long to transfer.
-    "max_logprobs": _integer(0, 100, or_none=False),
+    "override_generation_config": _mapping({"temperature": 0.7}),
+    "max_logprobs": _integer(0, MAX_LOGPROBS, or_none=False),
     "layer_loop": _one_of("scan", "unrolled", or_none=True),
     "attention": _one_of(*ATTENTION, or_none=True),
     "compilation_cache": _path(or_none=True),

@@ -93,10 +93,12 @@ def load(config: EngineConfig, devices: Sequence[jax.Device] | None = None) -> L
     use_compilation_cache(config.compilation_cache)
     folder = _model_folder(config)
     files = states_in(folder)
-    model = read_model_config(folder, weights=config.load_format != "dummy")
+    model = read_model_config(
+        folder, weights=config.load_format != "dummy", overrides=config.hf_overrides
+    )
     defaults = read_generation_config(
         folder,
-        read_hf_config(folder),
+        read_hf_config(folder, config.hf_overrides),
         source=config.generation_config,
         overrides=config.override_generation_config or {},
     )

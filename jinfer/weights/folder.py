@@ -2,10 +2,12 @@
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from jinfer.errors import CheckpointError
+from jinfer.models.hf_overrides import with_overrides
 
 FileState = tuple[int, int, int]  # inode, bytes, and the time of the last change
 # The files that must belong together; Orbax keeps its own in a subfolder.
@@ -59,10 +61,16 @@ def require_model_folder(folder: Path) -> None:
     )
 
 
-def read_hf_config(folder: Path) -> dict[str, Any]:
-    """The content of a model folder's config.json, unchanged."""
+def read_hf_config(folder: Path, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The content of a model folder's config.json, with the user's `hf_overrides` over it.
+
+    Raises:
+      CheckpointError: it is not a model folder, or its config.json is damaged.
+      ValueError, NotImplementedError: as from `with_overrides`.
+    """
     require_model_folder(folder)
-    return read_json_object(folder / "config.json")
+    stored = read_json_object(folder / "config.json")
+    return with_overrides(stored, overrides) if overrides else stored
 
 
 def read_json_object(path: Path) -> dict[str, Any]:

@@ -65,7 +65,7 @@ def read_generation_config(
 
     Args:
       folder: the model folder.
-      hf_config: its config.json, unchanged.
+      hf_config: its config.json.
       source: "auto" = the folder's file; "vllm" = only its end tokens; else the folder of another
         generation_config.json.
       overrides: keys that win over those of the file; only SAMPLING_KEYS and eos_token_id.

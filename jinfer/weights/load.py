@@ -14,7 +14,7 @@ from typing import Any
 import jax
 
 from jinfer.config import ModelConfig
-from jinfer.errors import CheckpointError
+from jinfer.errors import CheckpointError, shown
 from jinfer.log import LOGGER
 from jinfer.models.registry import FAMILIES, family_of
 from jinfer.models.weight_map import WeightMap
@@ -48,26 +48,28 @@ class LoadReport:
         )
 
 
-def read_model_config(folder: Path, *, weights: bool = True) -> ModelConfig:
+def read_model_config(
+    folder: Path, *, weights: bool = True, overrides: Mapping[str, Any] | None = None
+) -> ModelConfig:
     """The ModelConfig of a model folder: that of config.json, tied only if the files agree.
 
     Args:
       folder: a Hugging Face model folder, or one from `jinfer convert`.
       weights: False = read config.json alone; its weights will not be loaded.
+      overrides: keys that win over those of config.json, `hf_overrides`.
 
     Raises:
       CheckpointError: if it is not a model folder, or its config.json is invalid.
       NotImplementedError: if the architecture or one of its settings is not supported.
+      ValueError: if a key of `overrides` is not read.
     """
-    hf = read_hf_config(folder)
+    hf = read_hf_config(folder, overrides)
     try:
-        config = family_of(hf).config_from_hf(hf)
-    except CheckpointError:
-        raise
-    except ValueError as error:  # numbers that contradict each other
-        raise CheckpointError(
-            f"{folder / 'config.json'} contradicts itself: {error} Correct the file."
-        ) from None
+        config = _parsed(folder, hf)
+    except (CheckpointError, NotImplementedError) as error:
+        if not overrides:
+            raise
+        raise type(error)(f"with hf_overrides={shown(dict(overrides))}, {error}") from None
     if not weights or not config.tie_word_embeddings or not _has_weights(folder):
         return config
     untied = replace(config, tie_word_embeddings=False)
@@ -206,6 +208,17 @@ def check_tensors(stored: Mapping[str, Stored], weights: WeightMap, num_layers: 
                 f"{name} must be stored as one of {', '.join(FLOAT_DTYPES)}; "
                 f"got dtype={got.dtype}. Use the unquantized checkpoint."
             )
+
+
+def _parsed(folder: Path, hf: Mapping[str, Any]) -> ModelConfig:
+    try:
+        return family_of(hf).config_from_hf(hf)
+    except CheckpointError:
+        raise
+    except ValueError as error:  # numbers that contradict each other
+        raise CheckpointError(
+            f"{folder / 'config.json'} contradicts itself: {error} Correct the file."
+        ) from None
 
 
 def _open_stored(folder: Path) -> Mapping[str, Stored]:

@@ -115,6 +115,17 @@ def test_anything_else_is_refused_with_the_reason(name: str, value: Any, message
         config_of(**{name: value})
 
 
+def test_overrides_of_config_json_are_a_dict() -> None:
+    for value in (None, {}, {"rope_theta": 1e6}):
+        check_config(config_of(hf_overrides=value))
+    with pytest.raises(
+        ValueError, match="^hf_overrides must be a dict; got .*'rope_theta': 1000000"
+    ):
+        check_config(config_of(hf_overrides=lambda config: config))
+    with pytest.raises(NotImplementedError, match="rope_theta=1.0. Pass it in hf_overrides"):
+        config_of(rope_theta=1.0)
+
+
 def test_an_array_is_no_accepted_value() -> None:
     with pytest.raises(NotImplementedError, match="quantization must be None"):
         config_of(quantization=np.zeros(2))

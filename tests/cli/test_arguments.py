@@ -72,7 +72,7 @@ def test_flags_become_keywords() -> None:
     args = parse(
         "generate A --temperature 0.5 --stop x --stop y --stop-token-ids 5,6 --stop-token-ids 7 "
         "--logit-bias 3=-1.5 --logit-bias 4=2 --ignore-eos --no-skip-special-tokens --seed 9 "
-        "--engine-seed 8 --dtype float32 --num-pages 70 -q".split()
+        '--engine-seed 8 --dtype float32 --num-pages 70 -q --hf-overrides {"rope_theta":5}'.split()
     )
     assert sampling_args(args) == {
         "temperature": 0.5,
@@ -87,8 +87,23 @@ def test_flags_become_keywords() -> None:
         "seed": 8,
         "dtype": "float32",
         "num_pages": 70,
+        "hf_overrides": {"rope_theta": 5},
         "progress": False,
     }
+
+
+@pytest.mark.parametrize(
+    ("words", "prompts"),
+    [
+        ("A --max-tokens 1 B", ["A", "B"]),
+        ("--json A --max-tokens 1 B --stop x -5 - --max-tokens 2", ["A", "B", "-5", "-"]),
+        ("A --json -- -B --json -- C", ["A", "-B", "--json", "--", "C"]),
+        ("-- -A", ["-A"]),
+        ("--json", []),
+    ],
+)
+def test_prompts_may_stand_anywhere(words: str, prompts: list[str]) -> None:
+    assert parse(["generate", *words.split()]).prompts == prompts
 
 
 def test_a_word_too_many_is_no_flag() -> None:
@@ -121,7 +136,7 @@ def test_python_m_jinfer() -> None:
 @pytest.mark.parametrize("command", [["generate"], ["chat"], *(["bench", n] for n in BENCHMARKS)])
 def test_every_flag_with_a_value_tells_its_default(command: list[str]) -> None:
     flags = [action for action in _parser(command)._actions if action.nargs != 0]
-    untold = [f.option_strings for f in flags if f.option_strings and "default" not in f.help]
+    untold = [f.option_strings for f in flags if f.option_strings and "default" not in (f.help or "")]
     assert untold == []
 
 
@@ -141,6 +156,8 @@ def test_the_words_for_none_are_those_of_fields_that_may_be_none() -> None:
     [
         (["serve"], r"invalid choice: 'serve'.*'generate', 'chat', 'info'"),
         (["generate", "A", "--tempratur", "1"], r"got --tempratur\. Did you mean --temperature\?"),
+        (["generate", "A", "--tempratur", "1", "B"], r"got --tempratur\. Did you mean --temp"),
+        (["generate", "A", "--hf-overrides", "x"], r"JSON; got 'x'. .*'{\"rope_theta\": 1000000"),
         (["chat", "--qqqqqq"], r"got --qqqqqq\. See `jinfer chat --help`\."),
         (["generate", "A", "--top-k", "x"], r"--top-k: invalid int value: 'x'"),
         (["generate", "A", "--temperature", "-1"], r"temperature must be in .* Choose a value"),

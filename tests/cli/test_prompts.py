@@ -86,6 +86,19 @@ def test_a_byte_order_mark_is_no_text(tmp_path: Path, monkeypatch: pytest.Monkey
     assert texts(read_prompts([], None)) == ["A", "\ufeff"]
 
 
+def test_a_line_takes_vllms_fields_at_values_that_change_nothing(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.jsonl"
+    fields = {"best_of": 1, "guided_decoding": None, "logits_processors": [], "temperature": 0.5}
+    file.write_text(json.dumps({"prompt": "A", **fields}))
+    (entry,) = read_prompts([], str(file))
+    assert entry.sampling == {"temperature": 0.5}
+    file.write_text('{"prompt": "A", "best_of": 3}')
+    with pytest.raises(
+        RequestError, match="line 1: best_of must be None or 1; got best_of=3. Use n"
+    ):
+        read_prompts([], str(file))
+
+
 def test_a_line_has_its_own_settings(tmp_path: Path) -> None:
     file = tmp_path / "prompts.jsonl"
     messages = [{"role": "user", "content": "hi"}]

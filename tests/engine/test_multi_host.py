@@ -132,6 +132,14 @@ def test_engines_after_and_beside_each_other_are_told_apart(pair: Pair) -> None:
     assert called == [["close"], ["restore_counts", "close"]]
 
 
+def test_an_access_token_is_neither_compared_nor_shown() -> None:
+    own, leading = replace(CONFIG, hf_token="mine"), replace(CONFIG, hf_token="theirs")
+    multi_host._require_same(own, leading)
+    with pytest.raises(ValueError, match="the same engine; got seed=1 here") as caught:
+        multi_host._require_same(replace(own, seed=1), leading)
+    assert "mine" not in str(caught.value) and "theirs" not in str(caught.value)
+
+
 def test_another_engine_is_refused(pair: Pair) -> None:
     pair.start(replace(CONFIG, max_num_seqs=4))
     _, runner = load_everywhere(CONFIG)

@@ -96,6 +96,18 @@ def test_a_template_that_reads_lists_gets_them(renderer: ChatRenderer, reader: s
     assert renderer.render(READERS[reader], messages) == "[a][b]"
 
 
+def test_a_template_that_needs_variables_gets_lists_too(renderer: ChatRenderer) -> None:
+    template = (
+        "{% for m in messages %}{% if m.content is string %}{{ m.content }}{% else %}"
+        "{% for p in m.content %}{{ part_token + marks['x'] + p.text }}{% endfor %}"
+        "{% endif %}{% endfor %}"
+    )
+    messages = [{"role": "user", "content": _parts("a", "b")}]
+    for mark in "!?":
+        named = {"special_tokens": {"part_token": "<p>"}, "variables": {"marks": {"x": mark}}}
+        assert renderer.render(template, messages, **named) == f"<p>{mark}a<p>{mark}b"
+
+
 @pytest.mark.parametrize(
     ("template", "text"),
     [

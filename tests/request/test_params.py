@@ -248,7 +248,7 @@ def test_unknown_keyword_names_the_nearest() -> None:
         ({"logprobs": 6}, "logprobs must be at most max_logprobs=5; got logprobs=6"),
         ({"logprobs": -1}, "max_logprobs=5; got logprobs=-1, all 100 tokens. Ask for fewer"),
         ({"prompt_logprobs": -1}, "max_logprobs=5; got prompt_logprobs=-1, all 100 tokens"),
-        ({"prompt_logprobs": 6}, "got prompt_logprobs=6. Ask for fewer, or raise max_logprobs"),
+        ({"prompt_logprobs": 6}, "or raise max_logprobs of the engine, to 100 at most"),
         ({"min_tokens": 64}, "min_tokens must be below max_model_len=64; got min_tokens=64"),
     ],
 )

@@ -82,7 +82,7 @@ def test_long_values_are_shortened() -> None:
 
 
 def test_check_prompt_ids() -> None:
-    limits = dict(vocab_size=10, max_model_len=4)
+    limits: dict[str, Any] = {"vocab_size": 10, "max_model_len": 4}
     check_prompt_ids((0, 9, 5), **limits)
     with pytest.raises(RequestError, match="needs at least one token; got none"):
         check_prompt_ids((), **limits)
@@ -94,6 +94,14 @@ def test_check_prompt_ids() -> None:
         check_prompt_ids((1, 10), **limits)
     with pytest.raises(RequestError, match="got -1 at position 2"):
         check_prompt_ids((1, 2, -1), **limits)
+    with pytest.raises(RequestError, match="got 10 at position 0. Encode the prompt with"):
+        check_prompt_ids((10,), **limits)
+    with pytest.raises(
+        RequestError,
+        match=r"of a text must be in \[0, 10\).*got 10 at position 1, .*"
+        "Leave that part of the text out",
+    ):
+        check_prompt_ids((1, 10), **limits, has_text=True)
 
 
 @pytest.mark.parametrize("salt", [5, None, b"a", "\ud800"])

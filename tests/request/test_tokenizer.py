@@ -52,6 +52,7 @@ def test_round_trip_and_special_tokens(tmp_path, kind: str) -> None:
 def test_ids_outside_the_vocabulary_are_silent(tmp_path, kind: str) -> None:
     tokenizer = load_tokenizer(write_tokenizer(tmp_path, kind))
     assert tokenizer.decode([tokenizer.vocab_size + 7, np.int32(tokenizer.vocab_size)]) == ""
+    assert tokenizer.decode([-1]) == tokenizer.decode(-1) == ""
 
 
 @settings(max_examples=60, deadline=None)

@@ -1,15 +1,18 @@
 """Start-up, as far as it goes without a device: the tokenizer beside the model."""
 
 import logging
+import os
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
+from random_checkpoint import write_llama_checkpoint
 
-from jinfer.config import EngineConfig
+from jinfer.config import EngineConfig, EnginePlan, ModelConfig
 from jinfer.errors import CheckpointError
 from jinfer.shipped import target_folder
+from jinfer.startup import load as start
 from jinfer.startup.load import _model_folder, _tokenizer_folder, _tokenizer_of
 from jinfer.weights.load import read_model_config
 
@@ -29,6 +32,77 @@ def test_a_vocabulary_that_is_too_small_is_told(vocab_size, lines, caplog, monke
     ] * len(lines)
     # Rows of the model that have no text add nothing to an output.
     assert tokenizer.decode([4096, 4999]) == tokenizer.token_text(4096) == ""
+
+
+class _NotCompiling:
+    """Stands for the compilation, whose result `load` waits for after the weights."""
+
+    def __init__(self, *_: object, **__: object) -> None: ...
+
+    def __enter__(self) -> "_NotCompiling":
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def done(self, *_: object) -> None: ...
+
+    def result(self) -> NoReturn:
+        raise InterruptedError("the programs")
+
+
+@pytest.mark.parametrize("load_format", ["auto", "dummy"])
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_folder_that_changes_while_it_loads_is_refused(
+    name: str, load_format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_llama_checkpoint(tmp_path, seed=0)
+    config = EngineConfig(
+        model=folder,
+        load_format=load_format,
+        skip_tokenizer_init=True,
+        num_pages=40,
+        progress=False,
+    )
+    monkeypatch.setattr(start, "Compiling", _NotCompiling)
+    with pytest.raises(InterruptedError):  # unchanged: `load` goes on to the programs
+        start.load(config)
+    make = start._load_weights
+
+    def make_and_touch(*args: Any) -> Any:
+        made = make(*args)
+        os.utime(folder / name, ns=(0, 0))
+        return made
+
+    monkeypatch.setattr(start, "_load_weights", make_and_touch)
+    if load_format == "dummy":  # reads no weights, so no two files must belong together
+        with pytest.raises(InterruptedError):
+            start.load(config)
+        return
+    with pytest.raises(CheckpointError, match=f"must not change .*{name}', which was written or"):
+        start.load(config)
+
+
+def test_overrides_reach_the_model_and_its_end_tokens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_llama_checkpoint(tmp_path, seed=0)
+    programs: list[ModelConfig] = []
+
+    def noted(plan: EnginePlan, model: ModelConfig, *_: object) -> list[Any]:
+        programs.append(model)
+        raise InterruptedError("before compiling")
+
+    monkeypatch.setattr(start, "step_programs", noted)
+    config = EngineConfig(model=folder, skip_tokenizer_init=True, num_pages=40, progress=False)
+    changed: dict[str, Any] = {"rope_theta": 5e5, "max_position_embeddings": 512}
+    for overrides in (None, changed):
+        with pytest.raises(InterruptedError):
+            start.load(replace(config, hf_overrides=overrides))
+    assert programs[1] == replace(programs[0], **changed)
+    with pytest.raises(
+        CheckpointError, match="end tokens must lie in the vocabulary; got .*=2 wit"
+    ):
+        start.load(replace(config, load_format="dummy", hf_overrides={"vocab_size": 2}))
 
 
 def test_without_a_tokenizer_there_is_nothing_to_compare() -> None:

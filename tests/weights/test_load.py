@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -319,6 +320,22 @@ def test_contradicting_config(tmp_path) -> None:
     write_json(folder / "config.json", {**SMALL_LLAMA, "num_key_value_heads": 3})
     with pytest.raises(CheckpointError, match="contradicts itself: num_q_heads must be a multiple"):
         read_model_config(folder)
+
+
+def test_overrides_win_over_config_json(tmp_path) -> None:
+    folder = write_llama_checkpoint(tmp_path, seed=0)
+    got = read_model_config(folder, overrides={"rope_theta": 5e5})
+    assert got == replace(read_model_config(folder), rope_theta=5e5)
+    with pytest.raises(ValueError, match=r"got 'rope_thet'\. Did you mean rope_theta\?"):
+        read_model_config(folder, overrides={"rope_thet": 5e5})
+    with pytest.raises(
+        CheckpointError, match=r"^with hf_overrides={'rope_theta': 'x'}, config.json"
+    ):
+        read_model_config(folder, overrides={"rope_theta": "x"})
+    with pytest.raises(CheckpointError, match=r"^with hf_overrides=.*contradicts itself"):
+        read_model_config(folder, overrides={"num_key_value_heads": 3})
+    with pytest.raises(NotImplementedError, match=r"^with hf_overrides=.*must be 'silu'"):
+        read_model_config(folder, overrides={"hidden_act": "gelu"})
 
 
 MEASURE = """
