@@ -85,7 +85,7 @@ def _compiled(source: str) -> tuple[Template, list[str]]:
     return env.from_string(tree), names
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=16)
 def _reads_parts(source: str, role: str, variables: str) -> bool:
     """Whether the template shows the texts of a role's content that is a list of parts.
 

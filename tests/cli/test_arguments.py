@@ -136,8 +136,8 @@ def test_python_m_jinfer() -> None:
 @pytest.mark.parametrize("command", [["generate"], ["chat"], *(["bench", n] for n in BENCHMARKS)])
 def test_every_flag_with_a_value_tells_its_default(command: list[str]) -> None:
     flags = [action for action in _parser(command)._actions if action.nargs != 0]
-    untold = [f.option_strings for f in flags if f.option_strings and "default" not in (f.help or "")]
-    assert untold == []
+    named = [flag for flag in flags if flag.option_strings]
+    assert [f.option_strings for f in named if "default" not in (f.help or "")] == []
 
 
 def _parser(command: list[str]) -> argparse.ArgumentParser:
