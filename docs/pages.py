@@ -172,7 +172,7 @@ def _only_table(rows: Rows) -> list[str]:
 
 
 def _settled_table() -> list[str]:
-    head = ["| vLLM | accepted | in place of others |", "|---|---|---|"]
+    head = ["| vLLM | accepted | instead of other values |", "|---|---|---|"]
     return head + [
         f"| `{name}` | {', '.join(f'`{value!r}`' for value in accepted)} | {_cell(advice)} |"
         for name, (accepted, advice) in vllm_params._SETTLED.items()
@@ -206,18 +206,19 @@ from jinfer.inputs import SingletonPrompt
 ```
 
 Install jinfer beside vLLM or without it; no torch is needed. A script then runs unless it asks for
-something that jinfer cannot do. All such arguments of `LLM(...)` are told in one message. Methods
-that jinfer lacks, such as `beam_search` and `sleep`, raise `NotImplementedError` with the way
-around them; `hasattr` is False for them.
+something that jinfer cannot do. One error names all such arguments of `LLM(...)`. Methods that
+jinfer lacks, such as `beam_search` and `sleep`, raise `NotImplementedError`, which says what to use
+instead; `hasattr` is False for them.
 
 These things differ:
 
 - `SamplingParams(max_tokens=None)` is the default: until the model stops or the context ends. In
   vLLM it is 16.
 - `SamplingParams` cannot be changed in place: `params = params.replace(temperature=0.5)`. A
-  temperature between 0 and 1e-5 is refused; vLLM raises all below 0.01 to 0.01.
+  temperature between 0 and 1e-5 is refused; vLLM takes 0.01 for one between 0 and 0.01.
 - `bad_words` bans every spelling of a word, not only the tokenizer's own.
-- A stop string that is exactly one special token ends the output, also where it is hidden.
+- A stop string that is exactly one special token ends the output, even if the text leaves
+  special tokens out.
 - `gpu_memory_utilization` is a fraction of the memory that is free at start-up, 0.9 by default. In
   vLLM it is a fraction of the whole GPU, 0.92 by default.
 - `max_model_len=None` takes as much of the trained context as fits into memory. In vLLM the start
@@ -225,7 +226,7 @@ These things differ:
 - `dtype="auto"` is bfloat16 on TPUs and GPUs, and float32 on CPUs, whatever the checkpoint stores.
 - Weights and KV cache stay until `close()`, or the end of `with LLM(...) as llm:`. `del llm` is not
   needed, and there is no `sleep`.
-- No request ends the others: `generate(..., on_error="return")` gives a bad prompt's output an
+- A bad prompt need not end the others: with `generate(..., on_error="return")` its output has an
   `error`.
 - `AsyncLLM` may skip intermediate outputs if the caller reads slowly, never the last.
 - `priority` always counts; there is no need for `scheduling_policy="priority"`.

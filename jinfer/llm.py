@@ -186,8 +186,9 @@ class LLM:
           lora_request: None; here for scripts from vLLM, as are the last two.
           priority: one integer for all, or one per prompt; lower numbers start earlier and are
             preempted later. None = all equal. No prompt waits forever, whatever its priority.
-          on_error: "raise": a prompt that cannot be served raises before any work is done.
-            "return": its output has an `error` with the reason, and the others are answered.
+          on_error: "raise": a prompt that cannot be served raises before any work is done; one that
+            fails while it runs raises when the others are done. "return": its output has an `error`
+            with the reason, and the others are answered.
           tokenization_kwargs: None.
           mm_processor_kwargs: None.
 
@@ -259,7 +260,7 @@ class LLM:
         before = None
         with self._callers.running([request]) as steps:
             for _ in steps:
-                self._raise_failure(request)
+                raise_failure(request)
                 if request.final_only and not request.finished:
                     continue
                 output = request.output()
@@ -279,7 +280,8 @@ class LLM:
             for advanced in steps:
                 for request in advanced:
                     if request.finished:
-                        self._raise_failure(request, on_error)
+                        if on_error == "raise":
+                            raise_failure(request, f"prompt {places[request]}: ")
                         yield places[request], request.output()
 
     def _generate(
@@ -296,8 +298,9 @@ class LLM:
         with ProgressLine(len(requests), shown) as line, self._callers.running(requests) as steps:
             for advanced in steps:
                 line.update(advanced)
-        for request in requests:
-            self._raise_failure(request, on_error)
+        for index, outcome in enumerate(outcomes):
+            if isinstance(outcome, Request) and on_error == "raise":
+                raise_failure(outcome, f"prompt {index}: " if len(units) > 1 else "")
         return [o.output() if isinstance(o, Request) else o for o in outcomes]
 
     def render(
@@ -395,9 +398,13 @@ class LLM:
             for index, (unit, (p, r)) in enumerate(zip(units, each, strict=True))
         ]
 
-    def _raise_failure(self, request: Request, on_error: str = "raise") -> None:
-        if request.error is not None and on_error == "raise":
-            raise request.error
+
+def raise_failure(request: Request, place: str = "") -> None:
+    """Raises the error that ended a request, if any, with the prompt's place before its text."""
+    if isinstance(request.error, RequestError) and place:
+        raise type(request.error)(f"{place}{request.error}") from request.error
+    if request.error is not None:
+        raise request.error
 
 
 def check_template_args(template_args: Mapping[str, Any]) -> None:

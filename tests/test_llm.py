@@ -536,6 +536,8 @@ def test_bad_words_that_leave_no_way_to_go_on_end_their_request(llm: LLM) -> Non
     assert isinstance(refused.error, RequestError) and text_of(refused) == "l"
     assert "ends no bad word" in str(refused.error)
     assert other.error is None and text_of(other) == text_of(llm.generate(PROMPTS[1], GREEDY)[0])
+    with pytest.raises(RequestError, match="^prompt 1: .* ends no bad word"):
+        llm.generate(PROMPTS[:2], [greedy(1), params])
 
 
 # -- failures, interruptions and the end

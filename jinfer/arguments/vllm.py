@@ -1,8 +1,8 @@
 """vLLM's engine arguments as jinfer's: translated, accepted where they agree, or refused.
 
-The tables are in `vllm_table.py` (vLLM 0.33) and `vllm_older.py`. Of an argument that jinfer does
-not let you choose, only the values that describe what it does are accepted; any other value is an
-error that says why. None is ignored.
+The tables are in `vllm_table.py` (vLLM 0.33) and `vllm_older.py`. Where jinfer has no choice, it
+accepts only the values that describe what it does; any other value is an error that says why. Some
+arguments make no difference in jinfer: it accepts any value of these.
 """
 
 import difflib
@@ -38,16 +38,16 @@ def engine_config(
 def translated(
     engine_args: Mapping[str, Any], *, of_requests: Collection[str] = ()
 ) -> dict[str, Any]:
-    """The same arguments under jinfer's names, without those that say what it does anyway.
+    """The arguments that jinfer has, under its names; accepted ones without effect are dropped.
 
     Args:
       engine_args: keywords under jinfer's names or vLLM's.
       of_requests: names that belong to SamplingParams, for a hint.
 
     Raises:
-      TypeError: a name is unknown, or given twice. The message tells all problems, also those of
-        the next kind.
-      NotImplementedError: jinfer supports other values of these arguments only.
+      TypeError: a name is unknown, or given twice. The message names all problems, also
+        unsupported values.
+      NotImplementedError: an argument has a value that jinfer does not support.
     """
     kept: dict[str, Any] = {}
     wrong: list[str] = []

@@ -54,8 +54,8 @@ _SAME: Rows = table(
     ),
     same("kv_cache_memory_bytes", None),
     same("max_num_batched_tokens", None),
-    same("max_num_seqs", None, "the default depends on the device: 8 on CPUs"),
-    same("long_prefill_token_threshold", 0, "0 = None: the whole step"),
+    same("max_num_seqs", None, "default: 32 on CPUs, 128 on TPUs, 256 on GPUs"),
+    same("long_prefill_token_threshold", 0, "0 and None: no limit"),
     same("max_logprobs", 20, "at most 100"),
     same("revision", None),
     same("hf_token", None),
@@ -75,7 +75,7 @@ _RENAMED: Rows = table(
     means("block_size", "page_size", None),
     means("num_gpu_blocks_override", "num_pages", None),
     means("jit_monitor_mode", "late_compile", "warn"),
-    means("use_tqdm_on_load", "progress", True, "also of generate, and the lines of start-up"),
+    means("use_tqdm_on_load", "progress", True, "also for generate's bars and the start-up lines"),
 )
 
 _ANY: Rows = table(

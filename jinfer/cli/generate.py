@@ -90,14 +90,14 @@ def _with_limit(defaults: SamplingParams, chosen: Mapping[str, Any]) -> Sampling
 def made_to_measure(
     entries: Sequence[Entry], params: Sequence[SamplingParams], args: Namespace
 ) -> dict[str, int]:
-    """Engine sizes for a few sequences; none for many sequences, or for `--max-num-seqs`."""
+    """Engine sizes for a few sequences; empty for many, or if `--max-num-seqs` is given."""
     num_sequences = sum(each.n for each in params)
     if num_sequences > FEW_SEQUENCES or "max_num_seqs" in args:
         return {}
     scores = any(each.prompt_logprobs is not None for each in params)
     num_slots = SCORING_SLOTS if scores else num_sequences
     if "max_num_batched_tokens" in args:
-        # A step has a token for each slot. The engine refuses values that are no numbers.
+        # A step needs a token for each slot. If this is no number, the engine refuses it later.
         most = args.max_num_batched_tokens
         return {"max_num_seqs": min(num_slots, max(1, most)) if isinstance(most, int) else 1}
     longest = max(map(_length, entries))
@@ -195,7 +195,7 @@ def _stream(llm: LLM, entry: Entry, params: SamplingParams) -> RequestOutput:
         outputs = llm.stream(prompt, params)  # raises if refused, before anything is shown
     except RequestError as error:
         raise _with_place(error, entry) from None
-    if entry.prompt is not None:  # the text goes on; an answer to a message stands alone
+    if entry.prompt is not None:  # the output continues this text; an answer stands alone
         show(prompt.text or "", dim=True)
     shown, output = 0, None
     try:
@@ -212,7 +212,7 @@ def _stream(llm: LLM, entry: Entry, params: SamplingParams) -> RequestOutput:
 
 
 def _with_place(error: RequestError, entry: Entry) -> RequestError:
-    """The error with the line of the file; the only prompt of the command line needs no name."""
+    """The error with its line of the file; a single prompt on the command line needs none."""
     return error if entry.place == "prompt 1" else RequestError(f"{entry.place}: {error}")
 
 

@@ -1,8 +1,9 @@
 """Background threads that never keep the process alive, although a compilation cannot be stopped.
 
 Python kills its remaining threads while it exits. A thread that traces or compiles a program then
-aborts the process, with a message and a false exit status; so do C++ destructors that run beneath
-it. So tracing is stopped, and while XLA compiles the process ends in another way: see `_Leaving`.
+aborts the process, with a message and a false exit status. C++ destructors that run during a
+compilation abort it too. So tracing is stopped, and while XLA compiles the process ends in another
+way: see `_Leaving`.
 """
 
 import atexit
@@ -31,7 +32,7 @@ class Stopped(BaseException):
 class Background(Generic[T]):
     """Calls functions on daemon threads, in the order given.
 
-    `concurrent.futures.ThreadPoolExecutor` makes Python wait at exit for calls in progress.
+    A `concurrent.futures.ThreadPoolExecutor` would make Python wait at exit for calls in progress.
     """
 
     def __init__(self, calls: Mapping[str, Callable[[], T]], num_threads: int) -> None:
@@ -53,7 +54,7 @@ class Background(Generic[T]):
             thread.start()
 
     def stop(self) -> None:
-        """Starts no further call; calls in progress go on, but do not delay the process's end."""
+        """Starts no further call; calls in progress go on, but hardly delay the process's end."""
         for future in self.futures.values():
             future.cancel()
         busy = [thread for thread in self._threads if thread.is_alive()]
@@ -79,7 +80,7 @@ class _Leaving:
     """Ends the process while threads are busy, with its own exit status and without noise.
 
     Python finalizes as usual, so functions registered with `atexit` run and files are flushed.
-    A thread that comes back to Python meanwhile is to abort the process: it sleeps instead. The
+    A thread that comes back to Python meanwhile would abort the process; here it sleeps. The
     process ends before C++ destructors run.
     """
 
@@ -112,7 +113,7 @@ class _Leaving:
 
 
 def _tell_unless_stopped(error: Any) -> None:
-    """Python's hook for errors in callbacks, which swallow a `Stopped` that meets them."""
+    """Reports an error that Python cannot raise, as in a callback; hides `Stopped`."""
     if error.exc_type is not Stopped:
         sys.__unraisablehook__(error)
 
@@ -126,7 +127,7 @@ def _raise_in(threads: list[threading.Thread]) -> None:
 
 
 def _still_busy(threads: list[threading.Thread]) -> list[threading.Thread]:
-    """The threads that are inside XLA: all that do not end soon."""
+    """Stops threads; returns those still alive after `STOPPING_S`: inside XLA, or writing."""
     busy = [thread for thread in threads if thread.is_alive()]
     end_s = time.monotonic() + STOPPING_S
     while busy and time.monotonic() < end_s:
@@ -157,7 +158,7 @@ def _is_writing(thread: threading.Thread) -> bool:
 
 
 def _silence_native_errors() -> None:
-    """Sends what C++ prints about an abort nowhere; Python's standard error stays where it is."""
+    """Discards what C++ prints about an abort; Python's standard error goes on."""
     try:
         sys.stderr.flush()
         if sys.stderr.fileno() != 2:

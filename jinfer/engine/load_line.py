@@ -23,7 +23,7 @@ class _Engine(Protocol):
 class LoadLine:
     """Logs running, waiting and tokens per second, at most every `EVERY_S`.
 
-    Off under disable_log_stats=True and progress=False. The time starts anew when all requests are
+    Off if disable_log_stats=True or progress=False. The time starts anew when all requests are
     done, so a short call logs nothing, and idle time does not count.
     """
 
@@ -31,7 +31,7 @@ class LoadLine:
         self._engine, self._now = engine, now
         self._is_on = engine.config.progress and not engine.config.disable_log_stats
         self._since_s = 0.0
-        self._before: MetricsSnapshot | None = None  # at `_since_s`; None: nothing has run
+        self._before: MetricsSnapshot | None = None  # at `_since_s`; None: idle
 
     def stepped(self) -> None:
         """Call after each step; logs the line if it is time."""

@@ -23,7 +23,7 @@ from jinfer.schedule.prefix_cache import PageKey
 from jinfer.startup.load import Loaded, load
 from jinfer.step.batch import DecodeBatch, DecodeOutput, StepBatch, StepOutput
 
-# Dispatches that a follower leaves unread: it must wait for one to notice that it failed.
+# Dispatches that a follower leaves unread. It notices a failed one only by waiting for it.
 _MAX_UNREAD = 4
 
 
@@ -146,7 +146,7 @@ def _load_shard(config: EngineConfig) -> ModelRunner:
 
 
 def _require_same(own: EngineConfig, leading: EngineConfig) -> None:
-    # Tokens may differ, since process 0's is used; and a message must not show one.
+    # Hub tokens may differ, since process 0's is used; and a message must not show one.
     names = [f.name for f in fields(own) if f.name != "hf_token"]
     differing = [name for name in names if getattr(own, name) != getattr(leading, name)]
     if differing:

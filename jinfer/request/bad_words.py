@@ -1,4 +1,4 @@
-"""The bad words of one completion: the token sequences to ban, and the search for further ones."""
+"""The bad words of one completion: the token sequences to ban, and the search for more."""
 
 from collections.abc import Sequence
 from copy import copy
@@ -18,9 +18,9 @@ class BadWords:
     every other spelling when its last token comes. The engine then takes that token back, `ban`
     adds the spelling, and another token is sampled in its place.
 
-    A longer word within one token is not a bad word: "cat" does not ban the token "concatenate".
-    This holds for letters with case and digits; in scripts without case, words need no space
-    between them.
+    A match inside a longer word does not count if its own tokens show the longer word: "cat" bans
+    neither the token "concatenate" nor "c" and "ats". Only digits and letters with case can make a
+    word longer, since scripts without case may have no spaces between words.
 
     Args:
       words: the user's words; spaces before them do not count.
@@ -55,7 +55,7 @@ class BadWords:
 
     @property
     def spellings(self) -> tuple[Spelling, ...]:
-        """The sequences to ban: all of one token, and the newest of several that fit in a slot."""
+        """The sequences to ban: all single tokens, and the newest longer ones that fit a slot."""
         several = [ids for ids in self._banned if len(ids) > 1][-MAX_BAD_WORDS:]
         return (*(ids for ids in self._banned if len(ids) == 1), *several)
 
@@ -92,7 +92,7 @@ class BadWords:
 
         Raises:
           RequestError: it was banned and came nevertheless, since no other token was left; or this
-            place needs more bans than a slot has.
+            place needs more bans than fit in a slot.
         """
         before, num_here = self._num_taken_back
         num_here = num_here + 1 if before == length else 1
@@ -111,7 +111,7 @@ class BadWords:
 
 
 def _num_spelling_tokens(pieces: Sequence[bytes], start: int, stop: int) -> int:
-    """How many of the last tokens spell bytes `start` to `stop`; 0 if in a longer word of a token.
+    """How many of the last tokens spell bytes `start` to `stop`; 0 if these show a longer word.
 
     Args:
       pieces: the bytes of each token.

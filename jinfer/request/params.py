@@ -56,8 +56,8 @@ class SamplingParams:
     """Parameters of one request; names, meanings and defaults are vLLM's.
 
     Differences: `max_tokens=None`, the default, means "until the model stops or the context ends"
-    (vLLM's default is 16), and a temperature between 0 and 1e-5 is refused (vLLM raises everything
-    below 0.01 to 0.01). Lists may be any iterable and become tuples; `stop` may be one string.
+    (vLLM's default is 16), and a temperature between 0 and 1e-5 is refused (vLLM takes 0.01 for one
+    between 0 and 0.01). Lists may be any iterable and become tuples; `stop` may be one string.
     Further fields of vLLM are accepted at values that change nothing, such as their defaults (see
     `jinfer.request.vllm_params`). To change a field, use `replace`.
 

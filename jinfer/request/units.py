@@ -62,7 +62,7 @@ def caught(
       make: may raise RequestError.
       on_error: "raise" or "return".
       prompt: the prompt of that output.
-      place: the prompt's place among many, such as "prompts[3]"; an error that is raised names it.
+      place: the prompt's place among many, such as "prompt 3"; an error that is raised names it.
     """
     try:
         return make()

@@ -9,7 +9,7 @@ _LOG = logging.getLogger("jinfer")
 
 
 def changed_jobs(job: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields parts of a rendering job by name, each with the same job with that part changed.
+    """Yields the name of each part of a rendering job, and the job with that part changed.
 
     If both jobs give the same text, the template ignores the part. Contents get another text
     instead of being removed: a template may refuse a chat without them, or write a default.
@@ -29,8 +29,8 @@ def changed_jobs(job: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
 def warn_unused(what: str) -> None:
     """Logs that the template ignores a part of the chat."""
     _LOG.warning(
-        "the chat template ignores %s; the model sees nothing of this. Pass another "
-        "chat_template, or leave it out.",
+        "the chat template ignores %s; the model sees nothing of this. Leave this out, or pass "
+        "another chat_template.",
         what,
     )
 

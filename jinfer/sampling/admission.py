@@ -94,7 +94,7 @@ def _refuse_dead_ends(
     """Requires an allowed token that is never banned: it ends no bad word, and is no stop token.
 
     Stricter than necessary: a bad word of several tokens bans its last token only after the others.
-    If each of two allowed tokens is banned only after the other, repeating one would be possible.
+    So if each of two allowed tokens is banned only after the other, one of them could be repeated.
     """
     enders = {word[-1] for word in bad_words}
     unstoppable = set(stop_ids) if params.min_tokens else set()

@@ -10,7 +10,7 @@ class WaitingQueue:
     """Sequences in order of rank: by priority, then by arrival.
 
     A later sequence may start first: because of its priority, because more of its prefix is
-    known, or because the earlier one is late in any case. To bound this, the oldest waiting
+    cached, or because the earlier one is late in any case. To bound this, the oldest waiting
     sequence counts the later ones that start before it, and becomes due after `max_overtaken`. A
     due sequence ranks before all others, here and while it runs. So a sequence with k older ones
     is overtaken at most `max_overtaken` * (k + 1) times, and the oldest due sequence is never
@@ -67,7 +67,7 @@ class WaitingQueue:
             self.add(oldest)
 
     def step_back(self, sequence: TokenSequence) -> None:
-        """Moves a late sequence behind all of its priority that are not late."""
+        """Moves a late sequence behind all sequences of its priority that are not late."""
         self.discard(sequence)
         sequence.is_late = True
         self.add(sequence)

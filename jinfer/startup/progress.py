@@ -8,14 +8,14 @@ from tqdm import tqdm
 from jinfer.log import LOGGER, in_notebook, screen
 
 FIRST_S = 1.0  # a start from the cache is over by then, and shows nothing
-REFRESH_S = 1.0  # of the bar's clock
+REFRESH_S = 1.0  # between updates of the bar
 LINE_S = 10.0  # between lines, where there is no terminal
 
 
 class CompileProgress:
-    """Counts finished programs; a thread shows the count. Nothing remains of the bar.
+    """Counts finished programs; a thread shows the count. The bar is removed at the end.
 
-    Lines go to the logger, so a user without a handler for INFO sees none.
+    Lines go to the logger, so a user whose logging hides INFO sees none.
     """
 
     def __init__(

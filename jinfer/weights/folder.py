@@ -15,7 +15,7 @@ MODEL_FILES = ("config.json", "*.safetensors", "model.safetensors.index.json", "
 
 
 def state_of(stat: os.stat_result) -> FileState:
-    """Differs once a file is replaced, or written to."""
+    """A value that changes when the file is replaced or written to."""
     return stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
@@ -38,9 +38,9 @@ def require_unchanged(folder: Path, before: dict[Path, FileState]) -> None:
 
 
 def changed(path: Path, problem: str) -> CheckpointError:
-    """The error for a file that does not stay the same while a model is loaded."""
+    """The error for a file that changes while its model loads."""
     return CheckpointError(
-        f"files of a model must not change while it is loaded; got {str(path)!r}, which {problem}. "
+        f"files of a model must not change while it loads; got {str(path)!r}, which {problem}. "
         "Load the model again when its folder is complete."
     )
 

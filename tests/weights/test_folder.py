@@ -35,7 +35,7 @@ def test_a_change_is_named(tmp_path: Path, change: Callable[[Path], None], said:
     before = states_in(folder)
     require_unchanged(folder, before)
     change(folder)
-    with pytest.raises(CheckpointError, match=f"must not change while it is loaded; got .*{said}"):
+    with pytest.raises(CheckpointError, match=f"must not change while it loads; got .*{said}"):
         require_unchanged(folder, before)
 
 
