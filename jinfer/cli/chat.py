@@ -24,8 +24,8 @@ Ctrl-C stops an answer. A line that ends in \\ goes on in the next one; lines be
 one message, and so are pasted lines, where the terminal marks a paste.
 """
 _GREETING = 'for several lines paste them, end a line with \\, or write between two """'
-STEP_TOKENS = 64  # few programs to compile; most messages fit in a step or two
-# Part of the context that /last N, as it is proposed, leaves for the answer.
+STEP_TOKENS = 128  # one of generate's sizes, to share programs; most messages fit in a step or two
+# Part of the context for an answer: the limit by default, and what /last N, as proposed, leaves.
 ROOM_SHARE = 0.25
 
 _PROBE = "Hello."  # a message whose answer nobody wants
@@ -44,7 +44,8 @@ def chat(args: Namespace) -> int:
     with at_once(lambda: LLM(args.model, **asked)) as llm:
         params = replace(llm.get_default_sampling_params(), **chosen)
         if params.max_tokens is None:
-            params = replace(params, max_tokens=max(MAX_TOKENS["chat"], params.min_tokens))
+            limit = min(MAX_TOKENS["chat"], int(llm.engine.plan.max_model_len * ROOM_SHARE))
+            params = replace(params, max_tokens=max(limit, params.min_tokens))
         conversation = Conversation(llm, params, system=args.system)
         if not args.quiet:
             note(f"chat with {args.model}; /help lists the commands")
@@ -103,8 +104,8 @@ class Conversation:
 
     def _keep_last(self, argument: str) -> None:
         """Forgets all turns but the last ones; then answers a message that had no room."""
-        if not (argument.isascii() and argument.isdigit()):
-            note(f"/last takes a number of turns; got {argument!r}. Write it as /last 2")
+        if not (argument.isascii() and argument.isdigit() and int(argument[:9])):
+            note(f"/last takes a number of turns from 1 on; got {argument!r}. Write /last 2.")
             return
         kept = min(int(argument[:9]), len(self._turns))
         self._turns = self._turns[len(self._turns) - kept :]
@@ -172,7 +173,7 @@ class Conversation:
           num_turns: the last turns that leave room; 0 = none do.
         """
         last = ""
-        if num_turns or self._unanswered is not None:
+        if num_turns:
             answers = "answers" if self._unanswered is not None else "goes on"
             last = f"/last {num_turns} {answers} with the last {counted(num_turns, 'turn')} alone, "
         note(f"the context of {self._max_len:,} tokens is full: {last}/reset begins anew")

@@ -33,7 +33,7 @@ UNSET = {
     "layer_loop": "scan on TPU, else unrolled",
     "attention": "the platform's",
     "compilation_cache": "the user's cache folder",
-    "seed": "a new one for each prompt",
+    "seed": "one for each prompt, from --engine-seed",
     "logit_bias": "none",
     "allowed_token_ids": "all",
     "logprobs": "none",

@@ -28,7 +28,8 @@ from jinfer.shipped import find_shipped
 FEW_SEQUENCES = 8
 # A step scores at most one prompt token per slot.
 SCORING_SLOTS = 32
-MIN_STEP_TOKENS, MAX_STEP_TOKENS = 8, 512
+# Few sizes, those of the engine's own programs on CPUs: commands then share kept programs.
+STEP_TOKENS = (8, 32, 128, 512)
 
 
 def generate(args: Namespace) -> int:
@@ -101,8 +102,8 @@ def made_to_measure(
         most = args.max_num_batched_tokens
         return {"max_num_seqs": min(num_slots, max(1, most)) if isinstance(most, int) else 1}
     longest = max(map(_length, entries))
-    least = max(MIN_STEP_TOKENS, num_slots)
-    step_tokens = min(max(least, 1 << longest.bit_length()), MAX_STEP_TOKENS)
+    least = max(num_slots, longest + 1)
+    step_tokens = next((size for size in STEP_TOKENS if size >= least), STEP_TOKENS[-1])
     return {"max_num_seqs": num_slots, "max_num_batched_tokens": step_tokens}
 
 
@@ -132,8 +133,8 @@ def cut_line(
     if len(full) == len(cut):
         return f"{which} cut: the context of {counted(context, 'token')} is full"
     limits = {each.max_tokens for _, _, each in cut}
-    limit = f" {limits.pop()}" if len(limits) == 1 else ""
-    return f"{which} cut at the limit; raise --max-tokens{limit} for more"
+    limit = f" (now {limits.pop()})" if len(limits) == 1 else ""
+    return f"{which} cut at the limit; raise --max-tokens{limit}"
 
 
 def _fills(output: RequestOutput, completion: CompletionOutput, context: int) -> bool:

@@ -69,8 +69,8 @@ def initialize(
             raise
         raise ValueError(
             "coordinator_address, num_processes and process_id must be given outside TPU pods, "
-            f"Slurm and Open MPI; got {coordinator_address=}, {num_processes=}, "
-            f"{process_id=}. Pass all three."
+            f"Slurm and Open MPI; got coordinator_address={coordinator_address or 'auto'!r}, "
+            f"{num_processes=}, {process_id=}. Pass all three."
         ) from error
     _join(initialization_timeout)
 

@@ -78,12 +78,12 @@ class CompileProgress:
         if self._over.wait(self._first_s):
             return
         LOGGER.info(
-            "compiling %d programs for this model and its sizes; later starts find them in a cache",
+            "getting %d programs ready; each is compiled once for a model and its sizes",
             self._num_programs,
         )
         while not self._over.wait(self._line_s):
             LOGGER.info(
-                "compiling: %d of %d programs are ready, %s",
+                "%d of %d programs are ready, %s",
                 self._num_done,
                 self._num_programs,
                 _clock(self._elapsed_s),

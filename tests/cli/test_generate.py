@@ -63,7 +63,7 @@ def test_a_full_context_is_no_limit_of_the_user() -> None:
     assert cut_line([output(8, reason="stop")], [params], 12) is None
     full = "the output was cut: the context of 12 tokens is full"
     assert cut_line([output(8)], [params], 12) == full
-    several = "2 of 3 outputs were cut at the limit; raise --max-tokens 8 for more"
+    several = "2 of 3 outputs were cut at the limit; raise --max-tokens (now 8)"
     assert cut_line([output(6, 8), output(2, reason="stop")], [params] * 2, 12) == several
 
 

@@ -173,7 +173,9 @@ def test_what_nothing_tells_must_be_given(monkeypatch: pytest.MonkeyPatch) -> No
 
     # JAX itself would first refuse a process in which it was used.
     monkeypatch.setattr("jax.distributed.initialize", refuse)
-    with pytest.raises(ValueError, match=r"must be given outside .* got coordinator_address=None"):
+    with pytest.raises(
+        ValueError, match=r"must be given outside .* got coordinator_address='auto'"
+    ):
         distributed.initialize(num_processes=2)
 
 

@@ -25,9 +25,9 @@ def wait_for(caplog: pytest.LogCaptureFixture, text: str) -> None:
 def test_without_a_terminal_lines_tell_the_progress(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "jinfer")
     with CompileProgress(3, shown=True, first_s=0.01, line_s=0.05) as progress:
-        wait_for(caplog, "compiling 3 programs for this model")
+        wait_for(caplog, "getting 3 programs ready")
         progress.done("step")
-        wait_for(caplog, "compiling: 1 of 3 programs are ready, 0 s")
+        wait_for(caplog, "1 of 3 programs are ready, 0 s")
     num_lines = len(caplog.records)
     progress.done("decode")  # a compilation that went on
     time.sleep(0.2)
