@@ -70,7 +70,7 @@ def test_a_script_that_compiles_ends_with_the_exception(tmp_path: Path) -> None:
         [sys.executable, "-c", SCRIPT, str(tmp_path)], stderr=subprocess.PIPE, text=True
     )
     assert process.stderr is not None
-    while "compiling" not in (line := process.stderr.readline()):
+    while "programs ready" not in (line := process.stderr.readline()):
         assert line, "it ended before it compiled"
     start_s = time.monotonic()
     process.send_signal(signal.SIGINT)
