@@ -20,10 +20,10 @@ pytestmark = pytest.mark.slow
 OFFLOADING = replace(CONFIG, kv_offloading_size=4.0)
 
 
-@pytest.mark.parametrize("target", TPUS)
-def test_on_tpus(target: str) -> None:
+@pytest.mark.parametrize(("target", "limits"), [(one[0], TPUS[one]) for one in TPUS])
+def test_on_tpus(target: str, limits: tuple[int, int]) -> None:
     chip = describe_tpu(target)
-    num_layers, free_bytes = TPUS[target]
+    num_layers, free_bytes = limits
     model = replace(LLAMA_3_8B, num_layers=num_layers)
     kind = {"platform": "tpu", "device_kind": chip.device_kind}
     check_moves(chip, model, resolve_plan(OFFLOADING, model, **kind, free_bytes=free_bytes))
